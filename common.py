@@ -1,0 +1,1086 @@
+"""What the seven scripts share: files, a small transformer, one training loop, claims, and the command line.
+
+    files        save / load (checkpoints), save_arrays / load_arrays (arrays to exchange): atomic, nothing executed
+    model        TransformerLM, whose feed-forward is any module a script passes in
+    training     train: one loop with schedules, accumulation, checkpoints, resume, and a stop at the first NaN
+    accounting   count_parameters, count_flops: read from the module and from the operators that ran
+    claims       Claim, verdict: what the paper says, what this run measured, holds or not
+    pictures     lines, bars, heatmap: panels for `run.plot`
+    command line run(main, SMALL, FULL, CLAIMS): flags from a dataclass, arms in worker processes, results.json
+
+A script's `main(config, run)` gets a `Run`: device, dtype, seeds, `map_arms`, `table`, `claim`, `plot`. An *arm* is
+one trained variant with one seed; `run.map_arms(train_arm, jobs)` trains arms in parallel and keeps each one's result
+in its own file, which is all that `--resume` needs.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tokenize
+import traceback
+import types
+import typing
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """Something the person at the keyboard can mend: one line, exit code 2."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite: one line, exit code 1."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as sent by job schedulers; treated like Ctrl-C."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb"):
+    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    with atomic_file(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+
+
+def read_json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}); delete it or start anew with --overwrite") from error
+
+
+def save(path: str | Path, state: object) -> None:
+    """A checkpoint of tensors, numbers, strings, lists and dicts."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def load(path: str | Path, map_location: object = "cpu") -> Any:
+    """Read what `save` wrote; never executes anything. Raises UsageError when the file is damaged or hostile."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0][:160]
+        raise UsageError(
+            f"{path} is not a readable checkpoint ({reason}); delete it or use --overwrite"
+        ) from error
+
+
+def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
+    """Arrays to hand to other people: an uncompressed .npz without pickle. Returns its SHA-256 (hex).
+
+    `meta` is any JSON. bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite
+    array or a reserved name.
+    """
+    stored, dtypes = {}, {}
+    for name, array in arrays.items():
+        if name == "__meta__":
+            raise ValueError("'__meta__' is a reserved array name")
+        tensor = torch.as_tensor(array).detach().cpu().contiguous()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"array {name!r} holds NaN or infinity; nothing was written")
+        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        stored[name] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    header = json.dumps({"dtypes": dtypes, "meta": meta or {}}).encode()
+    with atomic_file(path) as file:
+        np.savez(file, **stored, __meta__=np.frombuffer(header, dtype=np.uint8))
+    return sha256(path)
+
+
+def load_arrays(
+    path: str | Path, expected: dict[str, tuple[Sequence[int], str]] | None = None, digest: str | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Read what `save_arrays` wrote, trusting nothing: (arrays, meta).
+
+    `expected` maps every name to (shape, dtype) and must match exactly; `digest` is the SHA-256 the file must have.
+    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members (which could
+    unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
+    """
+    path = Path(path)
+    if digest is not None and sha256(path) != digest:
+        raise ValueError(f"{path}: the SHA-256 is not the recorded one; the file is damaged or was changed")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("compressed members are refused")
+        with np.load(path, allow_pickle=False) as archive:
+            stored = {name: archive[name] for name in archive.files}
+        header = json.loads(stored.pop("__meta__").tobytes())
+        dtypes, meta = header["dtypes"], header["meta"]
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in stored.items()}
+        for name, tensor in arrays.items():
+            arrays[name] = tensor.view(torch.bfloat16) if dtypes[name] == "bfloat16" else tensor
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged zip can fail in any way
+        raise ValueError(f"{path} is not a readable array file: {error}") from error
+    if expected is not None and set(arrays) != set(expected):
+        odd = sorted(set(arrays) ^ set(expected))
+        raise ValueError(f"{path}: missing or unexpected arrays: {', '.join(odd[:5])}")
+    for name, tensor in arrays.items():
+        found = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if expected is not None and found != (tuple(expected[name][0]), expected[name][1]):
+            raise ValueError(f"{path}: {name} is {found[1]} {list(found[0])}; {expected[name]} is needed")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+    return arrays, meta
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A small transformer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. x [batch, time, d_model] -> the same shape."""
+
+    def __init__(self, d_model: int, num_heads: int, causal: bool, rope: bool):
+        super().__init__()
+        if d_model % num_heads or (rope and d_model // num_heads % 2):
+            raise ValueError(
+                f"d_model is {d_model}, num_heads {num_heads}; the head width must be whole (even with rope)"
+            )
+        self.num_heads, self.causal, self.rope = num_heads, causal, rope
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, d_model = x.shape
+        q, k, v = (
+            self.qkv(x).view(batch, time, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        )  # [batch, heads, time, head]
+        if self.rope:
+            q, k = rotate(q), rotate(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).reshape(batch, time, d_model))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32."""
+    time, head = x.shape[-2:]
+    frequency = 10000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=torch.float32) / head)
+    angle = torch.arange(time, device=x.device, dtype=torch.float32)[:, None] * frequency  # [time, head / 2]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, d_model: int, num_heads: int, ffn: nn.Module, norm: type[nn.Module], causal: bool, rope: bool
+    ):
+        super().__init__()
+        self.norm1, self.attention = norm(d_model), Attention(d_model, num_heads, causal, rope)
+        self.norm2, self.ffn = norm(d_model), ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class TransformerLM(nn.Module):
+    """Pre-norm transformer language model. tokens [batch, time] int64 -> logits [batch, time, vocab_size].
+
+    make_ffn(layer_index) gives each layer's feed-forward: any module [.., d_model] -> [.., d_model]. One that routes
+    leaves its auxiliary loss in its `aux_loss` attribute at every forward; `aux_loss()` collects it. `conv` > 0 adds
+    a causal convolution of that width, with a residual, right after the embedding: bytes are cheap to spell with
+    neighbours, and the model reads words sooner. `init` is the standard deviation of the weights this class owns.
+    Raises ValueError for an unknown norm or positions, or a sequence longer than context with learned positions.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        context: int,
+        make_ffn: Callable[[int], nn.Module],
+        norm: str = "layer",
+        positions: str = "learned",
+        causal: bool = True,
+        conv: int = 0,
+        init: float = 0.02,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if norm not in ("layer", "rms") or positions not in ("learned", "rope"):
+            raise ValueError(
+                f"norm is {norm!r}, positions {positions!r}; allowed: layer or rms, learned or rope"
+            )
+        norm_type = nn.LayerNorm if norm == "layer" else nn.RMSNorm
+        self.context, self.causal, self.conv_width = context, causal, conv
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.position = nn.Embedding(context, d_model) if positions == "learned" else None
+        self.conv = nn.Conv1d(d_model, d_model, conv, bias=False) if conv else None
+        blocks = [
+            Block(d_model, num_heads, make_ffn(i), norm_type, causal, positions == "rope")
+            for i in range(num_layers)
+        ]
+        self.blocks, self.norm = nn.ModuleList(blocks), norm_type(d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if ".ffn." not in name and parameter.dim() > 1:
+                scale = init / math.sqrt(2 * num_layers) if name.endswith("attention.out.weight") else init
+                nn.init.normal_(parameter, std=scale, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        time = tokens.shape[1]
+        x = self.embedding(tokens)  # [batch, time, d_model]
+        if self.position is not None:
+            if time > self.context:
+                raise ValueError(f"the sequence has {time} tokens; context is {self.context}")
+            x = x + self.position.weight[:time]
+        if self.conv is not None:
+            left, both = (self.conv_width - 1, 0), (self.conv_width // 2, (self.conv_width - 1) // 2)
+            x = x + self.conv(F.pad(x.transpose(1, 2), left if self.causal else both)).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def aux_loss(self) -> Tensor:
+        """Mean auxiliary loss over the layers that left one, and forget it: kept, it would keep the graph alive."""
+        losses = [ffn.aux_loss for ffn in self.ffns() if getattr(ffn, "aux_loss", None) is not None]
+        for ffn in self.ffns():
+            ffn.aux_loss = None
+        return torch.stack(losses).mean() if losses else self.head.weight.new_zeros(())
+
+    def ffns(self) -> list[nn.Module]:
+        return [block.ffn for block in self.blocks]
+
+
+def lm_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Next-token loss of every position. windows [batch, context + 1] int64 -> [batch, context] fp32, in nats."""
+    logits = model(windows[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(
+        len(windows), -1
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.95)):
+    """AdamW over what requires a gradient; biases (names that begin with b) and vectors are not decayed."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bias = parameter.dim() < 2 or name.rsplit(".", 1)[-1].startswith("b")
+            (kept if is_bias else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+
+
+def cosine(steps: int, warmup: int = 0, final: float = 0.1) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up to 1, then a half cosine down to `final` at the last step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def linear(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up to 1, then a straight line down to `final` at the last step."""
+    return lambda step: (
+        (step + 1) / warmup
+        if step < warmup
+        else 1 - (1 - final) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    )
+
+
+def milestones(steps: Sequence[int], gamma: float = 0.1) -> Callable[[int], float]:
+    """Learning-rate factor by step: times gamma from each of the given steps on."""
+    return lambda step: gamma ** sum(step >= milestone for milestone in steps)
+
+
+@contextmanager
+def deferred_signals():
+    """Inside, Ctrl-C and SIGTERM only leave a note, so that a step and its checkpoint are never cut in two."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    names = (signal.SIGINT, signal.SIGTERM)
+    previous = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in names}
+    try:
+        yield received
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+def train(
+    model: nn.Module,
+    loss_fn: Callable[[Any, int], tuple[Any, dict]],
+    steps: int,
+    *,
+    batches: Callable[[int], Any],
+    start_step: int = 0,
+    stop_step: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 1e-3,
+    schedule: Callable[[int], float] | None = None,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float32,
+    backward: Callable[[Any], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    metrics: Path | None = None,
+    label: str = "train",
+    log_every: int = 10,
+) -> dict[str, float]:
+    """Train `model` in place from start_step up to stop_step (default: steps); returns the last logged metrics.
+
+    batches(step)        the batch of a step, a function of the step alone: that is what makes a resumed run exact
+    loss_fn(batch, step) (loss, {metric: value}); values may be 0-dim tensors
+    optimizer            default adamw(model, lr); handed on between calls it keeps its state
+    schedule             factor on the learning rate by step; default cosine(steps)
+    accumulate           the batch is cut into that many parts along dim 0, gradients averaged by size
+    backward(loss)       replaces loss.backward(); loss is then whatever loss_fn returned
+    on_step(step)        after each optimizer step
+    checkpoint           file to write every checkpoint_seconds and on an interrupt, and to continue from if it exists
+    metrics              file that gets a JSON line per step
+
+    Raises NonFiniteLoss at the first NaN or infinite loss, KeyboardInterrupt after saving when interrupted.
+    """
+    optimizer = optimizer or adamw(model, lr)
+    schedule = schedule or cosine(steps)
+    stop_step = steps if stop_step is None else stop_step
+    device = next(model.parameters()).device
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    if checkpoint is not None and checkpoint.exists():
+        state = load(checkpoint, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start_step = state["step"]
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    if metrics is not None:
+        _drop_lines_from(metrics, start_step)
+    pending: list[tuple[int, Tensor, dict]] = []
+    last: dict[str, float] = {}
+
+    def flush(bar: tqdm) -> None:
+        """Move the waiting losses to the host in one go, so that a GPU is not stopped at every step."""
+        lines = []
+        for step, loss, values in pending:
+            last.update(step=step, loss=float(loss), **{name: float(value) for name, value in values.items()})
+            if not math.isfinite(last["loss"]):
+                kept = (
+                    f"last good checkpoint: {checkpoint}"
+                    if checkpoint and checkpoint.exists()
+                    else "no checkpoint yet"
+                )
+                raise NonFiniteLoss(
+                    f"{label}: the loss is {last['loss']} at step {step}; {kept}. Lower --lr, or try fp32."
+                )
+            lines.append(json.dumps({"arm": label, **last}))
+        pending.clear()
+        if metrics is not None and lines:
+            with open(metrics, "a") as file:
+                file.write("\n".join(lines) + "\n")
+        if last:
+            bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
+
+    def keep(step: int) -> None:
+        if checkpoint is not None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state["rng"] = torch.get_rng_state()
+            if device.type == "cuda":
+                state["cuda_rng"] = torch.cuda.get_rng_state(device)
+            save(checkpoint, state)
+
+    model.train()
+    saved = time.monotonic()
+    bar = tqdm(
+        total=stop_step,
+        initial=start_step,
+        desc=label,
+        unit="step",
+        leave=False,
+        disable=None,
+        mininterval=0.5,
+    )
+    with bar, deferred_signals() as received:
+        for step in range(start_step, stop_step):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step)
+            optimizer.zero_grad(set_to_none=True)
+            total, values = 0.0, {}
+            for part, share in _parts(batches(step), accumulate):
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    loss, values = loss_fn(part, step)
+                if backward is not None:
+                    backward(loss)
+                else:
+                    (loss * share).backward()
+                total = total + share * sum(loss if isinstance(loss, (tuple, list)) else [loss]).detach()
+            if clip is not None:
+                nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), clip)
+            optimizer.step()
+            if on_step is not None:
+                on_step(step)
+            pending.append((step, total, values))
+            due = time.monotonic() - saved >= checkpoint_seconds
+            if due or received or len(pending) >= log_every or step + 1 == stop_step:
+                flush(
+                    bar
+                )  # before keep: a model that has seen NaN must not overwrite the last good checkpoint
+            if due or received:
+                keep(step + 1)
+                saved = time.monotonic()
+            if received:
+                raise Terminated if signal.SIGTERM in received else KeyboardInterrupt
+            bar.update()
+    return last
+
+
+def _parts(batch: Any, accumulate: int) -> Sequence[tuple[Any, float]]:
+    if accumulate == 1:
+        return [(batch, 1.0)]
+    if isinstance(batch, Tensor):
+        return [(part, len(part) / len(batch)) for part in batch.chunk(accumulate)]
+    chunks = zip(*(tensor.chunk(accumulate) for tensor in batch))
+    return [(part, len(part[0]) / len(batch[0])) for part in chunks]
+
+
+def _drop_lines_from(metrics: Path, step: int) -> None:
+    """Forget the metrics of steps that are about to run again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < step]
+        with atomic_file(metrics, "w") as file:
+            file.writelines(line + "\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Accounting
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module, experts_per_token: float | None = None) -> int:
+    """Parameters of a model; with experts_per_token, only those a token meets on average.
+
+    A parameter is an expert's when its module has `num_experts` and it is stacked [num_experts, ...] beyond a matrix.
+    """
+    total = 0.0
+    for module in model.modules():
+        num_experts = getattr(module, "num_experts", None)
+        for parameter in module.parameters(recurse=False):
+            is_expert = num_experts is not None and parameter.dim() == 3 and parameter.shape[0] == num_experts
+            share = experts_per_token / num_experts if is_expert and experts_per_token is not None else 1.0
+            total += share * parameter.numel()
+    return round(total)
+
+
+def count_flops(function: Callable[[], object]) -> dict[str, int]:
+    """Matrix-multiplication FLOPs that really ran during function(), by module name ("Global" is the sum).
+
+    Counted from the shapes of the operators torch executed, forward and backward. Triton kernels are not seen:
+    count with backend="torch".
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+
+
+def measure_step(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
+    """Seconds (median of `repeats` after a warm-up), FLOPs and peak memory in bytes of one call of step()."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    flops = count_flops(step)["Global"]
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": sorted(seconds)[repeats // 2], "flops": flops, "memory": _peak_memory(device)}
+
+
+def _peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Claims, tables, pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Claim:
+    """One sentence of the paper, and what a run found. `holds` None: not measured in this run."""
+
+    id: str
+    text: str
+    paper: str  # the paper's number, or "not verified"
+    required: bool = False
+    measured: str = "not measured; run --ablate"
+    values: dict = field(default_factory=dict)  # numbers per seed
+    holds: bool | None = None
+
+
+def show(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and sample standard deviation where there is more than one value."""
+    array = np.asarray(values, dtype=np.float64)
+    return f"{array.mean():.{digits}f}" + (f" ± {array.std(ddof=1):.{digits}f}" if len(array) > 1 else "")
+
+
+def verdict(margins: Sequence[float]) -> bool:
+    """The one rule for `holds`: the mean paired margin is positive and exceeds its standard error.
+
+    margins: one per seed; a run of a single seed passes one per evaluation block instead.
+    """
+    array = np.asarray(margins, dtype=np.float64)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    return bool(array.mean() > 0 and array.mean() > error)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def format_claims(claims: Sequence[Claim]) -> str:
+    words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
+    rows = []
+    for claim in claims:
+        kind = "required" if claim.required else "open"
+        rows += [f"{words[claim.holds]:15s}{claim.id} ({kind}): {claim.text}"]
+        rows += [f"{'':15s}  measured  {claim.measured}", f"{'':15s}  paper     {claim.paper}"]
+    return "\n".join(rows)
+
+
+def lines(ax, series: dict[str, tuple[Sequence[float], Sequence[float]]], **labels: str) -> None:
+    """Panel for run.plot: {label: (x, y)}; a series of one point is a marker. labels: xlabel, ylabel, title."""
+    for label, (x, y) in series.items():
+        ax.plot(x, y, marker="o" if len(x) == 1 else "", label=label)
+    ax.set(**labels)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def bars(ax, values: dict[str, float], **labels: str) -> None:
+    """Panel for run.plot: {name: height}."""
+    ax.bar(list(values), list(values.values()))
+    ax.set(**labels)
+
+
+def heatmap(ax, values: np.ndarray, **labels: str) -> None:
+    """Panel for run.plot: values [rows, columns], each cell labelled."""
+    ax.imshow(values, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+    ax.set(**labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run: what main gets, and the arms in their worker processes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What `main(config, run)` gets; also handed to every arm, in whatever process trains it."""
+
+    method: str
+    scale: str  # small | full
+    device: str
+    dtype: torch.dtype
+    seeds: list[int]
+    out: Path
+    resume: bool = False
+    ablate: bool = False
+    dry_run: bool = False
+    compile: bool = False
+    draw: bool = False
+    workers: int = 1
+    threads: int = 1
+    data_dir: Path = Path("data/cache")
+    claims: list[Claim] = field(default_factory=list)
+    tables: list[dict] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        return self.seeds[0]
+
+    def path(self, arm: str, seed: int, suffix: str) -> Path:
+        return self.out / "arms" / f"{arm}-seed{seed}{suffix}"
+
+    def train_options(self, arm: str, seed: int) -> dict:
+        """Keyword arguments for `train`: where this arm logs and checkpoints, under which name, in which dtype."""
+        files = {"checkpoint": self.path(arm, seed, ".ckpt"), "metrics": self.path(arm, seed, ".jsonl")}
+        return {**files, "label": f"{arm}-seed{seed}", "dtype": self.dtype}
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Onto the run's device; with --compile compiled in place, so that names in its state stay."""
+        model = model.to(self.device)
+        if self.compile:
+            model.compile()
+        return model
+
+    def header(self, text: str, eta_seconds: float) -> None:
+        seeds = (
+            "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
+        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [
+            self.method,
+            f"{self.scale} scale",
+            self.device,
+            dtype,
+            seeds,
+            text,
+            f"about {eta_seconds:.0f} s",
+        ]
+        print(" · ".join(parts), flush=True)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        print(f"\n{title}\n{format_table(header, rows)}", flush=True)
+        self.tables.append({"title": title, "header": list(header), "rows": rows})
+
+    def claim(
+        self,
+        id: str,
+        measured: str,
+        values: dict,
+        margins: Sequence[float] | None = None,
+        holds: bool | None = None,
+    ) -> None:
+        """Fill in a declared claim: `margins` go through `verdict`; `holds` is for properties that are exact."""
+        claim = next(claim for claim in self.claims if claim.id == id)
+        claim.measured, claim.values = measured, values
+        claim.holds = holds if margins is None else verdict(margins)
+
+    def plot(self, name: str, panels: Sequence[Callable], width: float = 4.6, height: float = 3.6) -> None:
+        """With --plot, draw panels (functions of a matplotlib axis) side by side into OUT/<name>.png."""
+        if not self.draw:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+        for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels)))):
+            panel(ax)
+        with atomic_file(self.out / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=130)
+        print(f"\nwrote {self.out / name}.png")
+
+    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int = 0) -> None:
+        """--dry-run: what the whole run would take, from a few real steps on this device."""
+        cost = measure_step(step, self.device)
+        hours = cost["seconds"] * steps / 3600 / self.workers
+        rows = [
+            ["parameters", f"{count_parameters(model):,}"],
+            ["training FLOPs", f"{cost['flops'] * steps:.2e}"],
+            ["bytes to download", f"{download_bytes:,}"],
+            ["peak memory of a step", f"{cost['memory'] / 2**20:,.0f} MiB"],
+            ["training time", f"{hours:.3f} hours, {self.workers} arms at a time"],
+        ]
+        self.table(f"dry run: {steps:,} training steps in all arms and seeds", ["", "estimate"], rows)
+
+    def map_arms(self, train_arm: Callable, jobs: Sequence[tuple[object, str, int]]) -> list[dict]:
+        """train_arm(config, arm, seed, run) -> dict (JSON) for every job (config, arm, seed), in worker processes.
+
+        train_arm must be importable (top level). Each result goes to its own file as soon as it is there; with
+        --resume, finished arms are read back. The number of workers never changes a number.
+        """
+        (self.out / "arms").mkdir(exist_ok=True)
+        todo = [job for job in jobs if not self.path(job[1], job[2], ".json").exists()]
+        workers = min(self.workers, len(todo))
+        if workers > 1:
+            self._map_in_workers(train_arm, todo, workers)
+        else:
+            for job in todo:
+                _run_job(self, train_arm, *job)
+        return [read_json(self.path(arm, seed, ".json"))["result"] for _, arm, seed in jobs]
+
+    def _map_in_workers(self, train_arm: Callable, todo: Sequence[tuple], workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        ranks = context.Queue()
+        for rank in range(workers):
+            ranks.put(rank)
+        # OpenMP reads its environment once, while a worker imports torch.
+        limits = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        before = {name: os.environ.get(name) for name in limits}
+        os.environ.update(limits)
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (self, ranks, context.RLock()))
+        try:
+            futures = [pool.submit(_run_job, self, train_arm, *job) for job in todo]
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool as error:
+            raise BrokenProcessPool("a worker was killed (out of memory?); go on with --resume") from error
+        except BaseException:  # an arm failed or Ctrl-C: let the others save a checkpoint and end
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int) -> None:
+    start = time.monotonic()
+    result = train_arm(config, arm, seed, run)
+    seconds = round(time.monotonic() - start, 2)
+    write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
+    run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
+    tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
+
+
+def _start_worker(run: Run, ranks: multiprocessing.Queue, bar_lock: object) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _leave)
+    tqdm.set_lock(bar_lock)
+    torch.set_num_threads(run.threads)
+    if run.device == "cuda":
+        torch.cuda.set_device(ranks.get() % torch.cuda.device_count())
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+FLAGS = {  # name: (default, metavar or choices, help); a default of False makes a switch
+    "full": (False, None, "the paper's own scale and data"),
+    "ablate": (False, None, "train every arm, not only those that the required claims need"),
+    "seed": (0, "N", "first seed"),
+    "seeds": (1, "K", "number of seeds: N .. N+K-1, reported as mean and standard deviation"),
+    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "auto: a GPU if there is one"),
+    "dtype": ("auto", ("auto", "fp32", "bf16"), "auto: fp32, but bf16 for --full on a GPU"),
+    "out": (Path(), "DIR", "where results go; default runs/<method>-<scale>"),
+    "overwrite": (False, None, "replace the run in that folder"),
+    "resume": (False, None, "continue the run in that folder"),
+    "data_dir": (Path(), "DIR", "where downloads lie; default $MOE_DATA, else data/cache"),
+    "workers": (0, "N", "arms trained at a time; default: as many as cores or GPUs"),
+    "threads": (0, "N", "CPU threads of each; default 1 at small scale"),
+    "compile": (False, None, "torch.compile the models"),
+    "dry_run": (False, None, "print what the run would cost, and stop"),
+    "plot": (False, None, "draw the pictures (needs matplotlib)"),
+    "strict": (False, None, "exit code 1 if a required claim does not hold"),
+    "list_claims": (False, None, "print the claims, and stop"),
+    "traceback": (False, None, "show where an error came from"),
+}
+
+
+def run(
+    main: Callable,
+    small: object,
+    full: object | None = None,
+    claims: Sequence[Claim] = (),
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse the command line, call main(config, run) -> dict, report, and exit.
+
+    Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
+    130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    program = Path(inspect.getfile(main)).name
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(_run(main, small, full, claims, argv, program))
+    except KeyboardInterrupt as stop:
+        again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+        command = shlex.join(["python", program, *again, "--resume"])
+        print(f"\n{program}: stopped; what is done is kept. Go on with: {command}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except (ValueError, OSError, NonFiniteLoss, BrokenProcessPool, torch.OutOfMemoryError) as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            names = [name for name in ("batch_size", "context", "d_model") if hasattr(small, name)]
+            message = "out of GPU memory; lower " + " or ".join(
+                f"--{name.replace('_', '-')}" for name in names
+            )
+        usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
+        print(f"{program}: {message}", file=sys.stderr)
+        sys.exit(2 if usage else 1)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _run(main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str) -> int:
+    options, settings = _parse(program, main, small, full, argv)
+    claims = [dataclasses.replace(claim) for claim in claims]
+    if options["list_claims"]:
+        for claim in claims:
+            kind = "required" if claim.required else "open"
+            print(f"{claim.id} ({kind}): {claim.text} [paper: {claim.paper}]")
+        return 0
+    if options["full"] and full is None:
+        raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
+    config = dataclasses.replace(full if options["full"] else small, **settings)
+    run = _make_run(options, program.removesuffix(".py"), claims)
+    torch.set_num_threads(run.threads)
+    if run.dry_run:
+        main(config, run)
+        return 0
+    config_json = json.loads(json.dumps(dataclasses.asdict(config)))
+    identity = {**config_json, "dtype": str(run.dtype).removeprefix("torch."), "device": run.device}
+    with _out_folder(run, identity, options["overwrite"]) as mark:
+        earlier, start = read_json(mark)["wall_seconds"], time.monotonic()
+        try:
+            results = main(config, run) or {}
+        finally:
+            wall_seconds = round(earlier + time.monotonic() - start, 1)
+            write_json(mark, {"identity": identity, "wall_seconds": wall_seconds})
+    with atomic_file(run.out / "metrics.jsonl") as file:
+        file.writelines(part.read_bytes() for part in sorted((run.out / "arms").glob("*.jsonl")))
+    report = {
+        "method": run.method,
+        "scale": run.scale,
+        "seeds": run.seeds,
+        "device": torch.cuda.get_device_name() if run.device == "cuda" else run.device,
+        "machine": _machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "git": _git(Path(inspect.getfile(main)).parent),
+        "dtype": identity["dtype"],
+        "config": config_json,
+        "wall_seconds": wall_seconds,
+        "results": {**results, "tables": run.tables},
+        "claims": [dataclasses.asdict(claim) for claim in claims],
+    }
+    if claims:
+        print(f"\nclaims of the paper\n{format_claims(claims)}")
+    write_json(run.out / "results.json", report)
+    print(f"\nwrote {run.out / 'results.json'} ({wall_seconds:.0f} s)")
+    failed = [claim.id for claim in claims if claim.required and claim.holds is not True]
+    if options["strict"] and failed:
+        print(f"{program}: required claims that do not hold: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
+    for name in ("seeds", "workers", "threads"):
+        if name in options["given"] and options[name] < 1:
+            raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
+    if options["overwrite"] and options["resume"]:
+        raise UsageError("--overwrite and --resume exclude each other")
+    if options["plot"] and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install -r requirements-full.txt")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = options["device"] if options["device"] != "auto" else ("cuda" if there["cuda"] else "cpu")
+    if not there[device]:
+        raise UsageError(f"--device {device}: torch finds no such device here; use --device cpu")
+    scale, cores = ("full" if options["full"] else "small"), _cores()
+    bf16 = options["dtype"] == "bf16" or (options["dtype"] == "auto" and scale == "full" and device == "cuda")
+    cache = os.environ.get("MOE_DATA", Path(__file__).parent / "data" / "cache")
+    return Run(
+        method=method,
+        scale=scale,
+        device=device,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        seeds=list(range(options["seed"], options["seed"] + options["seeds"])),
+        out=options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}",
+        workers=options["workers"] or (torch.cuda.device_count() if device == "cuda" else cores),
+        threads=options["threads"] or (1 if scale == "small" else cores),
+        data_dir=options["data_dir"] if "data_dir" in options["given"] else Path(cache),
+        draw=options["plot"],
+        claims=claims,
+        **{name: options[name] for name in ("resume", "ablate", "dry_run", "compile")},
+    )
+
+
+@contextmanager
+def _out_folder(run: Run, identity: dict, overwrite: bool) -> Iterator[Path]:
+    """Claim the output folder: never mix two runs, and leave nothing behind when main fails before any result."""
+    mark, new_folders = run.out / "run.json", [p for p in (run.out, *run.out.parents) if not p.exists()]
+    if overwrite and mark.exists():
+        shutil.rmtree(run.out / "arms", ignore_errors=True)
+        for name in ("results.json", "metrics.jsonl", "run.json"):
+            (run.out / name).unlink(missing_ok=True)
+    if mark.exists() and not run.resume:
+        raise UsageError(f"{run.out} holds a run; continue it with --resume or replace it with --overwrite")
+    if run.resume:
+        if not mark.exists():
+            raise UsageError(f"--resume: there is no run in {run.out}")
+        before = read_json(mark)["identity"]
+        for key in identity:
+            if before.get(key) != identity[key]:
+                raise UsageError(
+                    f"--resume: {run.out} was run with {key} = {before.get(key)}, not {identity[key]}"
+                )
+    else:
+        try:
+            write_json(mark, {"identity": identity, "wall_seconds": 0.0})
+        except OSError as error:
+            raise UsageError(f"--out {run.out} cannot be written: {error.strerror}") from error
+    try:
+        yield mark
+    except Exception:
+        if not (run.out / "arms").exists():
+            mark.unlink(missing_ok=True)
+            for folder in new_folders:
+                folder.rmdir()
+        raise
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def _parse(program: str, main: Callable, small: object, full: object, argv: list[str]) -> tuple[dict, dict]:
+    """The house flags, and one flag per config field: ({flag: value, "given": names}, {field: value given})."""
+    parser = _Parser(
+        prog=program,
+        description=sys.modules[main.__module__].__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, (default, kind, text) in FLAGS.items():
+        how = {"action": "store_true"} if default is False else {"type": type(default), "metavar": kind}
+        if isinstance(kind, tuple):
+            how = {"choices": kind}
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **how)
+    fields = parser.add_argument_group("settings (small scale / full scale)")
+    comments, hints = _field_comments(type(small)), typing.get_type_hints(type(small))
+    for item in dataclasses.fields(small):
+        values = " / ".join(str(getattr(config, item.name)) for config in (small, full) if config is not None)
+        how = {"type": _reader(hints[item.name]), "metavar": item.name.upper()}
+        if hints[item.name] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        text = f"{comments.get(item.name, '')} ({values})".replace("%", "%%")
+        fields.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, [*parser._option_string_actions], n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
+    given = vars(found)
+    options = {name: given.get(name, default) for name, (default, _, _) in FLAGS.items()}
+    return options | {"given": set(given)}, {name: given[name] for name in given if name not in FLAGS}
+
+
+def _reader(hint: object) -> Callable[[str], object]:
+    """From a type hint to what reads it: int, float, str, tuple[int, ...] ("1,2,3"), or T | None ("none")."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_tuple = typing.get_origin(options[0]) is tuple
+    element = typing.get_args(options[0])[0] if is_tuple else options[0]
+
+    def read(text: str) -> object:
+        if text.lower() == "none" and type(None) in options:
+            return None
+        return tuple(element(part) for part in text.split(",")) if is_tuple else element(text)
+
+    read.__name__ = f"comma-separated {element.__name__}" if is_tuple else element.__name__
+    return read
+
+
+def _field_comments(kind: type) -> dict[str, str]:
+    """The trailing comment of every field, so that help and source cannot disagree."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(kind)).readline):
+        field_name = re.match(r"\s*(\w+)\s*:", token.line)
+        if token.type == tokenize.COMMENT and field_name:
+            comments[field_name.group(1)] = token.string.lstrip("# ")
+    return comments
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> str:
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{platform.system()}, {found.group(1) if found else name}, {_cores()} cores"
+
+
+def _git(folder: Path) -> str:
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

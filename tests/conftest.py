@@ -1,0 +1,62 @@
+"""Shared by all tests: one thread, float64 where a test says so, and a way to run a script as a person does."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("adamoe.py", "--steps", "3") -> CompletedProcess, run from an empty folder with one thread."""
+
+    def run(name, *flags, cwd=tmp_path, **options):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+        path = ROOT / name if not Path(name).is_absolute() else name
+        command = [sys.executable, str(path), *map(str, flags)]
+        given = {
+            "cwd": cwd,
+            "env": environment,
+            "capture_output": True,
+            "text": True,
+            "timeout": 120,
+            **options,
+        }
+        return subprocess.run(command, check=False, **given)
+
+    return run
+
+
+@pytest.fixture
+def command_line(tmp_path, monkeypatch, capsys):
+    """command_line(module, flags) -> (exit code, stderr): the same in this process, for what ends before it trains."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(module, flags):
+        full = getattr(module, "FULL", None)
+        with pytest.raises(SystemExit) as stop:
+            common.run(module.main, module.SMALL, full, module.CLAIMS, [str(flag) for flag in flags])
+        return stop.value.code, capsys.readouterr().err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,523 @@
+"""The house: files that are never half-written, runs that survive interruption, one rule for a claim."""
+
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import toy
+from conftest import ROOT
+from torch import nn
+
+import common
+
+TOY = str(ROOT / "tests" / "toy.py")
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_killed_while_writing_a_checkpoint_the_previous_one_still_loads(tmp_path):
+    path = tmp_path / "model.ckpt"
+    common.save(path, {"step": 1})
+    code = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import common, torch
+def half(state, file):
+    file.write(b"PK half a checkpoint"); file.flush(); os._exit(9)
+torch.save = half
+common.save({str(path)!r}, {{"step": 2}})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert common.load(path) == {"step": 1}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a.json"
+    common.write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        common.write_json(path, {"x": object()})
+    assert common.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_damaged_or_hostile_checkpoints_are_refused_without_executing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.ckpt"
+    common.save(path, {"w": torch.ones(100)})
+    whole = path.read_bytes()
+    for content in (b"", b"garbage", whole[: len(whole) // 2], pickle.dumps(Bomb())):
+        path.write_bytes(content)
+        with pytest.raises(common.UsageError, match="bad.ckpt is not a readable checkpoint"):
+            common.load(path)
+    torch.save(Bomb(), path)
+    with pytest.raises(common.UsageError, match="not a readable checkpoint"):
+        common.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+ARRAYS = {"w": torch.randn(3, 4), "half": torch.randn(5).bfloat16(), "n": torch.arange(3)}
+EXPECTED = {name: (tuple(a.shape), str(a.dtype).removeprefix("torch.")) for name, a in ARRAYS.items()}
+
+
+def test_arrays_round_trip_bit_for_bit_with_their_digest(tmp_path):
+    path = tmp_path / "a.npz"
+    digest = common.save_arrays(path, ARRAYS, {"domain": "python"})
+    arrays, meta = common.load_arrays(path, EXPECTED, digest)
+    assert meta == {"domain": "python"} and all(torch.equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+
+
+def test_arrays_that_are_not_what_was_expected_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    digest = common.save_arrays(path, ARRAYS)
+    raw = bytearray(path.read_bytes())
+    cases = [
+        ({**EXPECTED, "w": ((4, 3), "float32")}, None, "w is float32"),
+        ({**EXPECTED, "w": ((3, 4), "float16")}, None, "w is float32"),
+        ({name: EXPECTED[name] for name in ("w", "n")}, None, "half"),
+        ({**EXPECTED, "more": ((1,), "float32")}, None, "more"),
+        (None, "0" * 64, "SHA-256"),
+    ]
+    for expected, wanted, message in cases:
+        with pytest.raises(ValueError, match=message):
+            common.load_arrays(path, expected, wanted)
+    raw[len(raw) // 3] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="a.npz"):
+        common.load_arrays(path, EXPECTED, digest)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            common.save_arrays(tmp_path / "nan.npz", {"w": torch.tensor([bad])})
+    assert not (tmp_path / "nan.npz").exists()
+
+
+def test_hostile_array_files_are_refused_without_executing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.npz"
+    np.savez(path, w=np.array([Bomb()], dtype=object))
+    with pytest.raises(ValueError, match="bad.npz"):
+        common.load_arrays(path)
+    np.savez_compressed(path, w=np.zeros(10**6))  # could unpack to any size
+    with pytest.raises(ValueError, match="compressed"):
+        common.load_arrays(path)
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", huge.getvalue())
+    with pytest.raises(ValueError, match="bad.npz"):
+        common.load_arrays(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_damaged_array_files_never_load_and_never_crash(tmp_path):
+    path, random = tmp_path / "a.npz", np.random.default_rng(0)
+    digest = common.save_arrays(path, ARRAYS)
+    whole = path.read_bytes()
+    for _ in range(100):
+        raw = bytearray(whole[: random.integers(1, len(whole))] if random.random() < 0.5 else whole)
+        for place in random.integers(0, len(raw), 3):
+            raw[place] ^= int(random.integers(1, 256))
+        path.write_bytes(raw)
+        with pytest.raises(ValueError):
+            common.load_arrays(path, EXPECTED, digest)
+        try:
+            common.load_arrays(path, EXPECTED)  # without a digest damage may pass, but only as clean arrays
+        except ValueError as error:
+            assert "a.npz" in str(error)
+
+
+# --- the transformer -----------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self, d_model, aux=None):
+        super().__init__()
+        self.up, self.down, self.aux = nn.Linear(d_model, 2 * d_model), nn.Linear(2 * d_model, d_model), aux
+
+    def forward(self, x):
+        if self.aux is not None:
+            self.aux_loss = self.aux * x.square().mean()
+        return self.down(F.gelu(self.up(x)))
+
+
+def make_model(**options):
+    settings = {
+        "norm": "rms",
+        "conv": 4,
+        "init": 0.2,
+        "generator": torch.Generator().manual_seed(0),
+        **options,
+    }
+    return common.TransformerLM(11, 2, 8, 2, 12, lambda i: MLP(8), **settings).double()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_causal_model_does_not_see_the_future_and_the_other_one_does(norm, positions):
+    tokens = torch.randint(11, (1, 12), generator=torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 11
+    for causal in (True, False):
+        model = make_model(norm=norm, positions=positions, causal=causal)
+        moved = (model(tokens) - model(changed))[:, :8].abs().max()
+        assert (moved < 1e-12) if causal else (moved > 1e-6)
+
+
+def test_rope_depends_on_distance_only():
+    x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)
+    y = common.rotate(x.float())[0]
+    near = (y[1:] * y[:-1]).sum(-1)
+    torch.testing.assert_close(near, near[:1].expand(5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y.norm(dim=-1), x[0].norm(dim=-1).float())
+
+
+def test_aux_loss_is_the_mean_over_layers_and_is_forgotten():
+    model = common.TransformerLM(11, 2, 8, 2, 12, lambda i: MLP(8, aux=float(i)))
+    model(torch.zeros(1, 5, dtype=torch.long))
+    left = [ffn.aux_loss for ffn in model.ffns()]
+    torch.testing.assert_close(model.aux_loss(), sum(left) / 2)
+    assert model.aux_loss() == 0  # nothing left to keep a graph alive
+
+
+def test_impossible_models_are_refused():
+    for options, message in [({"norm": "batch"}, "norm"), ({"positions": "none"}, "positions")]:
+        with pytest.raises(ValueError, match=message):
+            make_model(**options)
+    with pytest.raises(ValueError, match="d_model is 8, num_heads 3"):
+        common.TransformerLM(11, 1, 8, 3, 12, lambda i: MLP(8))
+    with pytest.raises(ValueError, match="13 tokens; context is 12"):
+        make_model()(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_lm_loss_of_a_uniform_model_is_log_vocabulary():
+    model = make_model()
+    nn.init.zeros_(model.head.weight)
+    loss = common.lm_loss(model, torch.randint(11, (3, 9)))
+    assert loss.shape == (3, 8)
+    torch.testing.assert_close(loss, torch.full((3, 8), math.log(11)))
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+def regression(steps=12, **options):
+    """Train a linear model with dropout; returns its weights and what it logged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+    batches = lambda step: torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+    loss_fn = lambda x, step: ((model(x) - x.sum(1, keepdim=True)).square().mean(), {"step_seen": step})
+    last = common.train(model, loss_fn, steps, batches=batches, lr=0.05, **options)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), last
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [0, 4, 11])
+def test_interrupted_and_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, number):
+    whole, _ = regression(metrics=tmp_path / "whole.jsonl")
+    files = {"checkpoint": tmp_path / "a.ckpt", "metrics": tmp_path / "a.jsonl"}
+    interrupt = lambda step: os.kill(os.getpid(), number) if step == stop else None
+    with pytest.raises(KeyboardInterrupt):
+        regression(on_step=interrupt, **files)
+    resumed, _ = regression(**files)
+    assert torch.equal(whole, resumed)
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_killed_training_continues_from_the_last_checkpoint_to_the_same_numbers(tmp_path):
+    whole, _ = regression()
+    files = {"checkpoint": tmp_path / "a.ckpt", "metrics": tmp_path / "a.jsonl", "checkpoint_seconds": 0.0}
+
+    def die(step):
+        if step == 7:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        regression(on_step=die, **files)
+    resumed, _ = regression(**files)
+    assert torch.equal(whole, resumed)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert steps == list(range(12))
+
+
+def test_two_halves_with_a_handed_on_optimizer_equal_one_run():
+    def weights(*spans):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = common.adamw(model, 0.1)
+        loss_fn = lambda x, step: (model(x).square().mean(), {})
+        batches = lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        for start, stop in spans:
+            common.train(
+                model, loss_fn, 10, batches=batches, optimizer=optimizer, start_step=start, stop_step=stop
+            )
+        return model.weight.detach().clone()
+
+    assert torch.equal(weights((0, 10)), weights((0, 4), (4, 10)))
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    def weights(accumulate):
+        model = nn.Linear(3, 1, bias=False).double()
+        nn.init.ones_(model.weight)
+        batches = lambda step: (
+            torch.randn(7, 3, generator=torch.Generator().manual_seed(step)).double(),
+            torch.ones(7, 1),
+        )
+        loss_fn = lambda batch, step: (F.mse_loss(model(batch[0]), batch[1].double()), {})
+        common.train(model, loss_fn, 5, batches=batches, lr=0.1, accumulate=accumulate)
+        return model.weight.detach()
+
+    torch.testing.assert_close(weights(1), weights(3), atol=1e-12, rtol=1e-12)
+
+
+def test_own_backward_replaces_autograd_and_sees_what_loss_fn_returned():
+    model, seen = nn.Linear(1, 1, bias=False), []
+
+    def backward(losses):
+        seen.append(len(losses))
+        model.weight.grad = torch.full_like(model.weight, 1.0)
+
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = float(model.weight.detach())
+    loss_fn = lambda x, step: ((model(x).sum(), 2 * model(x).sum()), {})
+    options = {
+        "batches": lambda step: torch.ones(1, 1),
+        "optimizer": sgd,
+        "schedule": lambda step: 1.0,
+        "clip": None,
+    }
+    common.train(model, loss_fn, 3, backward=backward, **options)
+    assert seen == [2, 2, 2] and float(model.weight.detach()) == pytest.approx(before - 3)
+
+
+def test_a_loss_that_becomes_nan_stops_at_once_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = nn.Linear(1, 1)
+    batches = lambda step: torch.full((1, 1), math.nan if step == 6 else 1.0)
+    loss_fn = lambda x, step: (model(x).square().mean(), {})
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(common.NonFiniteLoss, match="nan at step 6; last good checkpoint: .*a.ckpt"):
+        common.train(model, loss_fn, 20, batches=batches, checkpoint=path, checkpoint_seconds=0.0)
+    state = common.load(path)
+    assert state["step"] == 6 and all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_decay_leaves_biases_and_norms_alone():
+    module = nn.Module()
+    module.weight, module.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    module.w1, module.b1 = nn.Parameter(torch.ones(3, 2, 2)), nn.Parameter(torch.ones(3, 2))
+    module.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    decayed, kept = common.adamw(module, 0.1).param_groups
+    assert [p.shape for p in decayed["params"]] == [(2, 2), (3, 2, 2)] and decayed["weight_decay"] > 0
+    assert [p.shape for p in kept["params"]] == [(2,), (3, 2)] and kept["weight_decay"] == 0
+
+
+def test_schedules():
+    cosine, linear = common.cosine(11, warmup=2, final=0.1), common.linear(11, warmup=2)
+    assert [cosine(0), cosine(1), cosine(2), cosine(10)] == pytest.approx([0.5, 1, 1, 0.1])
+    assert [linear(0), linear(1), linear(2), linear(6), linear(10)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    steps = common.milestones((3, 5))
+    assert [steps(s) for s in (0, 2, 3, 5, 9)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+
+
+# --- accounting and claims -----------------------------------------------------------------------------------
+
+
+def test_flops_are_counted_from_what_ran_forward_and_backward():
+    model, x = nn.Linear(4, 6), torch.randn(10, 4, requires_grad=True)
+    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6
+    assert common.count_flops(lambda: model(x).sum().backward())["Global"] == 3 * 2 * 10 * 4 * 6
+
+
+def test_active_parameters_count_only_the_experts_a_token_meets():
+    module = nn.Module()
+    module.num_experts, module.w1 = 4, nn.Parameter(torch.zeros(4, 3, 5))
+    module.router = nn.Linear(3, 4, bias=False)
+    assert common.count_parameters(module) == 60 + 12
+    assert common.count_parameters(module, experts_per_token=1.6) == 24 + 12
+    assert common.count_parameters(module, experts_per_token=1) == 15 + 12
+
+
+def test_a_claim_holds_when_its_margin_exceeds_its_standard_error():
+    assert common.verdict([0.1]) and not common.verdict([0.0]) and not common.verdict([-1.0])
+    assert common.verdict([1.0, 2.0, 3.0])  # mean 2, standard error 0.577
+    assert not common.verdict([-1.0, 0.5, 1.0])  # mean 0.167, standard error 0.601
+    assert not common.verdict([-3.0, -2.0]) and not common.verdict([math.nan, 1.0])
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+def report(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_json_has_the_agreed_shape(script, tmp_path):
+    done = script(TOY, "--workers", 1, "--seeds", 2, "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    found = report(tmp_path / "runs" / "toy-small")
+    keys = "method scale seeds device machine versions git config wall_seconds results claims".split()
+    assert set(keys) <= set(found) and found["seeds"] == [5, 6] and found["scale"] == "small"
+    claims = {claim["id"]: claim for claim in found["claims"]}
+    assert [claims[f"toy.{name}"]["holds"] for name in ("learns", "fails", "open")] == [True, False, None]
+    assert "--ablate" in claims["toy.open"]["measured"]
+    assert {"id", "text", "paper", "required", "measured", "values", "holds"} <= set(claims["toy.open"])
+    assert "DOES NOT HOLD" in done.stdout and "not measured" in done.stdout
+
+
+def test_the_number_of_workers_never_changes_a_number(script, tmp_path):
+    for workers in (1, 3):
+        done = script(TOY, "--workers", workers, "--seeds", 2, "--out", tmp_path / str(workers))
+        assert done.returncode == 0, done.stderr
+    assert report(tmp_path / "1")["results"]["arms"] == report(tmp_path / "3")["results"]["arms"]
+
+
+def test_flags_come_from_the_config(script, tmp_path):
+    flags = "--full --widths 1,2,3 --budget 1.5 --no-bias --lr 0.01 --workers 1 --steps 3".split()
+    assert script(TOY, *flags).returncode == 0
+    config = report(tmp_path / "runs" / "toy-full")["config"]
+    expected = {"widths": [1, 2, 3], "budget": 1.5, "bias": False, "lr": 0.01, "steps": 3}
+    assert {name: config[name] for name in expected} == expected
+    help_text = script(TOY, "--help").stdout
+    assert "optimizer steps (30 / 60)" in help_text and "--no-bias" in help_text and "--budget" in help_text
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--stepz", "3"], "did you mean --steps?"),
+        (["--steps", "three"], "argument --steps: invalid int value: 'three'"),
+        (["--widths", "1,x"], "comma-separated int"),
+        (["--device", "tpu"], "--device"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--overwrite", "--resume"], "exclude each other"),
+        (["something"], "unknown argument 'something'"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(command_line, tmp_path, flags, expected):
+    code, message = command_line(toy, flags)
+    assert code == 2 and expected in message and message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(script, tmp_path):
+    assert script(TOY, "--workers", 1, "--steps", 3).returncode == 0
+    results = tmp_path / "runs" / "toy-small" / "results.json"
+    before = results.read_text()
+    again = script(TOY, "--workers", 1, "--steps", 3)
+    assert again.returncode == 2 and "--resume" in again.stderr and "--overwrite" in again.stderr
+    assert results.read_text() == before
+    other = script(TOY, "--workers", 1, "--steps", 4, "--resume")
+    assert other.returncode == 2 and "steps = 3, not 4" in other.stderr
+    assert script(TOY, "--workers", 1, "--steps", 4, "--overwrite").returncode == 0
+    assert report(results.parent)["config"]["steps"] == 4
+
+
+def test_resume_adds_what_is_missing_and_trains_nothing_twice(script, tmp_path):
+    assert script(TOY, "--workers", 1).returncode == 0
+    more = script(TOY, "--workers", 1, "--ablate", "--resume")
+    assert more.returncode == 0 and "three, seed 0" in more.stderr and "one, seed 0" not in more.stderr
+
+
+def test_strict_fails_on_a_required_claim(script):
+    done = script(TOY, "--workers", 1, "--strict", "--steps", 3)
+    assert done.returncode == 1 and "toy.fails" in done.stderr and "toy.open" not in done.stderr
+
+
+def test_dry_run_and_list_claims_write_nothing(script, tmp_path):
+    done = script(TOY, "--dry-run")
+    assert done.returncode == 0 and "parameters" in done.stdout and "FLOPs" in done.stdout
+    done = script(TOY, "--list-claims")
+    assert done.returncode == 0 and "toy.learns (required): the loss falls" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nan_in_training_is_one_line_and_exit_code_1(script, tmp_path, workers):
+    done = script(TOY, "--nan-at", 5, "--workers", workers)
+    assert done.returncode == 1 and "the loss is nan at step 5" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs" / "toy-small" / "results.json").exists()
+
+
+@pytest.mark.parametrize("workers, number, code", [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
+def test_interrupt_then_resume_gives_the_uninterrupted_numbers(script, tmp_path, workers, number, code):
+    flags = ["--steps", "40", "--workers", str(workers), "--out", "cut"]
+    slow = [sys.executable, TOY, *flags, "--pause", "0.05"]
+    process = subprocess.Popen(slow, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cut/arms/*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == code, message
+    assert "--resume" in message and "Traceback" not in message
+    assert list(tmp_path.glob("cut/arms/*.ckpt"))
+    assert not list(tmp_path.glob("cut/arms/.*"))  # no half-written file
+    resumed = script(TOY, *flags, "--pause", "0.05", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert script(TOY, "--steps", 40, "--out", "whole", "--workers", 1).returncode == 0
+    assert report(tmp_path / "cut")["results"]["arms"] == report(tmp_path / "whole")["results"]["arms"]
+    lines = [
+        sorted((tmp_path / name / "metrics.jsonl").read_text().splitlines()) for name in ("cut", "whole")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
+    flags = [sys.executable, TOY, "--workers", "2", "--steps", "60", "--pause", "0.1"]
+    process = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("runs/toy-small/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1 and "a worker was killed" in message and "Traceback" not in message
+    assert script(TOY, *flags[2:], "--resume").returncode == 0
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(script, tmp_path):
+    """A file-size limit stands in for the full disk."""
+    import resource
+
+    limit = lambda: (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)),
+    )
+    done = script(TOY, "--workers", 1, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("toy.py: ")
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("**/.*tmp"))
+
+
+def test_plot_draws_a_picture_or_says_what_to_install(script, tmp_path):
+    has_matplotlib = common.importlib.util.find_spec("matplotlib") is not None
+    done = script(TOY, "--plot", "--workers", 1, "--steps", 3)
+    if has_matplotlib:
+        assert done.returncode == 0
+        assert (tmp_path / "runs/toy-small/toy.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert done.returncode == 2 and "requirements-full.txt" in done.stderr
+
+
+def test_importing_has_no_side_effects():
+    code = (
+        "import os, torch, random; before = dict(os.environ), torch.get_num_threads(), torch.initial_seed();"
+        "import common, kernels, adamoe, data.text, data.download;"
+        "assert before == (dict(os.environ), torch.get_num_threads(), torch.initial_seed())"
+    )
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, check=True)
