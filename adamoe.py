@@ -44,7 +44,6 @@ Break it yourself: --alpha 0 --alpha-late 0 (load runs away); --num-null 32 (tok
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -128,11 +127,7 @@ def route(
     elif normalize == "all_picks":
         gates = picked.softmax(dim=-1)
     elif normalize == "none":
-        gates = (
-            (picked - logits[:, :num_experts].logsumexp(dim=-1, keepdim=True))
-            .masked_fill(~is_true, 0.0)
-            .exp()
-        )
+        gates = (picked - logits[:, :num_experts].logsumexp(dim=-1, keepdim=True)).masked_fill(~is_true, 0.0).exp()
     else:
         raise ValueError(f"normalize is {normalize!r}; allowed: 'true_experts', 'all_picks', 'none'")
     return expert_index.masked_fill(~is_true, -1), gates.masked_fill(~is_true, 0.0)
@@ -191,9 +186,7 @@ def copy_null_rows(
     row's root mean square) breaks the ties between a row and its copies.
     """
     num_experts, d_model = router_weight.shape
-    rows = router_weight[
-        torch.arange(num_null, device=router_weight.device) % num_experts
-    ]  # [num_null, d_model]
+    rows = router_weight[torch.arange(num_null, device=router_weight.device) % num_experts]  # [num_null, d_model]
     scale = noise * rows.norm(dim=-1, keepdim=True) / math.sqrt(d_model)
     jitter = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
     return torch.cat([router_weight, rows + scale * jitter])
@@ -256,9 +249,7 @@ class AdaMoE(nn.Module):
             raise ValueError(f"x has width {x.shape[-1]}; this layer was made for d_model = {self.d_model}")
         tokens = x.reshape(-1, self.d_model)  # [tokens, d_model]
         with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision under bf16
-            router_logits = self.router(
-                tokens.to(self.router.weight.dtype)
-            )  # [tokens, num_experts + num_null]
+            router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, num_experts + num_null]
         choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
         expert_index, gates = choose(router_logits)
         mask = None if token_mask is None else token_mask.reshape(-1)
@@ -336,37 +327,20 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
         arms["random_nulls"] = replace(adamoe, copy_rows=False)
         arms["k+1"] = replace(adamoe, top_k=min(adamoe.top_k + 1, config.num_experts + adamoe.num_null))
         arms["k-1"] = replace(adamoe, top_k=max(adamoe.top_k - 1, 1))
-        arms |= {
-            grid_name(name, lr): replace(arm, lr=lr)
-            for lr in LR_GRID
-            for name, arm in default
-            if lr != config.lr
-        }
+        arms |= {f"{name}@{lr:g}": replace(arm, lr=lr) for lr in LR_GRID for name, arm in default if lr != config.lr}
     return arms
-
-
-def grid_name(arm: str, lr: float) -> str:
-    return f"{arm}@{lr:g}"
 
 
 def build(config: Config, arm: Arm, generator: torch.Generator) -> common.TransformerLM:
     sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
-    make_ffn = lambda layer: AdaMoE(
-        *sizes, normalize=arm.normalize, average_nulls=arm.average_nulls, generator=generator
-    )
+    options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
+    make_ffn = lambda layer: AdaMoE(*sizes, **options)
     shape = (256, config.num_layers, config.d_model, config.num_heads, config.context, make_ffn)
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
 
 
 def train_text(
-    model: nn.Module,
-    data: Tensor,
-    config: Config,
-    steps: int,
-    lr: float,
-    alphas: tuple,
-    stream: int,
-    options: dict,
+    model: nn.Module, data: Tensor, config: Config, steps: int, lr: float, alphas: tuple, stream: int, options: dict
 ) -> None:
     """Language-model loss plus balance loss. The batch of a step depends on `stream` and the step, not on the arm."""
     device = next(model.parameters()).device
@@ -409,9 +383,7 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
         counts.append(torch.stack([ffn.true_counts.view(len(batch), -1) for ffn in model.ffns()], dim=-1))
     loss, count = torch.cat(losses).double(), torch.cat(counts)  # [windows], [windows, context, layers]
     tokens = windows[:, :-1].unsqueeze(-1).expand_as(count)
-    classes = {
-        name: torch.isin(tokens, torch.tensor(members).to(tokens)) for name, members in BYTE_CLASSES.items()
-    }
+    classes = {name: torch.isin(tokens, torch.tensor(members).to(tokens)) for name, members in BYTE_CLASSES.items()}
     load = count.double().mean(dim=(1, 2))
     return {
         "loss": float(loss.mean()),
@@ -434,13 +406,9 @@ def expert_work(model: nn.Module, windows: Tensor) -> dict:
     experts = sum(flops[name] - flops[f"{name}.router"] for name in flops if name.endswith(".ffn"))
     w1, w2 = model.ffns()[0].w1[:1], model.ffns()[0].w2[:1]
     x, first = w1[0, :, :1].T, torch.zeros(1, 1, dtype=torch.long, device=w1.device)  # one row for expert 0
-    row = common.count_flops(lambda: kernels.moe_mlp(x, first, first.to(w1), w1, w2, backend="torch"))[
-        "Global"
-    ]
-    per_byte = {
-        "expert_flops": experts / windows[:, 1:].numel(),
-        "model_flops": flops["Global"] / windows[:, 1:].numel(),
-    }
+    row = common.count_flops(lambda: kernels.moe_mlp(x, first, first.to(w1), w1, w2, backend="torch"))["Global"]
+    per_byte = {"expert_flops": experts, "model_flops": flops["Global"]}
+    per_byte = {name: count / windows[:, 1:].numel() for name, count in per_byte.items()}
     return {**per_byte, "rows": experts / row, "true_picks": picks}
 
 
@@ -470,9 +438,7 @@ def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
     python, downstream = corpora(config)
     model = run.prepare(build(config, Arm(0, 2), torch.Generator().manual_seed(seed)))
     alphas, options = (config.alpha_pretrain, config.alpha_pretrain), run.train_options(arm, seed)
-    train_text(
-        model, python.train, config, config.pretrain_steps, config.pretrain_lr, alphas, 2 * seed, options
-    )
+    train_text(model, python.train, config, config.pretrain_steps, config.pretrain_lr, alphas, 2 * seed, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     return evaluate(model, text_data.all_windows(downstream.val, config.context).to(run.device))
 
@@ -490,11 +456,7 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
             state[name] = copied if settings.copy_rows else torch.cat([state[name], nulls])
     model.load_state_dict(state)
     model = run.prepare(model)
-    alphas, lr, options = (
-        (config.alpha, config.alpha_late),
-        settings.lr or config.lr,
-        run.train_options(arm, seed),
-    )
+    alphas, options, lr = (config.alpha, config.alpha_late), run.train_options(arm, seed), settings.lr or config.lr
     train_text(model, downstream.train, config, config.steps, lr, alphas, 2 * seed + 1, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     windows = text_data.all_windows(downstream.val, config.context).to(run.device)
@@ -523,9 +485,7 @@ def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     for _ in range(16):
         middle = (low + high) / 2
         for ffn in model.ffns():
-            ffn.choose = lambda z, p=middle: route_counts(
-                z, config.num_experts, top_p_counts(z, config.num_experts, p)
-            )
+            ffn.choose = lambda z, p=middle: route_counts(z, config.num_experts, top_p_counts(z, config.num_experts, p))
         low, high = (middle, high) if evaluate(model, calibration)["load"] < load else (low, middle)
     return evaluate(model, windows) | {"threshold": middle}
 
@@ -542,18 +502,12 @@ TRUE_NORM = "gates over true picks beat gates over all picks (distance to the li
 NULL_LOSS = "averaging the nulls in the balance loss beats balancing each null"
 CLAIMS = [
     Claim("adamoe.load", LOAD, "1.66 measured, 1.5 predicted (Mixtral, mean of six tasks)", required=True),
-    Claim(
-        "adamoe.flops", "expert work is below top-2's", "15.21 % of all FLOPs saved (the same)", required=True
-    ),
+    Claim("adamoe.flops", "expert work is below top-2's", "15.21 % of all FLOPs saved (the same)", required=True),
     Claim("adamoe.quality", QUALITY, "not verified (no top-1 on Mixtral)", required=True),
     Claim("adamoe.adaptive", ADAPTIVE, "not verified (the control is ours)", required=True),
     Claim("adamoe.null_free", NULL_FREE, "by design", required=True),
     Claim("adamoe.causal", "routing does not look at later tokens", "by design", required=True),
-    Claim(
-        "adamoe.beats_top2",
-        "better than top-2 fine-tuning outright",
-        "accuracy 85.35 against 84.64 (the same)",
-    ),
+    Claim("adamoe.beats_top2", "better than top-2 fine-tuning outright", "accuracy 85.35 against 84.64 (the same)"),
     Claim("adamoe.true_norm", TRUE_NORM, "accuracy 81.27 at load 1.54 against 80.19 at 1.50 (SIQA)"),
     Claim("adamoe.copy_init", "copied null rows beat random null rows", "not verified"),
     Claim("adamoe.null_loss", NULL_LOSS, "accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)"),
@@ -582,47 +536,30 @@ def judge(config: Config, run: Run, results: Results) -> None:
         margins = by_seed if len(by_seed) > 1 else margin[0].tolist()
         run.claim(f"adamoe.{id}", measured, {"margin": by_seed, **numbers}, margins)
 
-    predicted, loads = (
-        predicted_load(config.num_experts, config.num_null, config.top_k),
-        values("adamoe", "load"),
-    )
+    predicted = predicted_load(config.num_experts, config.num_null, config.top_k)
+    loads = values("adamoe", "load")
     distance = 0.15 - abs(np.array(loads)[:, None] - predicted)
-    report(
-        "load",
-        distance,
-        f"{common.show(loads, 3)}, predicted {predicted:.3f}",
-        load=loads,
-        predicted=[predicted],
-    )
+    report("load", distance, f"{common.show(loads, 3)}, predicted {predicted:.3f}", load=loads, predicted=[predicted])
     share = np.divide(values("adamoe", "expert_flops"), values("top2", "expert_flops"))
     saved = 1 - np.divide(values("adamoe", "model_flops"), values("top2", "model_flops"))
-    text = (
-        f"{100 * share.mean():.1f} % of top-2's expert FLOPs; {100 * saved.mean():.1f} % of all FLOPs saved"
-    )
+    text = f"{100 * share.mean():.1f} % of top-2's expert FLOPs; {100 * saved.mean():.1f} % of all FLOPs saved"
     report("flops", 1 - share[:, None], text, expert_share=share.tolist(), saved=saved.tolist())
-    report(
-        "quality",
-        under_line(results, "adamoe"),
-        "{margin} nats/byte under the line",
-        loss=values("adamoe", "loss"),
-    )
+    report("quality", under_line(results, "adamoe"), "{margin} nats/byte under the line", loss=values("adamoe", "loss"))
     varied = [1 - max(histogram) for histogram in values("adamoe", "histogram")]
     worse = (blocks(results, "shuffled") - blocks(results, "adamoe")) * (np.array(varied)[:, None] > 0)
     text = f"{100 * np.mean(varied):.0f} % of tokens off the commonest number; shuffled {{margin}} nats/byte worse"
     report("adaptive", worse, text, varied=varied)
     rows, picks, leaks = values("adamoe", "rows"), values("adamoe", "true_picks"), values("adamoe", "leak")
     counted = {"rows": rows, "true_picks": picks}
-    run.claim(
-        "adamoe.null_free", f"{rows[0]:,.0f} rows, {picks[0]:,} true picks", counted, holds=rows == picks
-    )
+    run.claim("adamoe.null_free", f"{rows[0]:,.0f} rows, {picks[0]:,} true picks", counted, holds=rows == picks)
     text = f"logits move by at most {max(leaks):.0e} when later text changes (float64)"
     run.claim("adamoe.causal", text, {"leak": leaks}, holds=max(leaks) < 1e-9)
     ahead = lambda arm: blocks(results, arm) - blocks(results, "adamoe")
     report("beats_top2", ahead("top2"), "{margin} nats/byte better than top-2 (negative: worse)")
     if run.ablate:
         further = under_line(results, "adamoe") - under_line(results, "all_picks")
-        text = f"{{margin}} nats/byte further under the line; load over all picks {common.show(values('all_picks', 'load'), 3)}"
-        report("true_norm", further, text)
+        loads = common.show(values("all_picks", "load"), 3)
+        report("true_norm", further, f"{{margin}} nats/byte further under the line; load over all picks {loads}")
         report("copy_init", ahead("random_nulls"), "{margin} nats/byte better than random null rows")
         report("null_loss", ahead("l_bal"), "{margin} nats/byte better than l_bal")
 
@@ -632,84 +569,42 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
     rows = []
     for arm in (arm for arm in results if "@" not in arm):
         loss, gain = values(arm, "loss"), under_line(results, arm).mean(axis=1)
-        work = (
-            f"{np.mean(values(arm, 'expert_flops')) / 1e3:.1f}" if "expert_flops" in results[arm][0] else ""
-        )
+        work = f"{np.mean(values(arm, 'expert_flops')) / 1e3:.1f}" if "expert_flops" in results[arm][0] else ""
         bits = f"{np.mean(loss) / math.log(2):.3f}"
-        rows.append(
-            [arm, common.show(loss), bits, f"{np.mean(values(arm, 'load')):.3f}", work, common.show(gain)]
-        )
+        rows.append([arm, common.show(loss), bits, f"{np.mean(values(arm, 'load')):.3f}", work, common.show(gain)])
     header = ["arm", "nats/byte", "bits/byte", "load", "expert kFLOP/byte", "under the line"]
     run.table(f"validation loss, {len(run.seeds)} seed(s); load = true experts a token", header, rows)
 
     widest = max(map(len, values("adamoe", "histogram")))
     shares = np.mean([h + [0.0] * (widest - len(h)) for h in values("adamoe", "histogram")], axis=0)
-    run.table(
-        "AdaMoE: true experts a token", [*range(widest)], [[f"{100 * share:.1f} %" for share in shares]]
-    )
-    loads = {
-        name: [by_class[name] for by_class in values("adamoe", "load_by_class")] for name in BYTE_CLASSES
-    }
-    loads |= {
-        f"layer {i}": [r[i] for r in values("adamoe", "load_by_layer")] for i in range(config.num_layers)
-    }
-    run.table(
-        "AdaMoE: load by kind of byte, by layer",
-        ["", "load"],
-        [[k, common.show(v, 3)] for k, v in loads.items()],
-    )
+    run.table("AdaMoE: true experts a token", [*range(widest)], [[f"{100 * share:.1f} %" for share in shares]])
+    loads = {name: [by_class[name] for by_class in values("adamoe", "load_by_class")] for name in BYTE_CLASSES}
+    loads |= {f"layer {i}": [r[i] for r in values("adamoe", "load_by_layer")] for i in range(config.num_layers)}
+    rows = [[name, common.show(by_seed, 3)] for name, by_seed in loads.items()]
+    run.table("AdaMoE: load by kind of byte, by layer", ["", "load"], rows)
     if run.ablate:
         rows = []
         for lr in LR_GRID:
-            trio = [arm if lr == config.lr else grid_name(arm, lr) for arm in ("top1", "top2", "adamoe")]
+            trio = [arm if lr == config.lr else f"{arm}@{lr:g}" for arm in ("top1", "top2", "adamoe")]
             gain = under_line(results, trio[2], *trio[:2]).mean(axis=1)
             rows.append([f"{lr:g}", *(common.show(values(arm, "loss")) for arm in trio), common.show(gain)])
         run.table("the learning-rate grid", ["lr", "top1", "top2", "adamoe", "under the line"], rows)
 
 
-def colored(text: str, counts: list[int], max_lines: int = 12) -> str:
-    """The text on backgrounds from dark (no true expert) to bright (the most), for a terminal."""
-    shades, most = (236, 24, 31, 37, 43, 49, 190, 220, 226), max(*counts, 1)
-    out = ""
-    for char, count in zip(text, counts):
-        shade, ink = shades[count * (len(shades) - 1) // most], 232 if 2 * count > most else 255
-        out += char if char.isspace() else f"\x1b[48;5;{shade}m\x1b[38;5;{ink}m{char}\x1b[0m"
-    return "\n".join(out.split("\n")[:max_lines])
-
-
 def draw(run: Run, results: Results) -> None:
     def trade_off(ax) -> None:
-        mean = {
-            arm: [np.mean([r[key] for r in found]) for key in ("load", "loss")]
-            for arm, found in results.items()
-        }
+        mean = {arm: [np.mean([r[key] for r in found]) for key in ("load", "loss")] for arm, found in results.items()}
         line = {"top-1 to top-2": ([1, 2], [mean["top1"][1], mean["top2"][1]])}
         points = {arm: ([x], [y]) for arm, (x, y) in mean.items() if "@" not in arm}
-        common.lines(
-            ax, line | points, xlabel="true experts a token", ylabel="nats/byte", title="loss against load"
-        )
+        common.lines(ax, line | points, xlabel="true experts a token", ylabel="nats/byte", title="loss against load")
 
     def histogram(ax) -> None:
         shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
-        common.bars(
-            ax, shares, xlabel="true experts", ylabel="share of tokens", title="how many experts a token gets"
-        )
+        common.bars(ax, shares, xlabel="true experts", ylabel="share of tokens", title="how many experts a token gets")
 
     def painted(ax) -> None:
-        sample, grid, row, column = results["adamoe"][0]["sample"], np.full((13, 46), np.nan), 0, 0
-        for char, count in zip(sample["text"], sample["counts"]):
-            if char == "\n" or column == grid.shape[1]:
-                row, column = row + 1, 0
-            if row == len(grid):
-                break
-            if char != "\n":
-                grid[row, column] = count
-                ax.text(
-                    column, row, char, family="monospace", fontsize=7, color="red", ha="center", va="center"
-                )
-                column += 1
-        ax.imshow(grid, aspect="auto", cmap="gray")
-        ax.set(title="brighter: more true experts", xticks=[], yticks=[])
+        sample = results["adamoe"][0]["sample"]
+        common.painted_text(ax, sample["text"], sample["counts"], title="the brighter, the more true experts")
 
     run.plot("adamoe", [trade_off, histogram, painted])
 
@@ -719,8 +614,12 @@ def draw(run: Run, results: Results) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def check(config: Config) -> Config:
+def check(config: Config, corpus: text_data.Corpus) -> Config:
     """Refuse impossible settings before anything is written; turn a load budget into a number of nulls."""
+    sizes, needed = [len(corpus.train), len(corpus.val)], NUM_BLOCKS * config.context + 1
+    if min(sizes) < needed:
+        text = f"{sizes[0]} bytes to train on, {sizes[1]} to validate, at least {needed} needed of each"
+        raise ValueError(f"text {corpus.name!r} is too short: {text}")
     if config.load is not None:
         config = replace(config, num_null=num_null_for_load(config.num_experts, config.top_k, config.load))
     check_sizes(config.num_experts, config.num_null, config.top_k)
@@ -732,14 +631,8 @@ def check(config: Config) -> Config:
 
 
 def main(config: Config, run: Run) -> dict:
-    config = check(config)
     python, downstream = corpora(config)
-    needed = NUM_BLOCKS * config.context + 1
-    if min(len(downstream.val), len(downstream.train)) < needed:
-        raise ValueError(
-            f"text {downstream.name!r} is too short: {len(downstream.train)} bytes to train on and "
-            f"{len(downstream.val)} to validate; at least {needed} of each are needed"
-        )
+    config = check(config, downstream)
     windows = text_data.all_windows(downstream.val, config.context).to(run.device)
     arms = list(trained_arms(config, run.ablate))
     model = build(config, Arm(0, 2), torch.Generator().manual_seed(run.seed)).to(run.device)
@@ -747,33 +640,20 @@ def main(config: Config, run: Run) -> dict:
     if run.dry_run:
         run.estimate(model, step, len(run.seeds) * (config.pretrain_steps + config.steps * len(arms)))
         return {}
-    rounds = [
-        math.ceil(len(run.seeds) * n / run.workers) for n in (1, len(arms))
-    ]  # jobs one worker does in turn
+    rounds = [math.ceil(len(run.seeds) * n / run.workers) for n in (1, len(arms))]  # jobs one worker does in turn
     steps = rounds[0] * config.pretrain_steps + rounds[1] * config.steps
-    run.header(
-        f"text {python.digest} {downstream.digest}",
-        1.3 * steps * common.measure_step(step, run.device)["seconds"],
-    )
+    seconds = 1.3 * steps * common.measure_step(step, run.device)["seconds"]  # evaluation takes the rest
+    run.header(f"text {python.digest} {downstream.digest}", seconds)
     for note in filter(None, {python.note, downstream.note}):
         print(note)
     if config.load is not None:
-        print(
-            f"load {config.load:g}: {config.num_null} nulls, predicted load "
-            f"{predicted_load(config.num_experts, config.num_null, config.top_k):.3f}"
-        )
+        predicted = predicted_load(config.num_experts, config.num_null, config.top_k)
+        print(f"load {config.load:g}: {config.num_null} nulls, predicted load {predicted:.3f}")
 
-    def measure(train_arm: Callable, names: list[str]) -> Results:
-        found = run.map_arms(train_arm, [(config, name, seed) for name in names for seed in run.seeds])
-        return {name: found[i * len(run.seeds) : (i + 1) * len(run.seeds)] for i, name in enumerate(names)}
-
-    measure(pretrain_base, ["base"])
-    results = measure(finetune_arm, arms)
-    results |= measure(control_arm, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])
+    run.measure(pretrain_base, config, ["base"])
+    results = run.measure(finetune_arm, config, arms)
+    results |= run.measure(control_arm, config, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])
     print_tables(config, run, results)
-    sample = results["adamoe"][0]["sample"]
-    if sys.stdout.isatty():
-        print("\nbrighter: more true experts\n" + colored(**sample))
     judge(config, run, results)
     draw(run, results)
     return {"arms": results, "texts": {corpus.name: corpus.digest for corpus in (python, downstream)}}

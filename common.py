@@ -114,9 +114,7 @@ def load(path: str | Path, map_location: object = "cpu") -> Any:
         raise
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:160]
-        raise UsageError(
-            f"{path} is not a readable checkpoint ({reason}); delete it or use --overwrite"
-        ) from error
+        raise UsageError(f"{path} is not a readable checkpoint ({reason}); delete it or use --overwrite") from error
 
 
 def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
@@ -224,9 +222,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(
-        self, d_model: int, num_heads: int, ffn: nn.Module, norm: type[nn.Module], causal: bool, rope: bool
-    ):
+    def __init__(self, d_model: int, num_heads: int, ffn: nn.Module, norm: type[nn.Module], causal: bool, rope: bool):
         super().__init__()
         self.norm1, self.attention = norm(d_model), Attention(d_model, num_heads, causal, rope)
         self.norm2, self.ffn = norm(d_model), ffn
@@ -263,17 +259,14 @@ class TransformerLM(nn.Module):
     ):
         super().__init__()
         if norm not in ("layer", "rms") or positions not in ("learned", "rope"):
-            raise ValueError(
-                f"norm is {norm!r}, positions {positions!r}; allowed: layer or rms, learned or rope"
-            )
+            raise ValueError(f"norm is {norm!r}, positions {positions!r}; allowed: layer or rms, learned or rope")
         norm_type = nn.LayerNorm if norm == "layer" else nn.RMSNorm
         self.context, self.causal, self.conv_width = context, causal, conv
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.conv = nn.Conv1d(d_model, d_model, conv, bias=False) if conv else None
         blocks = [
-            Block(d_model, num_heads, make_ffn(i), norm_type, causal, positions == "rope")
-            for i in range(num_layers)
+            Block(d_model, num_heads, make_ffn(i), norm_type, causal, positions == "rope") for i in range(num_layers)
         ]
         self.blocks, self.norm = nn.ModuleList(blocks), norm_type(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -310,9 +303,7 @@ class TransformerLM(nn.Module):
 def lm_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Next-token loss of every position. windows [batch, context + 1] int64 -> [batch, context] fp32, in nats."""
     logits = model(windows[:, :-1]).float()
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(
-        len(windows), -1
-    )
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -435,9 +426,7 @@ def train(
             last.update(step=step, loss=float(loss), **{name: float(value) for name, value in values.items()})
             if not math.isfinite(last["loss"]):
                 kept = (
-                    f"last good checkpoint: {checkpoint}"
-                    if checkpoint and checkpoint.exists()
-                    else "no checkpoint yet"
+                    f"last good checkpoint: {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint yet"
                 )
                 raise NonFiniteLoss(
                     f"{label}: the loss is {last['loss']} at step {step}; {kept}. Lower --lr, or try fp32."
@@ -460,15 +449,7 @@ def train(
 
     model.train()
     saved = time.monotonic()
-    bar = tqdm(
-        total=stop_step,
-        initial=start_step,
-        desc=label,
-        unit="step",
-        leave=False,
-        disable=None,
-        mininterval=0.5,
-    )
+    bar = tqdm(total=stop_step, initial=start_step, desc=label, unit="step", leave=False, disable=None, mininterval=0.5)
     with bar, deferred_signals() as received:
         for step in range(start_step, stop_step):
             for group in optimizer.param_groups:
@@ -491,9 +472,7 @@ def train(
             pending.append((step, total, values))
             due = time.monotonic() - saved >= checkpoint_seconds
             if due or received or len(pending) >= log_every or step + 1 == stop_step:
-                flush(
-                    bar
-                )  # before keep: a model that has seen NaN must not overwrite the last good checkpoint
+                flush(bar)  # before keep: a model that has seen NaN must not overwrite the last good checkpoint
             if due or received:
                 keep(step + 1)
                 saved = time.monotonic()
@@ -649,6 +628,24 @@ def heatmap(ax, values: np.ndarray, **labels: str) -> None:
     ax.set(**labels)
 
 
+def painted_text(ax, text: str, values: Sequence[float], title: str, rows: int = 14, columns: int = 48) -> None:
+    """Panel for run.plot: the text in a grid, each character on a background as bright as its value."""
+    grid, row, column = np.full((rows, columns), np.nan), 0, 0
+    middle = (min(values) + max(values)) / 2
+    for char, value in zip(text, values):
+        if char == "\n" or column == columns:
+            row, column = row + 1, 0
+        if row == rows:
+            break
+        if char != "\n":
+            grid[row, column] = value
+            color = "black" if value > middle else "white"
+            ax.text(column, row, char, family="monospace", fontsize=7, ha="center", va="center", color=color)
+            column += 1
+    ax.imshow(grid, aspect="auto", cmap="gray")
+    ax.set(title=title, xticks=[], yticks=[])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A run: what main gets, and the arms in their worker processes
 # ---------------------------------------------------------------------------------------------------------------
@@ -695,19 +692,9 @@ class Run:
         return model
 
     def header(self, text: str, eta_seconds: float) -> None:
-        seeds = (
-            "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
-        )
+        seeds = "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
         dtype = str(self.dtype).removeprefix("torch.")
-        parts = [
-            self.method,
-            f"{self.scale} scale",
-            self.device,
-            dtype,
-            seeds,
-            text,
-            f"about {eta_seconds:.0f} s",
-        ]
+        parts = [self.method, f"{self.scale} scale", self.device, dtype, seeds, text, f"about {eta_seconds:.0f} s"]
         print(" · ".join(parts), flush=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -715,12 +702,7 @@ class Run:
         self.tables.append({"title": title, "header": list(header), "rows": rows})
 
     def claim(
-        self,
-        id: str,
-        measured: str,
-        values: dict,
-        margins: Sequence[float] | None = None,
-        holds: bool | None = None,
+        self, id: str, measured: str, values: dict, margins: Sequence[float] | None = None, holds: bool | None = None
     ) -> None:
         """Fill in a declared claim: `margins` go through `verdict`; `holds` is for properties that are exact."""
         claim = next(claim for claim in self.claims if claim.id == id)
@@ -768,6 +750,11 @@ class Run:
             for job in todo:
                 _run_job(self, train_arm, *job)
         return [read_json(self.path(arm, seed, ".json"))["result"] for _, arm, seed in jobs]
+
+    def measure(self, train_arm: Callable, config: object, arms: Sequence[str]) -> dict[str, list[dict]]:
+        """map_arms over every arm and every seed of the run: {arm: [one result a seed]}."""
+        found = iter(self.map_arms(train_arm, [(config, arm, seed) for arm in arms for seed in self.seeds]))
+        return {arm: [next(found) for _ in self.seeds] for arm in arms}
 
     def _map_in_workers(self, train_arm: Callable, todo: Sequence[tuple], workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -871,9 +858,7 @@ def run(
         message = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
             names = [name for name in ("batch_size", "context", "d_model") if hasattr(small, name)]
-            message = "out of GPU memory; lower " + " or ".join(
-                f"--{name.replace('_', '-')}" for name in names
-            )
+            message = "out of GPU memory; lower " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
         usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
         print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
@@ -916,11 +901,7 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
         "seeds": run.seeds,
         "device": torch.cuda.get_device_name() if run.device == "cuda" else run.device,
         "machine": _machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git": _git(Path(inspect.getfile(main)).parent),
         "dtype": identity["dtype"],
         "config": config_json,
@@ -986,9 +967,7 @@ def _out_folder(run: Run, identity: dict, overwrite: bool) -> Iterator[Path]:
         before = read_json(mark)["identity"]
         for key in identity:
             if before.get(key) != identity[key]:
-                raise UsageError(
-                    f"--resume: {run.out} was run with {key} = {before.get(key)}, not {identity[key]}"
-                )
+                raise UsageError(f"--resume: {run.out} was run with {key} = {before.get(key)}, not {identity[key]}")
     else:
         try:
             write_json(mark, {"identity": identity, "wall_seconds": 0.0})

@@ -50,13 +50,8 @@ def _docs() -> tuple[list[Document], str]:
         from pydoc_data.topics import topics  # a dict of strings, topic -> text
     except ImportError:  # slim installations leave it out
         stdlib = Path(sysconfig.get_path("stdlib"))
-        packages = [
-            doc for name in ("email", "json", "http", "xml") for doc in _files(stdlib / name, "**/*.py")
-        ]
-        return (
-            packages,
-            "this Python has no pydoc_data; the packages email, json, http and xml stand in for it",
-        )
+        packages = [doc for name in ("email", "json", "http", "xml") for doc in _files(stdlib / name, "**/*.py")]
+        return (packages, "this Python has no pydoc_data; the packages email, json, http and xml stand in for it")
     return [(name, text.encode()) for name, text in sorted(topics.items())], ""
 
 
@@ -103,9 +98,7 @@ def split_documents(name: str, documents: list[Document], val_share: float, note
     """
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
-    unique = {
-        hashlib.sha256(content).digest(): (doc, content) for doc, content in documents if content.strip()
-    }
+    unique = {hashlib.sha256(content).digest(): (doc, content) for doc, content in documents if content.strip()}
     if not unique:
         raise ValueError(f"text {name!r} holds no text ({len(documents)} documents, all empty)")
     by_hash = [unique[key][1] for key in sorted(unique)]

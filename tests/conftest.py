@@ -33,14 +33,7 @@ def script(tmp_path):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         path = ROOT / name if not Path(name).is_absolute() else name
         command = [sys.executable, str(path), *map(str, flags)]
-        given = {
-            "cwd": cwd,
-            "env": environment,
-            "capture_output": True,
-            "text": True,
-            "timeout": 120,
-            **options,
-        }
+        given = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 120, **options}
         return subprocess.run(command, check=False, **given)
 
     return run

@@ -47,10 +47,7 @@ def test_route_worked_example():
     assert index.tolist() == [[0, -1, 1]]
     torch.testing.assert_close(gates, logits_of([0.7310585786, 0.0, 0.2689414214]))
     torch.testing.assert_close(
-        adamoe.route(logits, 3, 3, "all_picks")[1],
-        logits_of([0.50648039, 0.0, 0.18632372]),
-        atol=1e-7,
-        rtol=0,
+        adamoe.route(logits, 3, 3, "all_picks")[1], logits_of([0.50648039, 0.0, 0.18632372]), atol=1e-7, rtol=0
     )
     x, scale = logits_of([1, 2]), torch.tensor([1.0, 10.0, 100.0], dtype=F64)
     eye = torch.eye(2, dtype=F64)
@@ -195,9 +192,7 @@ def test_idle_experts_and_batches_without_true_picks(favoured):
     module = layer()
     with torch.no_grad():
         weight = torch.full((8, 6), -1.0 if favoured == "one expert idle" else 0.0, dtype=F64)
-        weight[[0] if favoured == "one expert idle" else [4, 5, 6]] = (
-            -5.0 if favoured == "one expert idle" else 5.0
-        )
+        weight[[0] if favoured == "one expert idle" else [4, 5, 6]] = -5.0 if favoured == "one expert idle" else 5.0
         weight += 0.01 * torch.randn(8, 6, dtype=F64)
         module.router.weight.copy_(weight)
     x = torch.rand(30, 6, dtype=F64) + 0.1
@@ -277,10 +272,7 @@ def test_copied_rows_start_near_the_predicted_load(num_null, top_k, predicted, w
     """A row and its copies are picked together, so the start lies a little below the prediction."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 64, generator=generator)
-    logits = (
-        torch.randn(4000, 64, generator=generator)
-        @ adamoe.copy_null_rows(weight, num_null, generator=generator).T
-    )
+    logits = torch.randn(4000, 64, generator=generator) @ adamoe.copy_null_rows(weight, num_null, generator=generator).T
     load = (adamoe.route(logits, 8, top_k)[0] >= 0).double().sum(-1).mean()
     assert load == pytest.approx(predicted, abs=within)
 
@@ -298,9 +290,7 @@ def test_with_unreachable_nulls_and_plain_gates_it_equals_the_layer_before_patch
 
 def test_bad_input_is_refused_with_its_numbers():
     for sizes in [(0, 4, 1), (4, -1, 1), (4, 4, 0), (4, 4, 9)]:
-        with pytest.raises(
-            ValueError, match=f"num_experts is {sizes[0]}, num_null {sizes[1]}, top_k {sizes[2]}"
-        ):
+        with pytest.raises(ValueError, match=f"num_experts is {sizes[0]}, num_null {sizes[1]}, top_k {sizes[2]}"):
             adamoe.AdaMoE(8, 8, *sizes)
     with pytest.raises(ValueError, match="width 5.*d_model = 6"):
         layer()(torch.zeros(3, 5, dtype=F64))
@@ -367,9 +357,7 @@ def test_script_end_to_end_with_every_arm(script, tmp_path):
     assert all(claim["holds"] in (True, False) for claim in report["claims"])
     exact = {claim["id"]: claim["holds"] for claim in report["claims"]}
     assert exact["adamoe.null_free"] and exact["adamoe.causal"]
-    assert {"top1", "top2", "adamoe", "shuffled", "random_k", "top_p", "l_bal"} <= set(
-        report["results"]["arms"]
-    )
+    assert {"top1", "top2", "adamoe", "shuffled", "random_k", "top_p", "l_bal"} <= set(report["results"]["arms"])
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {"arm", "step", "loss", "load"} <= set(metrics[0])
 

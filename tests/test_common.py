@@ -155,13 +155,7 @@ class MLP(nn.Module):
 
 
 def make_model(**options):
-    settings = {
-        "norm": "rms",
-        "conv": 4,
-        "init": 0.2,
-        "generator": torch.Generator().manual_seed(0),
-        **options,
-    }
+    settings = {"norm": "rms", "conv": 4, "init": 0.2, "generator": torch.Generator().manual_seed(0), **options}
     return common.TransformerLM(11, 2, 8, 2, 12, lambda i: MLP(8), **settings).double()
 
 
@@ -261,9 +255,7 @@ def test_two_halves_with_a_handed_on_optimizer_equal_one_run():
         loss_fn = lambda x, step: (model(x).square().mean(), {})
         batches = lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         for start, stop in spans:
-            common.train(
-                model, loss_fn, 10, batches=batches, optimizer=optimizer, start_step=start, stop_step=stop
-            )
+            common.train(model, loss_fn, 10, batches=batches, optimizer=optimizer, start_step=start, stop_step=stop)
         return model.weight.detach().clone()
 
     assert torch.equal(weights((0, 10)), weights((0, 4), (4, 10)))
@@ -294,12 +286,7 @@ def test_own_backward_replaces_autograd_and_sees_what_loss_fn_returned():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     before = float(model.weight.detach())
     loss_fn = lambda x, step: ((model(x).sum(), 2 * model(x).sum()), {})
-    options = {
-        "batches": lambda step: torch.ones(1, 1),
-        "optimizer": sgd,
-        "schedule": lambda step: 1.0,
-        "clip": None,
-    }
+    options = {"batches": lambda step: torch.ones(1, 1), "optimizer": sgd, "schedule": lambda step: 1.0, "clip": None}
     common.train(model, loss_fn, 3, backward=backward, **options)
     assert seen == [2, 2, 2] and float(model.weight.detach()) == pytest.approx(before - 3)
 
@@ -470,9 +457,7 @@ def test_interrupt_then_resume_gives_the_uninterrupted_numbers(script, tmp_path,
     assert resumed.returncode == 0, resumed.stderr
     assert script(TOY, "--steps", 40, "--out", "whole", "--workers", 1).returncode == 0
     assert report(tmp_path / "cut")["results"]["arms"] == report(tmp_path / "whole")["results"]["arms"]
-    lines = [
-        sorted((tmp_path / name / "metrics.jsonl").read_text().splitlines()) for name in ("cut", "whole")
-    ]
+    lines = [sorted((tmp_path / name / "metrics.jsonl").read_text().splitlines()) for name in ("cut", "whole")]
     assert lines[0] == lines[1]
 
 
@@ -482,9 +467,7 @@ def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("runs/toy-small/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
-    )
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1 and "a worker was killed" in message and "Traceback" not in message

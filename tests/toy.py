@@ -42,9 +42,7 @@ def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
         return x * (float("nan") if step == config.nan_at else 1.0)
 
     def loss_fn(x: torch.Tensor, step: int):
-        noisy = nn.functional.dropout(
-            x, 0.2
-        )  # draws from torch's own stream, which a checkpoint must carry on
+        noisy = nn.functional.dropout(x, 0.2)  # draws from torch's own stream, which a checkpoint must carry on
         loss = (model(noisy) - x.sum(1, keepdim=True)).square().mean()
         return loss, {"half": loss.detach() / 2}
 
@@ -52,9 +50,7 @@ def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
         time.sleep(config.pause)
 
     options = run.train_options(arm, seed)
-    last = common.train(
-        model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step, **options
-    )
+    last = common.train(model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step, **options)
     return {"loss": last["loss"], "weight": model.weight.tolist()}
 
 
@@ -66,9 +62,7 @@ def main(config: Config, run: common.Run) -> dict:
     run.header("no text", 1.0)
     arms = ["one", "two"] + ["three"] * run.ablate
     found = run.map_arms(train_arm, [(config, arm, seed) for arm in arms for seed in run.seeds])
-    run.table(
-        "losses", ["arm", "loss"], [[arm, common.show([found[i]["loss"]])] for i, arm in enumerate(arms)]
-    )
+    run.table("losses", ["arm", "loss"], [[arm, common.show([found[i]["loss"]])] for i, arm in enumerate(arms)])
     run.claim("toy.learns", "it did", {"loss": found[0]["loss"]}, margins=[1.0, 2.0])
     run.claim("toy.fails", "it did not", {}, margins=[-1.0, 2.0])
     run.plot("toy", [lambda ax: common.bars(ax, {"a": 1.0}, ylabel="height")])

@@ -1,0 +1,637 @@
+"""data/download.py against a local server that misbehaves on request, and against hostile archives."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import warnings
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from data import download
+from data.download import DATASETS, Dataset, DownloadError, File, fetch, main
+
+REPO = Path(download.__file__).resolve().parents[1]
+BODY = random.Random(0).randbytes(4 * download.CHUNK)  # four reads of the downloader
+HALF = len(BODY) // 2
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.bodies with Range; server.fault names what goes wrong."""
+
+    def do_GET(self):
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        self.server.ranges.append(asked and int(asked[1]))
+        body, fault = self.server.bodies.get(self.path), self.server.fault
+        if body is None:
+            return self.send_error(404)
+        if fault == "wrong bytes":
+            body = bytes(len(body))
+        start = int(asked[1]) if asked and fault != "ignores range" else 0
+        if start and start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(body) - start + (fault == "announces more")))
+        self.end_headers()
+        sent = body[start:]
+        self.wfile.write(sent[: len(sent) // 2] if fault in ("drops", "hangs") else sent)
+        if fault == "hangs":
+            self.server.release.wait(20)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("MOE_DATA", raising=False)
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.bodies, server.fault, server.ranges = {"/toy.bin": BODY}, "", []
+    server.release = threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def offline():
+    """A URL on which nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """table(File, ...): the row `toy`."""
+    return lambda *files: monkeypatch.setitem(DATASETS, "toy", Dataset("toy", files, "no licence", "nobody"))
+
+
+@pytest.fixture
+def toy(table, server):
+    """The row `toy` is one plain file of known size and checksum."""
+    table(File(f"{server.url}/toy.bin", len(BODY), sha256(BODY)))
+
+
+def refusal(root: Path, match: str, file: str = "toy.bin") -> str:
+    """fetch fails with one line that holds `match`, the URL and the path to fill by hand."""
+    with pytest.raises(DownloadError, match=match) as caught:
+        fetch("toy", root)
+    line = str(caught.value)
+    assert "\n" not in line and DATASETS["toy"].files[0].url in line and str(root / "toy" / file) in line
+    return line
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of the data set `toy` except the marker."""
+    folder = root / "toy"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != download.MARKER]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# ---- download ------------------------------------------------------------------------------------------
+
+
+def test_downloads_verifies_and_leaves_only_the_file(toy, tmp_path):
+    assert fetch("toy", tmp_path) == tmp_path / "toy"
+    assert contents(tmp_path) == {"toy.bin": BODY}
+
+
+def test_second_fetch_opens_no_connection_and_reads_no_file(toy, server, tmp_path, monkeypatch):
+    fetch("toy", tmp_path)
+    monkeypatch.setattr(download, "_check", None)
+    assert fetch("toy", tmp_path) == tmp_path / "toy" and server.ranges == [None]
+
+
+def test_a_file_of_another_size_is_noticed_in_spite_of_the_marker(toy, tmp_path):
+    (fetch("toy", tmp_path) / "toy.bin").write_bytes(BODY[:-1])
+    refusal(tmp_path, "has 262,143 bytes, not 262,144; delete it first")
+
+
+def test_a_corrected_row_is_checked_in_spite_of_the_marker(toy, table, server, tmp_path):
+    fetch("toy", tmp_path)
+    table(File(f"{server.url}/toy.bin", len(BODY), sha256(b"the publisher's correction")))
+    refusal(tmp_path, "has sha256")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sizes": 3, "table": 4}', '{"sizes": {}}', "\0"])
+def test_a_broken_marker_is_no_marker(text, toy, server, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / download.MARKER).write_text(text)
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"toy.bin": BODY} and server.ranges == [None]
+
+
+def test_a_dropped_connection_keeps_the_part_and_the_rerun_resumes_it(toy, server, tmp_path):
+    server.fault = "drops"
+    refusal(tmp_path, f"ended after {HALF:,} of {len(BODY):,} bytes")
+    assert contents(tmp_path) == {"toy.bin.part": BODY[:HALF]}
+    server.fault = ""
+    fetch("toy", tmp_path)
+    assert server.ranges == [None, HALF] and contents(tmp_path) == {"toy.bin": BODY}
+
+
+@pytest.mark.parametrize(
+    ("part", "fault", "ranges"),
+    [
+        (BODY[:1000], "ignores range", [1000]),
+        (BODY, "", []),
+        (BODY + b"more", "", [None]),
+        (b"", "", [None]),
+        (BODY[:-1], "", [len(BODY) - 1]),
+    ],
+    ids=["range ignored", "complete", "too long", "empty", "one byte missing"],
+)
+def test_parts_that_an_earlier_run_left(part, fault, ranges, toy, server, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin.part").write_bytes(part)
+    server.fault = fault
+    fetch("toy", tmp_path)
+    assert server.ranges == ranges and contents(tmp_path) == {"toy.bin": BODY}
+
+
+@pytest.mark.parametrize("part", [BODY, BODY[:1000], BODY + b"more"], ids=["complete", "half", "too long"])
+def test_parts_of_a_file_whose_size_is_not_known(part, table, server, tmp_path):
+    table(File(f"{server.url}/toy.bin", checksum=sha256(BODY)))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin.part").write_bytes(part)
+    if len(part) > len(BODY):  # the server says 416 whether complete or too long: the checksum decides
+        refusal(tmp_path, "has sha256")
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"toy.bin": BODY}
+
+
+def test_without_a_checksum_two_versions_are_never_joined(table, server, tmp_path):
+    table(File(f"{server.url}/toy.bin", len(BODY)))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin.part").write_bytes(b"old version")
+    fetch("toy", tmp_path)
+    assert server.ranges == [None] and contents(tmp_path) == {"toy.bin": BODY}
+
+
+@pytest.mark.parametrize("checksum", [sha256(BODY), "md5:" + hashlib.md5(BODY).hexdigest()])
+@pytest.mark.parametrize("part", [b"", bytes(1000), bytes(len(BODY))])
+def test_a_wrong_checksum_deletes_the_part_and_a_rerun_is_clean(part, checksum, table, server, tmp_path):
+    table(File(f"{server.url}/toy.bin", len(BODY), checksum))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin.part").write_bytes(part)
+    server.fault = "wrong bytes"
+    refusal(tmp_path, "has (sha256|md5) .* it is deleted now")
+    assert contents(tmp_path) == {}
+    server.fault = ""
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"toy.bin": BODY} and server.ranges[-1] is None
+
+
+def test_an_http_error_is_named(table, server, tmp_path):
+    table(File(f"{server.url}/absent.bin"))
+    refusal(tmp_path, "the server answers 404", "absent.bin")
+    assert contents(tmp_path) == {}
+
+
+def test_offline_is_named(table, offline, tmp_path):
+    table(File(f"{offline}/toy.bin"))
+    refusal(tmp_path, "no connection to the server")
+
+
+def test_a_server_that_falls_silent_is_given_up_and_the_part_kept(toy, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.fault = "hangs"
+    refusal(tmp_path, "sent nothing for 0.3 s")
+    assert contents(tmp_path) == {"toy.bin.part": BODY[:HALF]}
+
+
+def test_a_server_that_announces_another_size_is_not_listened_to(toy, server, tmp_path):
+    server.fault = "announces more"
+    refusal(tmp_path, "announces 262,145 bytes, the table says 262,144")
+    assert contents(tmp_path) == {}
+
+
+def test_an_announcement_that_is_not_kept_is_a_broken_connection(table, server, tmp_path):
+    table(File(f"{server.url}/toy.bin"))
+    server.fault = "announces more"
+    refusal(tmp_path, "ended after 262,144 of 262,145 bytes")
+
+
+def test_an_empty_answer_is_no_file(table, server, tmp_path):
+    table(File(f"{server.url}/toy.bin"))
+    server.bodies["/toy.bin"] = b""
+    refusal(tmp_path, "ended after 0 of")
+
+
+@pytest.mark.parametrize("known", [{"size": 1000}, {"limit": 1000}], ids=["size", "limit"])
+def test_a_server_that_sends_without_end_is_cut_off(known, table, server, tmp_path, monkeypatch):
+    received = []
+    bar = type("Bar", (download.tqdm,), {"update": lambda self, count: received.append(count)})
+    monkeypatch.setattr(download, "tqdm", bar)
+    table(File(f"{server.url}/toy.bin", **known))
+    server.fault = "no length"
+    refusal(tmp_path, "sends more than 1,000 bytes")
+    assert sum(received) <= 1000 + download.CHUNK and contents(tmp_path) == {}
+
+
+def test_no_announced_size_is_no_fault(toy, server, tmp_path):
+    server.fault = "no length"
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"toy.bin": BODY}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_named(toy, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin.part").symlink_to("/dev/full")
+    refusal(tmp_path, "No space left on device")
+
+
+def test_a_folder_that_cannot_be_made_is_named(toy, tmp_path):
+    (tmp_path / "toy").write_bytes(b"a file where the folder should be")
+    refusal(tmp_path, "File exists")
+
+
+def test_progress_shows_on_a_terminal_only(toy, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        fetch("toy", tmp_path / str(shown))
+        assert ("toy.bin" in stream.getvalue()) == shown
+
+
+# ---- by hand -------------------------------------------------------------------------------------------
+
+
+def test_files_put_there_by_hand_are_accepted_without_a_network(table, offline, tmp_path):
+    packed = zipped(("a", BODY))
+    hand = {"plain.bin": BODY, "packed.zip": packed, "member": BODY}
+    (tmp_path / "toy").mkdir()
+    for name, data in hand.items():
+        (tmp_path / "toy" / name).write_bytes(data)
+    table(
+        File(f"{offline}/plain.bin", len(BODY), sha256(BODY)),
+        File(f"{offline}/packed.zip", len(packed), unpack="zip"),
+        File(f"{offline}/absent.zip", 10**9, unpack="zip", members={"member": (None, sha256(BODY))}),
+    )
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == hand | {"a": BODY}
+
+
+@pytest.mark.parametrize("data", [BODY[:-1], bytes(len(BODY))], ids=["size", "checksum"])
+@pytest.mark.parametrize("unpack", ["none", "zip", "member"])
+def test_a_wrong_file_put_there_by_hand_is_named_and_left_alone(unpack, data, table, offline, tmp_path):
+    members = {"toy.bin": (len(BODY), sha256(BODY))} if unpack == "member" else {}
+    url = f"{offline}/{'toy.zip' if members else 'toy.bin'}"
+    table(File(url, len(BODY), sha256(BODY), unpack="zip" if members else unpack, members=members))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/toy.bin").write_bytes(data)
+    assert "delete it first" in refusal(tmp_path, "toy.bin has ", url.rsplit("/", 1)[-1])
+    assert contents(tmp_path) == {"toy.bin": data}
+
+
+def test_members_that_the_table_cannot_check_are_not_accepted_by_hand(table, server, tmp_path):
+    server.bodies["/toy.zip"] = zipped(("a", b"real"))
+    table(File(f"{server.url}/toy.zip", unpack="zip", members={"a": (None, None)}))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/a").write_bytes(b"unknown")
+    fetch("toy", tmp_path)
+    assert (tmp_path / "toy/a").read_bytes() == b"real"
+
+
+def test_the_root_is_the_argument_else_the_environment_else_the_cache(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "__file__", str(tmp_path / "repo/data/download.py"))
+    assert fetch("toy") == tmp_path.resolve() / "repo/data/cache/toy"
+    monkeypatch.setenv("MOE_DATA", str(tmp_path / "environment"))
+    assert fetch("toy") == tmp_path / "environment/toy"
+    assert fetch("toy", str(tmp_path / "argument")) == tmp_path / "argument/toy"
+
+
+# ---- archives ------------------------------------------------------------------------------------------
+
+
+def zipped(*entries) -> bytes:
+    """entries: (name, bytes[, Unix mode]). Written without the checks of a well-meaning packer."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data, *mode in entries:
+            info = zipfile.ZipInfo("placeholder")
+            info.filename, info.compress_type = name, zipfile.ZIP_DEFLATED
+            info.external_attr = (mode[0] if mode else stat.S_IFREG | 0o644) << 16
+            with warnings.catch_warnings():  # names that are there twice are the point of some tests
+                warnings.simplefilter("ignore")
+                archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+def tarred(*entries, mode: str = "w") -> bytes:
+    """entries: (name, bytes[, tar type[, link target]])."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data, *kind in entries:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.type, info.linkname = (*kind, tarfile.REGTYPE, "")[0], (*kind, "", "")[1]
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+GOOD = (("./", b"", 0), ("x/one", b"1"), ("x/two", BODY), ("three", b""))
+ARCHIVES = {
+    "toy.zip": zipped(("x/", b"", stat.S_IFDIR | 0o755), *GOOD[1:]),
+    "toy.tar": tarred(("x", b"", tarfile.DIRTYPE), *GOOD[1:]),
+    "toy.tar.gz": tarred(("./", b"", tarfile.DIRTYPE), *GOOD[1:], mode="w:gz"),
+}
+
+
+def row(server, name: str, data: bytes, **more) -> File:
+    server.bodies[f"/{name}"] = data
+    unpack = "zip" if name.endswith("zip") else "tar"
+    return File(f"{server.url}/{name}", **{"size": len(data), "unpack": unpack, "limit": 2 * len(BODY)} | more)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("into", ["", "deep/er"])
+def test_unpacks_every_file(into, name, table, server, tmp_path):
+    table(row(server, name, ARCHIVES[name], into=into))
+    fetch("toy", tmp_path)
+    fetch("toy", tmp_path)
+    files = {(Path(into) / inside).as_posix(): data for inside, data in (("x/one", b"1"), ("x/two", BODY))}
+    empty = (Path(into) / "three").as_posix()
+    assert contents(tmp_path) == files | {empty: b"", name: ARCHIVES[name]}
+    assert server.ranges == [None]
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_unpacks_only_the_members_of_the_table(name, table, server, tmp_path):
+    table(row(server, name, ARCHIVES[name], members={"x/two": (len(BODY), sha256(BODY))}))
+    fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"x/two": BODY, name: ARCHIVES[name]}
+
+
+def test_several_files_under_one_name(table, server, tmp_path):
+    table(
+        row(server, "a.zip", zipped(("one", b"1")), into="a"),
+        row(server, "b.tar.gz", tarred(("one", b"2"), mode="w:gz"), into="b"),
+        File(f"{server.url}/toy.bin?download=1", len(BODY), save_as="sub/plain.bin"),
+    )
+    server.bodies["/toy.bin?download=1"] = BODY
+    fetch("toy", tmp_path)
+    found = contents(tmp_path)
+    assert (found["a/one"], found["b/one"], found["sub/plain.bin"]) == (b"1", b"2", BODY)
+    assert DATASETS["toy"].size == sum(len(found[name]) for name in ("a.zip", "b.tar.gz", "sub/plain.bin"))
+    table(*DATASETS["toy"].files, File(f"{server.url}/size-not-known"))
+    assert DATASETS["toy"].size is None
+
+
+def test_a_failed_file_keeps_its_finished_neighbours(table, server, tmp_path):
+    first = File(f"{server.url}/toy.bin", len(BODY), sha256(BODY))
+    table(first, File(f"{server.url}/absent.bin"))
+    with pytest.raises(DownloadError, match="put .*/absent.bin at .*absent.bin by hand"):
+        fetch("toy", tmp_path)
+    assert contents(tmp_path) == {"toy.bin": BODY} and not (tmp_path / "toy" / download.MARKER).exists()
+    server.bodies["/absent.bin"] = b"now"
+    fetch("toy", tmp_path)
+    assert server.ranges == [None] * 3
+
+
+def test_a_lost_member_comes_back_without_a_network(table, server, tmp_path):
+    table(row(server, "toy.zip", ARCHIVES["toy.zip"]))
+    (fetch("toy", tmp_path) / "x/one").unlink()
+    fetch("toy", tmp_path)
+    assert (tmp_path / "toy/x/one").read_bytes() == b"1" and server.ranges == [None]
+
+
+def test_the_archive_may_be_deleted(table, server, tmp_path):
+    table(row(server, "toy.zip", ARCHIVES["toy.zip"]))
+    (fetch("toy", tmp_path) / "toy.zip").unlink()
+    fetch("toy", tmp_path)
+    assert server.ranges == [None]
+
+
+def patched(data: bytes, fields: dict[int, bytes], signature: bytes = b"PK\x01\x02") -> bytes:
+    """A zip with bytes at offsets in its directory entry replaced: what no packer would write."""
+    data, start = bytearray(data), data.index(signature)
+    for offset, value in fields.items():
+        data[start + offset : start + offset + len(value)] = value
+    return bytes(data)
+
+
+MEBIBYTE = (1 << 20).to_bytes(4, "little")
+BOMB = bytes(4 * len(BODY))
+LINK, DEVICE, FIFO = stat.S_IFLNK | 0o777, stat.S_IFCHR | 0o666, stat.S_IFIFO | 0o666
+HOSTILE = {
+    "zip parent": ("toy.zip", zipped(("../evil", b"x")), "not a name inside"),
+    "zip hidden parent": ("toy.zip", zipped(("x/../../evil", b"x")), "not a name inside"),
+    "zip backslash": ("toy.zip", zipped(("..\\evil", b"x")), "not a name inside"),
+    "zip drive": ("toy.zip", zipped(("C:evil", b"x")), "not a name inside"),
+    "zip absolute": ("toy.zip", zipped(("/tmp/evil", b"x")), "not a name inside"),
+    "zip symlink": ("toy.zip", zipped(("evil", b"/etc/passwd", LINK)), "a link, a device"),
+    "zip device": ("toy.zip", zipped(("evil", b"", DEVICE)), "a link, a device"),
+    "zip fifo": ("toy.zip", zipped(("evil", b"", FIFO)), "a link, a device"),
+    "zip control": ("toy.zip", zipped(("a\nb", b"x")), "strange name"),
+    "zip twice": ("toy.zip", zipped(("a", b"x"), ("a", b"y")), "there twice"),
+    "zip twice, spelt anew": ("toy.zip", zipped(("x/a", b"x"), ("x//./a", b"y")), "there twice"),
+    "zip marker": ("toy.zip", zipped((download.MARKER, b"x")), "a file kept here"),
+    "zip itself": ("toy.zip", zipped(("toy.zip", b"x")), "a file kept here"),
+    "zip file as folder": ("toy.zip", zipped(("a", b"x"), ("a/b", b"y")), "refused"),
+    "zip bomb": ("toy.zip", zipped(("evil", BOMB)), "unpacks to more than 524,288 bytes"),
+    "zip bomb in pieces": ("toy.zip", zipped(*((str(i), BODY) for i in range(3))), "unpacks to more"),
+    "zip says 1 byte": ("toy.zip", patched(zipped(("a", BODY)), {24: b"\1\0\0\0"}), "refused"),
+    "zip says a mebibyte": (
+        "toy.zip",
+        patched(zipped(("a", b"x")), {10: b"\0\0", 20: MEBIBYTE, 24: MEBIBYTE}),
+        "refused",
+    ),
+    "zip broken name": ("toy.zip", patched(zipped(("a", b"x")), {8: b"\0\x08", 46: b"\xff"}), "refused"),
+    "zip broken data": ("toy.zip", patched(zipped(("a", b"x")), {31: b"\xff"}, b"PK\3\4"), "refused"),
+    "zip encrypted": ("toy.zip", patched(zipped(("a", b"x")), {8: b"\1\0"}), "refused"),
+    "zip empty": ("toy.zip", zipped(), "lacks any file"),
+    "zip not a zip": ("toy.zip", b"<html>please log in</html>", "not a zip file"),
+    "zip broken": ("toy.zip", ARCHIVES["toy.zip"].replace(BODY[1000:1002], b"??"), "refused"),
+    "tar parent": ("toy.tar", tarred(("../evil", b"x")), "not a name inside"),
+    "tar hidden parent": ("toy.tar", tarred(("x/../../evil", b"x")), "not a name inside"),
+    "tar absolute": ("toy.tar", tarred(("/tmp/evil", b"x")), "not a name inside"),
+    "tar symlink": ("toy.tar", tarred(("evil", b"", tarfile.SYMTYPE, "/etc")), "a link, a device"),
+    "tar hard link": ("toy.tar", tarred(("evil", b"", tarfile.LNKTYPE, "/etc/passwd")), "a link, a device"),
+    "tar device": ("toy.tar", tarred(("evil", b"", tarfile.CHRTYPE)), "a link, a device"),
+    "tar fifo": ("toy.tar", tarred(("evil", b"", tarfile.FIFOTYPE)), "a link, a device"),
+    "tar twice": ("toy.tar", tarred(("a", b"x"), ("a", b"y")), "there twice"),
+    "tar bomb": ("toy.tar.gz", tarred(("evil", BOMB), mode="w:gz"), "unpacks to more than 524,288 bytes"),
+    "tar cut off": ("toy.tar.gz", ARCHIVES["toy.tar.gz"][:-5000], "refused"),
+    "tar not a tar": ("toy.tar", b"<html>please log in</html>", "refused"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_archive_leaves_nothing_behind(case, table, server, tmp_path):
+    name, data, match = HOSTILE[case]
+    table(row(server, name, data))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/a").write_bytes(b"from an earlier version")
+    before = set(tmp_path.parent.iterdir())
+    refusal(tmp_path, match, name)
+    assert contents(tmp_path) == {"a": b"from an earlier version", name: data}
+    assert set(tmp_path.iterdir()) == {tmp_path / "toy"} and set(tmp_path.parent.iterdir()) == before
+    assert {path.name for path in (tmp_path / "toy").iterdir()} == {"a", name}
+
+
+def test_good_members_before_a_hostile_one_do_not_stay(table, server, tmp_path):
+    table(row(server, "toy.zip", zipped(("good", b"x"), ("../evil", b"x"))))
+    refusal(tmp_path, "not a name inside", "toy.zip")
+    assert list(contents(tmp_path)) == ["toy.zip"]
+
+
+def test_a_tar_header_cannot_ask_for_memory(table, server, tmp_path):
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 33
+    table(row(server, "toy.tar.gz", gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))))
+    refusal(tmp_path, "a header of 8,589,934,592 bytes", "toy.tar.gz")
+
+
+@pytest.mark.parametrize("check", [(1, None), (None, sha256(b"other"))], ids=["size", "checksum"])
+def test_a_member_that_fails_its_check_is_not_put_in_place(check, table, server, tmp_path):
+    table(row(server, "toy.zip", ARCHIVES["toy.zip"], members={"x/two": check}))
+    refusal(tmp_path, "it is not put in place", "toy.zip")
+    assert list(contents(tmp_path)) == ["toy.zip"]
+
+
+def test_a_member_that_is_missing_is_named(table, server, tmp_path):
+    table(row(server, "toy.zip", ARCHIVES["toy.zip"], members={"x/one": (1, None), "x/four": (1, None)}))
+    refusal(tmp_path, "lacks x/four", "toy.zip")
+    assert list(contents(tmp_path)) == ["toy.zip"]
+
+
+def test_a_disk_that_fills_while_unpacking_leaves_only_the_archive(table, server, tmp_path, monkeypatch):
+    def full(path, mode):
+        raise OSError(28, "No space left on device", str(path)) if mode == "xb" else AssertionError(mode)
+
+    table(row(server, "toy.zip", ARCHIVES["toy.zip"]))
+    fetch("toy", tmp_path)
+    (tmp_path / "toy/x/one").unlink()
+    monkeypatch.setattr(download, "open", full, raising=False)
+    refusal(tmp_path, "No space left on device", "toy.zip")
+    assert contents(tmp_path) == {"x/two": BODY, "three": b"", "toy.zip": ARCHIVES["toy.zip"]}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_damaged_archives_unpack_whole_or_fail_with_one_line(name, table, server, tmp_path):
+    rng = random.Random(1)
+    for trial in range(40):
+        data = bytearray(ARCHIVES[name])
+        for _ in range(rng.randint(1, 4)):  # half of the damage hits where the headers are
+            at = rng.choice([rng.randrange(len(data)), -1 - rng.randrange(300), rng.randrange(600)])
+            data[at] = rng.randrange(256)
+        root = tmp_path / str(trial)
+        table(row(server, name, bytes(data)))
+        try:
+            fetch("toy", root)
+        except DownloadError as error:
+            assert "\n" not in str(error) and list(contents(root)) == [name]
+
+
+# ---- table, command line -------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_table_is_well_formed():
+    for name, dataset in DATASETS.items():
+        assert name == dataset.name and re.fullmatch(r"[\w.-]+", name) and dataset.licence and dataset.citation
+        places = [file.path(Path()) for file in dataset.files]
+        assert places and len(set(places)) == len(places)
+        for file in dataset.files:
+            assert file.unpack in ("none", "zip", "tar") and (file.unpack != "none" or not file.members)
+            for checksum in (file.checksum, *(known[1] for known in file.members.values())):
+                assert checksum is None or re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", checksum)
+            assert all(str(PurePosixPath(member)) == member for member in file.members)
+            assert sum(known[0] or 0 for known in file.members.values()) <= file.limit
+    assert DATASETS["enwik8"].size == 36_445_475
+
+
+def test_the_command_prints_the_folder(toy, tmp_path, capsys):
+    assert main(["toy", "--data-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'toy'}\n", "")
+
+
+def test_the_list_names_size_licence_citation_and_source(toy, server, capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"toy: 262,144 bytes; no licence; nobody; {server.url}/toy.bin"
+    assert lines[0].startswith("enwik8: 36,445,475 bytes; ") and server.ranges == []
+
+
+def test_a_failure_is_one_line_and_exit_code_1(table, server, tmp_path, capsys):
+    table(File(f"{server.url}/absent.bin"))
+    assert main(["toy", "--data-dir", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("toy: the server answers 404") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["enwiki8", "", "/etc", "zzz"])
+def test_an_unknown_name_is_exit_code_2_and_names_the_nearest(name, tmp_path, capsys):
+    assert main([name, "--data-dir", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "enwik8" in err and "--list" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_name_is_exit_code_2():
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_is_one_line_and_exit_code_130_and_keeps_the_part(server, tmp_path):
+    program = f"""
+import signal, sys
+from data import download as d
+signal.signal(signal.SIGINT, signal.default_int_handler)
+d.DATASETS["toy"] = d.Dataset("toy", (d.File("{server.url}/toy.bin", {len(BODY)}, "{sha256(BODY)}"),), "", "")
+sys.exit(d.main(["toy", "--data-dir", {str(tmp_path)!r}]))
+"""
+    server.fault = "hangs"
+    part = tmp_path / "toy/toy.bin.part"
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (part.exists() and part.stat().st_size == HALF):
+        threading.Event().wait(0.01)
+    child.send_signal(signal.SIGINT)
+    err = child.communicate(timeout=20)[1]
+    assert (child.returncode, part.read_bytes()) == (130, BODY[:HALF])
+    assert err.startswith("interrupted") and err.count("\n") == 1
+
+
+def test_python_m_runs_and_importing_does_nothing(tmp_path):
+    program = "import sys, data.download; assert not {'torch', 'numpy', 'common'} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *sys.path]), "PYTHONDONTWRITEBYTECODE": "1"}
+    for arguments, code in ((["-c", program], 0), (["-m", "data.download", "enwiki"], 2)):
+        ended = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True)
+        assert ended.returncode == code and ended.stdout == b"" and b"Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
