@@ -125,8 +125,8 @@ def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: 
     """
     stored, dtypes = {}, {}
     for name, array in arrays.items():
-        if name == "__meta__":
-            raise ValueError("'__meta__' is a reserved array name")
+        if name in ("__meta__", "file", "allow_pickle"):  # the last two are arguments of np.savez
+            raise ValueError(f"{name!r} is a reserved array name")
         tensor = torch.as_tensor(array).detach().cpu().contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"array {name!r} holds NaN or infinity; nothing was written")
@@ -414,8 +414,10 @@ def train(
         torch.set_rng_state(state["rng"].cpu())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
-    if metrics is not None:
-        _drop_lines_from(metrics, start_step)
+    if metrics is not None and metrics.exists():  # forget the metrics of steps that run again
+        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] < start_step]
+        with atomic_file(metrics, "w") as file:
+            file.writelines(kept)
     pending: list[tuple[int, Tensor, dict]] = []
     last: dict[str, float] = {}
 
@@ -472,8 +474,8 @@ def train(
             pending.append((step, total, values))
             due = time.monotonic() - saved >= checkpoint_seconds
             if due or received or len(pending) >= log_every or step + 1 == stop_step:
-                flush(bar)  # before keep: a model that has seen NaN must not overwrite the last good checkpoint
-            if due or received:
+                flush(bar)
+            if due or received:  # after flush: a model that has seen NaN must not replace the last good checkpoint
                 keep(step + 1)
                 saved = time.monotonic()
             if received:
@@ -489,14 +491,6 @@ def _parts(batch: Any, accumulate: int) -> Sequence[tuple[Any, float]]:
         return [(part, len(part) / len(batch)) for part in batch.chunk(accumulate)]
     chunks = zip(*(tensor.chunk(accumulate) for tensor in batch))
     return [(part, len(part[0]) / len(batch[0])) for part in chunks]
-
-
-def _drop_lines_from(metrics: Path, step: int) -> None:
-    """Forget the metrics of steps that are about to run again."""
-    if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < step]
-        with atomic_file(metrics, "w") as file:
-            file.writelines(line + "\n" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -532,27 +526,21 @@ def count_flops(function: Callable[[], object]) -> dict[str, int]:
 
 def measure_step(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
     """Seconds (median of `repeats` after a warm-up), FLOPs and peak memory in bytes of one call of step()."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    on_cuda, seconds = device.startswith("cuda"), []
     flops = count_flops(step)["Global"]
-    seconds = []
     for _ in range(repeats):
-        synchronize()
         start = time.perf_counter()
         step()
-        synchronize()
+        if on_cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": sorted(seconds)[repeats // 2], "flops": flops, "memory": _peak_memory(device)}
+    if on_cuda:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows
 
-
-def _peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": sorted(seconds)[repeats // 2], "flops": flops, "memory": memory}
 
 
 # ---------------------------------------------------------------------------------------------------------------
