@@ -600,7 +600,13 @@ def draw(run: Run, results: Results) -> None:
 
     def histogram(ax) -> None:
         shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
-        common.bars(ax, shares, xlabel="true experts", ylabel="share of tokens", title="how many experts a token gets")
+        common.bars(
+            ax,
+            shares,
+            xlabel="true experts",
+            ylabel="share of tokens",
+            title="how many experts a token gets, first seed",
+        )
 
     def painted(ax) -> None:
         sample = results["adamoe"][0]["sample"]

@@ -630,7 +630,7 @@ def painted_text(ax, text: str, values: Sequence[float], title: str, rows: int =
             color = "black" if value > middle else "white"
             ax.text(column, row, char, family="monospace", fontsize=7, ha="center", va="center", color=color)
             column += 1
-    ax.imshow(grid, aspect="auto", cmap="gray")
+    ax.imshow(grid, aspect="auto", cmap="viridis")
     ax.set(title=title, xticks=[], yticks=[])
 
 
