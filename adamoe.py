@@ -120,10 +120,8 @@ def route(
     picked, expert_index = logits.topk(top_k, dim=-1)  # [tokens, top_k]
     is_true = expert_index < num_experts
     if normalize == "true_experts":
-        # Softmax over the picked true logits. Where there is none, softmax over zeros keeps the gradient finite.
-        any_true = is_true.any(dim=-1, keepdim=True)
-        masked = picked.masked_fill(~is_true, -math.inf).masked_fill(~any_true, 0.0)
-        gates = masked.softmax(dim=-1)
+        # Softmax over the picked true logits. Not -inf: a token without any would turn into NaN.
+        gates = picked.masked_fill(~is_true, torch.finfo(logits.dtype).min).softmax(dim=-1)
     elif normalize == "all_picks":
         gates = picked.softmax(dim=-1)
     elif normalize == "none":
@@ -152,15 +150,14 @@ def load_balancing_loss(
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     weight = torch.ones_like(logits[:, :1]) if token_mask is None else token_mask.to(logits.dtype)[:, None]
     weight = weight / weight.sum().clamp(min=1)  # [tokens, 1]
-    with torch.no_grad():
-        # Count selections, not non-zero gates: a null's gate is always zero.
-        picked = torch.zeros_like(logits).scatter_(1, logits.topk(top_k, dim=-1).indices, 1.0)  # [tokens, E]
-        f = (weight * picked).sum(dim=0)  # [E]
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(f)
-            f /= dist.get_world_size()
-        if average_nulls and logits.shape[1] > num_experts:
-            f[num_experts:] = f[num_experts:].mean()
+    # Count selections, not non-zero gates: a null's gate is always zero. No gradient passes through topk's indices.
+    picked = torch.zeros_like(logits).scatter_(1, logits.topk(top_k, dim=-1).indices, 1.0)  # [tokens, E]
+    f = (weight * picked).sum(dim=0)  # [E]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(f)
+        f /= dist.get_world_size()
+    if average_nulls and logits.shape[1] > num_experts:
+        f[num_experts:] = f[num_experts:].mean()
     mean_prob = (weight * logits.softmax(dim=-1)).sum(dim=0)  # [E]
     return alpha * logits.shape[1] * (f * mean_prob).sum()
 
@@ -198,7 +195,7 @@ def alpha_at(step: int, steps: int, alpha: float, alpha_late: float) -> float:
 
 
 def flops_saved(load: float, base_load: float, ffn_share: float) -> float:
-    """Share of all FLOPs saved against base_load experts a token, from the feed-forwards' share. Section 4.2."""
+    """Share of all FLOPs saved against base_load experts a token, from the feed-forwards' share. Table 1."""
     return ffn_share * (base_load - load) / base_load
 
 
@@ -273,8 +270,8 @@ def route_counts(router_logits: Tensor, num_experts: int, counts: Tensor) -> tup
     width = int(counts.max().clamp(min=1))
     picked, expert_index = router_logits[:, :num_experts].float().topk(width, dim=-1)  # [tokens, width]
     unused = torch.arange(width, device=counts.device) >= counts[:, None]
-    masked = picked.masked_fill(unused, -math.inf).masked_fill(counts[:, None] == 0, 0.0)
-    return expert_index.masked_fill(unused, -1), masked.softmax(dim=-1).masked_fill(unused, 0.0)
+    gates = picked.masked_fill(unused, torch.finfo(picked.dtype).min).softmax(dim=-1)
+    return expert_index.masked_fill(unused, -1), gates.masked_fill(unused, 0.0)
 
 
 def top_p_counts(router_logits: Tensor, num_experts: int, threshold: float) -> Tensor:

@@ -421,6 +421,10 @@ def train(
     pending: list[tuple[int, Tensor, dict]] = []
     last: dict[str, float] = {}
 
+    def fail(what: str) -> NoReturn:
+        kept = checkpoint if checkpoint and checkpoint.exists() else "none yet"
+        raise NonFiniteLoss(f"{label}: {what}; last good checkpoint: {kept}; lower --lr, or use --dtype fp32")
+
     def flush(bar: tqdm) -> None:
         """Move the waiting losses to the host in one go, so that a GPU is not stopped at every step."""
         lines = []
@@ -459,8 +463,13 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             total, values = 0.0, {}
             for part, share in _parts(batches(step), accumulate):
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    loss, values = loss_fn(part, step)
+                try:
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                        loss, values = loss_fn(part, step)
+                except ValueError as error:  # a layer that refuses NaN; other mistakes show at the first step
+                    if step == start_step:
+                        raise
+                    fail(f"{error} at step {step}")
                 if backward is not None:
                     backward(loss)
                 else:

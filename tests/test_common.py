@@ -47,11 +47,14 @@ common.save({str(path)!r}, {{"step": 2}})
     assert common.load(path) == {"step": 1}
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     common.write_json(path, {"x": 1})
     with pytest.raises(TypeError):
         common.write_json(path, {"x": object()})
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no rename")))
+    with pytest.raises(OSError, match="no rename"):
+        common.write_json(path, {"x": 2})
     assert common.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
