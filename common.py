@@ -605,8 +605,8 @@ def format_claims(claims: Sequence[Claim]) -> str:
 
 def lines(ax, series: dict[str, tuple[Sequence[float], Sequence[float]]], **labels: str) -> None:
     """Panel for run.plot: {label: (x, y)}; a series of one point is a marker. labels: xlabel, ylabel, title."""
-    for label, (x, y) in series.items():
-        ax.plot(x, y, marker="o" if len(x) == 1 else "", label=label)
+    for i, (label, (x, y)) in enumerate(series.items()):
+        ax.plot(x, y, marker="os^"[i // 10 % 3] if len(x) == 1 else "", label=label)  # colours repeat after ten
     ax.set(**labels)
     ax.legend(frameon=False, fontsize=8)
 

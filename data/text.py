@@ -146,7 +146,5 @@ def all_windows(data: Tensor, context: int) -> Tensor:
 if __name__ == "__main__":
     for domain in sys.argv[1:] or DOMAINS:
         corpus = load_domain(domain)
-        print(
-            f"{domain:10s} {corpus.num_documents:6d} documents  {len(corpus.train):10,d} + {len(corpus.val):9,d} bytes  "
-            f"sha256 {corpus.digest}  {corpus.note}"
-        )
+        sizes = f"{len(corpus.train):10,d} + {len(corpus.val):9,d} bytes"
+        print(f"{domain:10s} {corpus.num_documents:6d} documents  {sizes}  sha256 {corpus.digest}  {corpus.note}")

@@ -1,5 +1,6 @@
 """A script in the house shape that takes a second: what the tests of common.py run."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ CLAIMS = [
 
 
 def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
+    run.path(arm, seed, ".pid").write_text(str(os.getpid()))
     torch.manual_seed(seed)
     model = run.prepare(nn.Linear(4, 1, bias=config.bias))
 
