@@ -869,9 +869,7 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
     options, settings = _parse(program, main, small, full, argv)
     claims = [dataclasses.replace(claim) for claim in claims]
     if options["list_claims"]:
-        for claim in claims:
-            kind = "required" if claim.required else "open"
-            print(f"{claim.id} ({kind}): {claim.text} [paper: {claim.paper}]")
+        print(format_claims(claims))
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")

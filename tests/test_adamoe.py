@@ -158,6 +158,33 @@ def test_which_null_is_picked_does_not_matter():
     assert null == pytest.approx([1.6, 1.6]) and plain == pytest.approx([1.6, 1.8])
 
 
+def half_of_a_batch(rank, store, logits, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mine = logits.chunk(2)[rank].clone().requires_grad_()
+    loss = adamoe.load_balancing_loss(mine, 3, 2, 1.0)
+    loss.backward()
+    results.put((rank, loss.item(), mine.grad.tolist()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_half_a_batch_each_have_the_loss_and_gradient_of_the_whole(tmp_path):
+    logits = torch.randn(40, 5, dtype=F64)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    spawned = torch.multiprocessing.spawn(
+        half_of_a_batch, (str(tmp_path / "store"), logits, results), nprocs=2, join=False
+    )
+    found = sorted(results.get(timeout=60) for _ in range(2))
+    spawned.join()
+    whole = logits.clone().requires_grad_()
+    loss = adamoe.load_balancing_loss(whole, 3, 2, 1.0)
+    loss.backward()
+    assert (found[0][1] + found[1][1]) / 2 == pytest.approx(loss.item())
+    gradient = torch.tensor(found[0][2] + found[1][2], dtype=F64) / 2  # data parallelism averages gradients
+    torch.testing.assert_close(gradient, whole.grad)
+
+
 def test_alpha_schedule_and_flops_formula():
     alphas = [adamoe.alpha_at(step, 10, 0.02, 1e-4) for step in range(10)]
     assert alphas == [0.02] * 5 + [1e-4] * 5

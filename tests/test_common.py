@@ -499,6 +499,19 @@ def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):
         assert done.returncode == 2 and "requirements-full.txt" in done.stderr
 
 
+def test_every_panel_draws(tmp_path):
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    panels = [
+        lambda ax: common.lines(ax, {"a": ([1, 2], [3, 4]), "b": ([1], [2])}, xlabel="x", title="lines"),
+        lambda ax: common.bars(ax, {"a": 1.0, "b": 2.0}, ylabel="y"),
+        lambda ax: common.heatmap(ax, np.eye(3), title="heat map"),
+        lambda ax: common.painted_text(ax, "two\nlines" + "x" * 2000, [0, 1] * 1005, title="text"),
+    ]
+    run = common.Run("toy", "small", "cpu", torch.float32, [0], tmp_path, draw=True)
+    run.plot("all", panels)
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_importing_has_no_side_effects():
     code = (
         "import os, torch, random; before = dict(os.environ), torch.get_num_threads(), torch.initial_seed();"
