@@ -3,10 +3,14 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from tiny import ADAMOE
 
 import adamoe
@@ -337,6 +341,36 @@ def test_layer_survives_deepcopy_autocast_and_zero_tokens():
     module.aux_loss = None
     copy.deepcopy(module)
     assert module(torch.zeros(0, 8)).shape == (0, 8) and module.aux_loss.item() == 0
+
+
+SAME_LOSSES = """
+import torch, common, adamoe
+from dataclasses import replace
+config = replace(adamoe.SMALL, num_layers=1, d_model=16, d_ff=24, num_heads=2, context=16, batch_size=2)
+data, losses = torch.arange(4096).mul(7).remainder(251).to(torch.uint8), {}
+for backend in ("torch", "triton"):
+    generator = torch.Generator().manual_seed(0)
+    model = adamoe.build(config, adamoe.Arm(8, 3), generator)
+    for ffn in model.ffns():
+        ffn.backend = backend
+    losses[backend] = []
+    for step in range(3):
+        adamoe.train_text(model, data, config, 1, 1e-2, (0.02, 1e-4), step, {})
+        window = data[None, :17].long()
+        losses[backend].append(common.lm_loss(model, window).mean().item())
+print(losses)
+assert torch.allclose(*map(torch.tensor, losses.values()), atol=1e-5, rtol=0)
+assert losses["torch"][0] != losses["torch"][2]
+"""
+
+
+def test_training_gives_the_same_losses_through_the_triton_kernels():
+    """The kernels run in triton's interpreter, on the CPU."""
+    pytest.importorskip("triton", minversion="3.7", reason="older interpreters do not run with NumPy 2.4")
+    command = [sys.executable, "-c", SAME_LOSSES]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # --- controls ------------------------------------------------------------------------------------------------
