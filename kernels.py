@@ -53,10 +53,9 @@ except ImportError:  # the torch path needs neither
     triton = None
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "none": lambda z: z}
-
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # Dispatch: sort the assignments by expert, once
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Dispatch(NamedTuple):
@@ -90,14 +89,15 @@ def make_dispatch(expert_index: Tensor, num_experts: int) -> Dispatch:
     return Dispatch(slot.int(), pos.view(expert_index.shape), offsets, num_experts)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple, like: Tensor | None = None, dtypes: tuple = ()) -> None:
+def _check(name: str, tensor, shape: tuple, like: Tensor | None = None, dtypes: tuple = (), optional=False) -> None:
     """Shape (a string: any size), the device of `like`, and the dtype of `like` or one of `dtypes`; else ValueError."""
-    given = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
-    needed = f"[{', '.join(map(str, shape))}]"
-    if given[:5] != "shape" or tensor.dim() != len(shape):
-        raise ValueError(f"{name} has {given}; a tensor of shape {needed} is needed")
-    if any(isinstance(want, int) and want != have for want, have in zip(shape, tensor.shape)):
-        raise ValueError(f"{name} has {given}; shape {needed} is needed")
+    if optional and tensor is None:
+        return
+    ranked = isinstance(tensor, Tensor) and tensor.dim() == len(shape)
+    if not ranked or any(isinstance(want, int) and want != have for want, have in zip(shape, tensor.shape)):
+        given = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
+        needed = f"{'' if ranked else 'a tensor of '}shape [{', '.join(map(str, shape))}]"
+        raise ValueError(f"{name} has {given}; {needed} is needed")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; all tensors must be on one device, here {like.device}")
     if like is not None and tensor.dtype not in (dtypes or (like.dtype,)):
@@ -105,9 +105,9 @@ def _check(name: str, tensor: Tensor, shape: tuple, like: Tensor | None = None, 
         raise ValueError(f"{name} has dtype {tensor.dtype}; allowed here: {allowed}")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # The plain torch path: any device, any float dtype, differentiable twice
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _live(dispatch: Dispatch) -> tuple[list[int], Tensor, Tensor]:
@@ -117,9 +117,11 @@ def _live(dispatch: Dispatch) -> tuple[list[int], Tensor, Tensor]:
     return counts, slot, slot // max(dispatch.pos.shape[1], 1)
 
 
-def _per_expert(weights: Tensor | None, num_experts: int) -> tuple:
-    """One matrix per expert. Not w[e], whose gradient is a zero tensor of full size per expert: unbind stacks once."""
-    return (None,) * num_experts if weights is None else weights.unbind(0)
+def _for_experts(function, counts: list[int], rows: Tensor, *weights: Tensor | None) -> Tensor:
+    """function(its rows, *its weights) of every expert. Not w[e], whose gradient is a zero tensor of full size per
+    expert: unbind stacks once."""
+    weights = [[None] * len(counts) if w is None else w.unbind(0) for w in weights]
+    return torch.cat([function(*expert) for expert in zip(rows.split(counts), *weights)])
 
 
 def _affine(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,28 +143,19 @@ def _torch_scatter(y: Tensor, slot: Tensor, token: Tensor, num_tokens: int, gate
     return total.new_zeros(num_tokens, y.shape[1]).index_add(0, token, total).to(y.dtype)
 
 
-def _torch_mlp(x: Tensor, dispatch: Dispatch, gates: Tensor, w1, w2, b1, b2, act: str, glu: bool) -> Tensor:
-    counts, slot, token = _live(dispatch)
-    weights = [_per_expert(w, dispatch.num_experts) for w in (w1, b1, w2, b2)]
-    outputs = []
-    for rows, up, up_bias, down, down_bias in zip(x.index_select(0, token).split(counts), *weights):
-        outputs.append(_affine(_activate(_affine(rows, up, up_bias), act, glu), down, down_bias))
-    return _torch_scatter(torch.cat(outputs), slot, token, x.shape[0], gates)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # The Triton kernels. Widths and strides are constexpr: from runtime integers the compiler cannot prove that rows
 # start at a multiple of 16 bytes, and drops the asynchronous copies. Widths that are a multiple of 8 (fp32: 4)
 # keep them; others work, slower. Row and expert numbers become int64 before they meet a stride. What a mask hides
 # is never multiplied by zero: it may be NaN.
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 if triton is not None:
 
     @triton.jit
-    def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-        if UPCAST:  # the interpreter would multiply the raw bits of bfloat16
-            a, b = a.to(tl.float32), b.to(tl.float32)
+    def _dot(a, b, acc, PRECISION: tl.constexpr):
+        if PRECISION == "interpreter":  # it would multiply the raw bits of bfloat16
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
     @triton.jit
@@ -217,32 +210,31 @@ if triton is not None:
         if expert == 0:
             tl.store(tiles_ptr, tl.sum(count, 0))
 
+    # One tile of a grouped GEMM: a[rows] @ w[expert][:, cols]; with GLU also the same rows times the up columns.
     @triton.jit
     def _gemm_tile(
-        a_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr, tile, cols,
-        K: tl.constexpr, WIDTH: tl.constexpr, A_ROW: tl.constexpr, W_E: tl.constexpr, W_K: tl.constexpr,
-        W_N: tl.constexpr, TOP_K: tl.constexpr, GLU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BM: tl.constexpr, BK: tl.constexpr,
+        a_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr, K: tl.constexpr, WIDTH: tl.constexpr, A_ROW: tl.constexpr,
+        W_E: tl.constexpr, W_K: tl.constexpr, W_N: tl.constexpr, TOP_K: tl.constexpr, GLU: tl.constexpr,
+        PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        # a[rows of the tile] @ w[expert of the tile][:, cols]; with GLU also the same rows times the up columns.
+        tile, col_tile = _walk(tl.program_id(0), tl.load(tiles_ptr), (WIDTH + BN - 1) // BN, GROUP)
         expert = tl.load(tiles_ptr + 1 + 2 * tile).to(tl.int64)
         rows = tl.load(tiles_ptr + 2 + 2 * tile) + tl.arange(0, BM)
         live = rows < tl.load(offsets_ptr + expert + 1)
-        a_rows = rows
+        a_rows, cols = rows, col_tile * BN + tl.arange(0, BN)
         if TOP_K > 0:  # gather: the token numbers are loaded once, before the loop
             a_rows = tl.load(slot_ptr + rows, mask=live, other=0) // TOP_K
         a_row, w_col = a_ptr + a_rows.to(tl.int64) * A_ROW, w_ptr + expert * W_E + cols * W_N
-        acc = tl.zeros((BM, cols.shape[0]), tl.float32)
+        acc = tl.zeros((BM, BN), tl.float32)
         acc_up = acc
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
             a = tl.load(a_row[:, None] + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-            w_ptrs, w_mask = w_col[None, :] + k[:, None] * W_K, (k < K)[:, None] & (cols < WIDTH)[None, :]
-            acc = _dot(a, tl.load(w_ptrs, mask=w_mask, other=0.0), acc, PRECISION, UPCAST)
+            w_at, w_mask = w_col[None, :] + k[:, None] * W_K, (k < K)[:, None] & (cols < WIDTH)[None, :]
+            acc = _dot(a, tl.load(w_at, mask=w_mask, other=0.0), acc, PRECISION)
             if GLU:
-                w_up = tl.load(w_ptrs + WIDTH * W_N, mask=w_mask, other=0.0)
-                acc_up = _dot(a, w_up, acc_up, PRECISION, UPCAST)
-        return expert, rows.to(tl.int64), live, acc, acc_up
+                acc_up = _dot(a, tl.load(w_at + WIDTH * W_N, mask=w_mask, other=0.0), acc_up, PRECISION)
+        return expert, rows.to(tl.int64), live, col_tile, acc, acc_up
 
     # expert_mm: the grouped GEMM. One program makes one [BM, BN] tile of y = act(a @ w[expert] + bias[expert]). Used
     # three times: up projection (rows gathered from the tokens, activation on the way out, z kept for backward),
@@ -252,17 +244,14 @@ if triton is not None:
         a_ptr, w_ptr, bias_ptr, z_ptr, y_ptr, slot_ptr, offsets_ptr, tiles_ptr,
         K: tl.constexpr, WIDTH: tl.constexpr, A_ROW: tl.constexpr, W_E: tl.constexpr, W_K: tl.constexpr,
         W_N: tl.constexpr, TOP_K: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, PRECISION: tl.constexpr,
-        UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        COL_TILES: tl.constexpr = (WIDTH + BN - 1) // BN
         Z_WIDTH: tl.constexpr = 2 * WIDTH if GLU else WIDTH
-        pid, row_tiles = tl.program_id(0), tl.load(tiles_ptr)
-        if pid >= row_tiles * COL_TILES:  # the grid is an upper bound
+        if tl.program_id(0) >= tl.load(tiles_ptr) * ((WIDTH + BN - 1) // BN):  # the grid is an upper bound
             return
-        tile, col_tile = _walk(pid, row_tiles, COL_TILES, GROUP)
-        expert, rows, live, acc, acc_up = _gemm_tile(
-            a_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr, tile, col_tile * BN + tl.arange(0, BN),
-            K, WIDTH, A_ROW, W_E, W_K, W_N, TOP_K, GLU, PRECISION, UPCAST, BM, BK,
+        expert, rows, live, col_tile, acc, acc_up = _gemm_tile(
+            a_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr,
+            K, WIDTH, A_ROW, W_E, W_K, W_N, TOP_K, GLU, PRECISION, BM, BN, BK, GROUP,
         )  # fmt: skip
         z_halves, up_halves = _halves(acc), _halves(acc_up)
         for half in tl.static_range(2):
@@ -295,17 +284,15 @@ if triton is not None:
         d_out_ptr, w_ptr, gates_ptr, z_ptr, dz_ptr, sa_ptr, ds_ptr, slot_ptr, offsets_ptr, tiles_ptr,
         K: tl.constexpr, WIDTH: tl.constexpr, A_ROW: tl.constexpr, W_E: tl.constexpr, W_K: tl.constexpr,
         W_N: tl.constexpr, TOP_K: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, PRECISION: tl.constexpr,
-        UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         COL_TILES: tl.constexpr = (WIDTH + BN - 1) // BN
         Z_WIDTH: tl.constexpr = 2 * WIDTH if GLU else WIDTH
-        pid, row_tiles = tl.program_id(0), tl.load(tiles_ptr)
-        if pid >= row_tiles * COL_TILES:
+        if tl.program_id(0) >= tl.load(tiles_ptr) * COL_TILES:
             return
-        tile, col_tile = _walk(pid, row_tiles, COL_TILES, GROUP)
-        _, rows, live, acc, _ = _gemm_tile(
-            d_out_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr, tile, col_tile * BN + tl.arange(0, BN),
-            K, WIDTH, A_ROW, W_E, W_K, W_N, TOP_K, False, PRECISION, UPCAST, BM, BK,
+        _, rows, live, col_tile, acc, _ = _gemm_tile(
+            d_out_ptr, w_ptr, slot_ptr, offsets_ptr, tiles_ptr,
+            K, WIDTH, A_ROW, W_E, W_K, W_N, TOP_K, False, PRECISION, BM, BN, BK, GROUP,
         )  # fmt: skip
         slot = tl.load(slot_ptr + rows, mask=live, other=0)
         s = tl.load(gates_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
@@ -340,10 +327,9 @@ if triton is not None:
     @triton.jit
     def expert_dw(
         a_ptr, b_ptr, dw_ptr, slot_ptr, offsets_ptr,
-        A_WIDTH: tl.constexpr, B_WIDTH: tl.constexpr, A_ROW: tl.constexpr, B_ROW: tl.constexpr,
-        DW_E: tl.constexpr, DW_A: tl.constexpr, DW_B: tl.constexpr, A_TOP_K: tl.constexpr, B_TOP_K: tl.constexpr,
-        PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-        BA: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+        A_WIDTH: tl.constexpr, B_WIDTH: tl.constexpr, A_ROW: tl.constexpr, B_ROW: tl.constexpr, DW_E: tl.constexpr,
+        DW_A: tl.constexpr, DW_B: tl.constexpr, A_TOP_K: tl.constexpr, B_TOP_K: tl.constexpr,
+        PRECISION: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         A_TILES: tl.constexpr = (A_WIDTH + BA - 1) // BA
         B_TILES: tl.constexpr = (B_WIDTH + BB - 1) // BB
@@ -364,7 +350,7 @@ if triton is not None:
             b_at = b_ptr + b_rows.to(tl.int64)[:, None] * B_ROW + b_cols[None, :]
             a = tl.load(a_at, mask=live[:, None] & (a_cols < A_WIDTH)[None, :], other=0.0)
             b = tl.load(b_at, mask=live[:, None] & (b_cols < B_WIDTH)[None, :], other=0.0)
-            acc = _dot(tl.trans(a), b, acc, PRECISION, UPCAST)
+            acc = _dot(tl.trans(a), b, acc, PRECISION)
         dw_at = dw_ptr + expert.to(tl.int64) * DW_E + a_cols[:, None] * DW_A + b_cols[None, :] * DW_B
         mask = (a_cols < A_WIDTH)[:, None] & (b_cols < B_WIDTH)[None, :]
         tl.store(dw_at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
@@ -385,11 +371,9 @@ if triton is not None:
         if weights_ptr is not None:
             y *= tl.load(weights_ptr + i * PICKS + j, mask=row >= 0, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + i * WIDTH + cols, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=cols < WIDTH)
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # Tile sizes, launches, autograd
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 # TRITON_INTERPRET=1, set before triton is imported, makes the kernels Python functions that take CPU tensors.
 INTERPRETED = triton is not None and not isinstance(combine, triton.JITFunction)
@@ -407,14 +391,15 @@ _TILES = {
     ("sm_80", "dw"): ((128, 128, 32, 8, 5), (128, 128, 32, 8, 5), (64, 64, 32, 4, 4)),
     ("fp32", "mm"): ((128, 32, 8, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
     ("fp32", "glu"): ((64, 32, 8, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
-    ("fp32", "down_bwd"): ((128, 32, 8, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+    ("fp32", "down_bwd"): ((64, 16, 8, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
     ("fp32", "dw"): ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
 }
 _BIAS_TILE = (16, 128, 32, 4, 3)  # dw with one row of output
 
 
-def _block_rows(per_expert: float) -> int:
+def _block_rows(slot: Tensor, offsets: Tensor) -> int:
     """Rows per tile from the expected rows per expert, which the host knows without asking the device."""
+    per_expert = slot.numel() / (offsets.numel() - 1)
     return 128 if per_expert >= 128 else 64 if per_expert >= 48 else 32 if per_expert > 16 else 16
 
 
@@ -423,18 +408,15 @@ def _fp32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _config(kernel: str, per_expert: float, x: Tensor) -> dict:
+def _config(kernel: str, rows: tuple, x: Tensor) -> dict:
     """Constants of one launch on operands like x: a row of the table for "mm", "glu", "down_bwd", "dw" or "bias"."""
     names = ("BA", "BB", "BT") if kernel in ("dw", "bias") else ("BN", "BK")
-    precision = _fp32_precision() if x.dtype == torch.float32 else "ieee"
-    constants = {"PRECISION": precision, "UPCAST": INTERPRETED, "GROUP": 8}
     if INTERPRETED:  # small tiles, so that small tests have several, and tails
-        small = {"dw": (32, 32, 16), "bias": (16, 32, 16)}.get(kernel, (32, 32))
-        return constants | dict(zip(names, small)) | {"GROUP": 2}
-    sm_90 = torch.cuda.get_device_capability(x.device)[0] == 9
-    family = "fp32" if x.dtype == torch.float32 else "sm_90" if sm_90 else "sm_80"
-    column = {128: 0, 64: 1}.get(_block_rows(per_expert), 2)
+        return {"PRECISION": "interpreter", "GROUP": 2} | dict(zip(names, (32, 32, 16)))
+    sm_90, fp32 = torch.cuda.get_device_capability(x.device)[0] == 9, x.dtype == torch.float32
+    family, column = "fp32" if fp32 else "sm_90" if sm_90 else "sm_80", {128: 0, 64: 1}.get(_block_rows(*rows[:2]), 2)
     values = _BIAS_TILE if kernel == "bias" else _TILES[family, kernel][column]
+    constants = {"PRECISION": _fp32_precision() if fp32 else "ieee", "GROUP": 8}
     return constants | dict(zip((*names, "num_warps", "num_stages"), values))
 
 
@@ -446,9 +428,7 @@ def _launch(kernel, grid: tuple, *args, **constants) -> None:
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory; without a shape, in the shape and strides of `like`. Tests fill it with NaN."""
-    if not shape:
-        return torch.empty_like(like)
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device) if shape else torch.empty_like(like)
 
 
 def _dense_rows(t: Tensor) -> Tensor:
@@ -456,68 +436,41 @@ def _dense_rows(t: Tensor) -> Tensor:
     return t if 1 in t.stride()[1:] else t.contiguous()
 
 
-class _Rows(NamedTuple):
-    """The row side of every launch."""
-
-    slot: Tensor
-    offsets: Tensor
-    tiles: Tensor  # [1 + 2 * upper bound], written by tile_map
-    per_expert: float  # expected rows per expert
-
-
-def _map_tiles(slot: Tensor, offsets: Tensor) -> _Rows:
-    total, num_experts = slot.numel(), offsets.numel() - 1
-    block = _block_rows(total / num_experts)
+def _map_tiles(slot: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rows`, the row side of every launch: slot, offsets and the tiles [1 + 2 * upper bound]."""
+    total, num_experts, block = slot.numel(), offsets.numel() - 1, _block_rows(slot, offsets)
     tiles = _empty(offsets, 1 + 2 * (total // block + min(num_experts, total)))
     rounded = triton.next_power_of_2(num_experts)
     _launch(tile_map, (num_experts,), offsets, tiles, num_experts, EXPERTS_2=rounded, BM=block)
-    return _Rows(slot, offsets, tiles, total / num_experts)
+    return slot, offsets, tiles
 
 
-def _gemm(kernel, rows: _Rows, a: Tensor, w: Tensor, width: int, rest: tuple, config: dict, **constants):
-    """What expert_mm and down_bwd have in common: a row operand, a weight [num_experts, in, out], the tiles."""
-    grid = (rows.tiles.numel() // 2 * triton.cdiv(width, config["BN"]),)
-    _launch(
-        kernel, grid, a, w, *rest, *rows[:3], K=a.shape[1], WIDTH=width, A_ROW=a.stride(0), W_E=w.stride(0),
-        W_K=w.stride(1), W_N=w.stride(2), BM=_block_rows(rows.per_expert), **config, **constants,
-    )  # fmt: skip
+def _gemm(kernel, config: dict, rows: tuple, a: Tensor, w: Tensor, width: int, *rest: Tensor | None, **flags) -> None:
+    """What the launches of expert_mm and down_bwd share: row operand, weight [num_experts, in, out], tiles, sizes."""
+    a, w, block = _dense_rows(a), _dense_rows(w), _block_rows(*rows[:2])
+    grid, sizes = (rows[2].numel() // 2 * triton.cdiv(width, config["BN"]),), (a.shape[1], width, a.stride(0))
+    _launch(kernel, grid, a, w, *rest, *rows, *sizes, *w.stride(), BM=block, **config, **flags)
 
 
-def _expert_mm(rows: _Rows, a, w, bias=None, top_k=0, act="none", glu=False, save_z=False, out=None):
-    """y [assignments, width] = act(a[row, or its token] @ w[expert] + bias[expert]), and act's argument if asked for."""
-    a, w, width = _dense_rows(a), _dense_rows(w), w.shape[2] // (2 if glu else 1)
-    y = _empty(a, rows.slot.numel(), width) if out is None else out
-    z = _empty(a, rows.slot.numel(), w.shape[2]) if save_z else None
-    rest = (None if bias is None else bias.contiguous(), z, y)
-    config = _config("glu" if glu else "mm", rows.per_expert, a)
-    _gemm(expert_mm, rows, a, w, width, rest, config, TOP_K=top_k, ACT=act, GLU=glu)
-    return y, z
+def _expert_mm(rows: tuple, a: Tensor, w: Tensor, bias=None, top_k=0, act="none", glu=False, z=None, y=None) -> Tensor:
+    """y [assignments, width] = act(a[row, or its token] @ w[expert] + bias[expert]); act's argument goes to z."""
+    width, bias = w.shape[2] // 2 if glu else w.shape[2], None if bias is None else bias.contiguous()
+    y, config = _empty(a, len(rows[0]), width) if y is None else y, _config("glu" if glu else "mm", rows, a)
+    _gemm(expert_mm, config, rows, a, w, width, bias, z, y, TOP_K=top_k, ACT=act, GLU=glu)
+    return y
 
 
-def _down_bwd(rows: _Rows, d_out, w2, gates, z, top_k, act, glu, want_dz, want_sa, want_ds):
-    """dz like z, s * a [assignments, d_ff], ds [assignments] in fp32; None for what is not wanted."""
-    d_out, w, (total, width) = _dense_rows(d_out), _dense_rows(w2).transpose(1, 2), (z.shape[0], w2.shape[1])
-    config = _config("down_bwd", rows.per_expert, d_out)
-    dz = _empty(z) if want_dz else None
-    sa = _empty(z, total, width) if want_sa else None
-    ds = _empty(z, total, triton.cdiv(width, config["BN"]), dtype=torch.float32) if want_ds else None
-    rest = (gates.contiguous(), z, dz, sa, ds)
-    _gemm(down_bwd, rows, d_out, w, width, rest, config, TOP_K=top_k, ACT=act, GLU=glu)
-    return dz, sa, ds.sum(1) if want_ds else None
-
-
-def _expert_dw(rows: _Rows, a, b, w, a_top_k=0, b_top_k=0):
-    """Like w [num_experts, a width, b width]: a^T @ b of every expert. A bias [num_experts, width] is one row of it."""
+def _expert_dw(rows: tuple, a: Tensor | None, b: Tensor, w: Tensor, a_top_k: int = 0, b_top_k: int = 0) -> Tensor:
+    """Like w [num_experts, a width, b width]: a^T @ b of every expert. A bias [num_experts, width] is one row of it,
+    and a is a column: the gates, or by default ones."""
     if w.dim() == 2:
+        a = b.new_ones(1, 1).expand(rows[0].numel(), 1) if a is None else a
         return _expert_dw(rows, a, b, w.unsqueeze(1), a_top_k, b_top_k).squeeze(1)
     a, b, dw = _dense_rows(a), _dense_rows(b), _empty(w)
-    c = _config("bias" if w.shape[1] == 1 else "dw", rows.per_expert, b)
-    grid = (w.shape[0] * triton.cdiv(w.shape[1], c["BA"]) * triton.cdiv(w.shape[2], c["BB"]),)
-    _launch(
-        expert_dw, grid, a, b, dw, *rows[:2], A_WIDTH=w.shape[1], B_WIDTH=w.shape[2], A_ROW=a.stride(0),
-        B_ROW=b.stride(0), DW_E=dw.stride(0), DW_A=dw.stride(1), DW_B=dw.stride(2), A_TOP_K=a_top_k,
-        B_TOP_K=b_top_k, **c,
-    )  # fmt: skip
+    config = _config("bias" if w.shape[1] == 1 else "dw", rows, b)
+    grid = (w.shape[0] * triton.cdiv(w.shape[1], config["BA"]) * triton.cdiv(w.shape[2], config["BB"]),)
+    sizes = (*w.shape[1:], a.stride(0), b.stride(0), *dw.stride())
+    _launch(expert_dw, grid, a, b, dw, *rows[:2], *sizes, A_TOP_K=a_top_k, B_TOP_K=b_top_k, **config)
     return dw
 
 
@@ -525,11 +478,9 @@ def _combine(y: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
     """out[i] = sum_j weights[i, j] * y[index[i, j]], where index < 0 is left out."""
     y, (count, picks), width = _dense_rows(y), index.shape, y.shape[1]
     out, block = _empty(y, count, width), min(1024, triton.next_power_of_2(width))
-    weights = None if weights is None else weights.contiguous()
-    _launch(
-        combine, (count, triton.cdiv(width, block)), y, index.contiguous(), weights, out, WIDTH=width,
-        Y_ROW=y.stride(0), PICKS=picks, PICKS_2=triton.next_power_of_2(picks), BD=block,
-    )  # fmt: skip
+    tensors = (y, index.contiguous(), None if weights is None else weights.contiguous(), out)
+    sizes = (width, y.stride(0), picks, triton.next_power_of_2(picks), block)
+    _launch(combine, (count, triton.cdiv(width, block)), *tensors, *sizes)
     return out
 
 
@@ -544,39 +495,43 @@ class _MoEMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gates, w1, w2, b1, b2, slot, pos, offsets, act, glu, train):
         rows = _map_tiles(slot, offsets)
-        a, z = _expert_mm(rows, x, w1, b1, pos.shape[1], act, glu, save_z=train)
-        y, _ = _expert_mm(rows, a, w2, b2)
+        z = _empty(x, slot.numel(), w1.shape[2]) if train else None
+        a = _expert_mm(rows, x, w1, b1, pos.shape[1], act, glu, z)
+        y = _expert_mm(rows, a, w2, b2)
         if train:
-            ctx.save_for_backward(x, gates, w1, w2, b1, b2, z, pos, *rows[:3])
-            ctx.act, ctx.glu, ctx.per_expert = act, glu, rows.per_expert
+            ctx.save_for_backward(x, gates, w1, w2, b1, b2, z, pos, *rows)
+            ctx.act, ctx.glu = act, glu
         return _combine(y, pos, gates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         x, gates, w1, w2, b1, b2, z, pos, *rows = ctx.saved_tensors
-        rows, top_k = _Rows(*rows, ctx.per_expert), pos.shape[1]
         need_x, need_gates, need_w1, need_w2, need_b1, need_b2 = ctx.needs_input_grad[:6]
         dx = d_gates = dw1 = dw2 = db1 = db2 = None
-        wanted = (need_x or need_w1 or need_b1, need_w2, need_gates)
-        dz, sa, ds = _down_bwd(rows, d_out, w2, gates, z, top_k, ctx.act, ctx.glu, *wanted)
+        (_, d_ff, _), (_, top_k), config = w2.shape, pos.shape, _config("down_bwd", rows, d_out)
+        dz = _empty(z) if need_x or need_w1 or need_b1 else None
+        sa = _empty(z, len(z), d_ff) if need_w2 else None
+        ds = _empty(z, len(z), triton.cdiv(d_ff, config["BN"]), dtype=torch.float32) if need_gates else None
+        flags = {"TOP_K": top_k, "ACT": ctx.act, "GLU": ctx.glu}
+        _gemm(down_bwd, config, rows, d_out, w2.transpose(1, 2), d_ff, gates.contiguous(), z, dz, sa, ds, **flags)
         if need_w2:
             dw2 = _expert_dw(rows, sa, d_out, w2, b_top_k=top_k)
         if need_b2:
             db2 = _expert_dw(rows, gates.reshape(-1, 1).to(x.dtype), d_out, b2, a_top_k=1, b_top_k=top_k)
         if need_gates:
-            d_gates = _by_pos(ds, pos)
+            d_gates = _by_pos(ds.sum(1), pos)
             if b2 is not None:  # y = a @ w2 + b2, and <g, a> lacks the second part of <d_out, y>
-                expert = torch.searchsorted(rows.offsets[1:], pos, right=True).clamp(max=b2.shape[0] - 1)
+                expert = torch.searchsorted(rows[1][1:], pos, right=True).clamp(max=b2.shape[0] - 1)
                 d_gates = d_gates + torch.where(pos >= 0, (d_out.float() @ b2.float().t()).gather(1, expert), 0)
             d_gates = d_gates.to(gates.dtype)
         del sa  # before the next large buffer
         if need_x:
-            dx = _combine(_expert_mm(rows, dz, w1.transpose(1, 2))[0], pos)
+            dx = _combine(_expert_mm(rows, dz, w1.transpose(1, 2)), pos)
         if need_w1:
             dw1 = _expert_dw(rows, x, dz, w1, a_top_k=top_k)
         if need_b1:
-            db1 = _expert_dw(rows, dz.new_ones(1, 1).expand(dz.shape[0], 1), dz, b1)
+            db1 = _expert_dw(rows, None, dz, b1)
         return dx, d_gates, dw1, dw2, db1, db2, *[None] * 6
 
 
@@ -584,23 +539,21 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, bias, slot, offsets):
         rows = _map_tiles(slot, offsets)
-        ctx.save_for_backward(h, w, bias, *rows[:3])
-        ctx.per_expert = rows.per_expert
-        return _expert_mm(rows, h, w, bias, out=h.new_zeros(h.shape[0], w.shape[2]))[0]
+        ctx.save_for_backward(h, w, bias, *rows)
+        return _expert_mm(rows, h, w, bias, y=h.new_zeros(h.shape[0], w.shape[2]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         h, w, bias, *rows = ctx.saved_tensors
-        rows, (need_h, need_w, need_bias) = _Rows(*rows, ctx.per_expert), ctx.needs_input_grad[:3]
-        dh = _expert_mm(rows, dy, w.transpose(1, 2), out=h.new_zeros(h.shape))[0] if need_h else None
+        need_h, need_w, need_bias = ctx.needs_input_grad[:3]
+        dh = _expert_mm(rows, dy, w.transpose(1, 2), y=h.new_zeros(h.shape)) if need_h else None
         dw = _expert_dw(rows, h, dy, w) if need_w else None
-        db = _expert_dw(rows, dy.new_ones(1, 1).expand(dy.shape[0], 1), dy, bias) if need_bias else None
-        return dh, dw, db, None, None
+        return dh, dw, _expert_dw(rows, None, dy, bias) if need_bias else None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """scatter: index = pos, back = token of each row. gather is its transpose: index = token of each row, back = pos."""
+    """scatter: index = pos, back = token of each row. gather is its transpose: index and back change places."""
 
     @staticmethod
     def forward(ctx, y, gates, index, back, slot):
@@ -611,9 +564,10 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         y, gates, index, back, slot = ctx.saved_tensors
-        gate_of_row = None if gates is None else gates.reshape(-1, 1)[slot.long()]  # [assignments, 1]
-        dy = _combine(d_out, back, gate_of_row) if ctx.needs_input_grad[0] else None
-        d_gates = None
+        dy = d_gates = None
+        if ctx.needs_input_grad[0]:
+            gate_of_row = None if gates is None else gates.reshape(-1, 1)[slot.long()]  # [assignments, 1]
+            dy = _combine(d_out, back, gate_of_row)
         if ctx.needs_input_grad[1]:
             d_gates = _by_pos((_combine(d_out, back).float() * y.float()).sum(1), index).to(gates.dtype)
         return dy, d_gates, None, None, None
@@ -625,33 +579,35 @@ def _token_of_row(dispatch: Dispatch) -> Tensor:
     return torch.where(row < dispatch.offsets[-1], dispatch.slot // dispatch.pos.shape[1], -1).unsqueeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # Public functions
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _use_triton(backend: str, *tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors. Nothing to do (no token, no pick, no width) is left to torch."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: 'auto', 'torch', 'triton'")
     x, why = tensors[0], ""
     if triton is None:
         why = "triton cannot be imported"
-    elif x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    elif x.dtype not in _FLOATS:
         why = f"it takes float32, float16 and bfloat16, not {x.dtype}"
     elif not (INTERPRETED or (x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device)[0] >= 8)):
         why = f"it needs a CUDA GPU of capability 8.0 or newer (or TRITON_INTERPRET=1); x is on {x.device}"
     if why and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot be used: {why}")
-    return not why and backend != "torch" and all(t.numel() for t in tensors)  # torch knows what to do with nothing
+    return not why and backend != "torch" and all(t.numel() for t in tensors)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """Under autocast, cast outside the autograd functions, so that autograd casts the gradients back."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    cast, dtype = (torch.float32, torch.float16, torch.bfloat16), torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in cast else t for t in tensors]
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _FLOATS else t for t in (x, *others)]
 
 
 def gather(x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -669,25 +625,22 @@ def grouped_mm(h: Tensor, w: Tensor, dispatch: Dispatch, bias: Tensor | None = N
     Rows beyond the live ones are zero. What needs no gradient gets none computed, so LoRA on frozen experts is
     grouped_mm(h, w, d) + grouped_mm(grouped_mm(h, lora_a, d), lora_b, d).
     """
-    h, w, bias = _autocast(h, w, bias)
     _check("h", h, (dispatch.slot.numel(), "in"), dispatch.pos, dtypes=(h.dtype,))
+    h, w, bias = _autocast(h, w, bias)
     _check("w", w, (dispatch.num_experts, h.shape[1], "out"), h)
-    if bias is not None:
-        _check("bias", bias, (dispatch.num_experts, w.shape[2]), h)
+    _check("bias", bias, (dispatch.num_experts, w.shape[2]), h, optional=True)
     if _use_triton("auto", h, w):
         return _GroupedMM.apply(h, w, bias, dispatch.slot, dispatch.offsets)
     counts, slot, _ = _live(dispatch)
-    experts = zip(h[: slot.numel()].split(counts), w.unbind(0), _per_expert(bias, w.shape[0]))
-    y = torch.cat([_affine(rows, matrix, vector) for rows, matrix, vector in experts])
+    y = _for_experts(_affine, counts, h[: slot.numel()], w, bias)
     return F.pad(y, (0, 0, 0, h.shape[0] - slot.numel()))
 
 
 def scatter(y: Tensor, dispatch: Dispatch, gates: Tensor | None = None) -> Tensor:
-    """y [assignments, d_model] -> [tokens, d_model]: every token's sum of its rows, weighted by gates [tokens, top_k]."""
+    """y [assignments, d_model] -> [tokens, d_model]: a token's sum of its rows, weighted by gates [tokens, top_k]."""
     _check("y", y, (dispatch.slot.numel(), "d_model"), dispatch.pos, dtypes=(y.dtype,))
-    if gates is not None:
-        _check("gates", gates, tuple(dispatch.pos.shape), y, dtypes=(torch.float32, y.dtype))
-    if _use_triton("auto", y):
+    _check("gates", gates, tuple(dispatch.pos.shape), y, dtypes=(torch.float32, y.dtype), optional=True)
+    if _use_triton("auto", y, dispatch.slot):
         return _Combine.apply(y, gates, dispatch.pos, _token_of_row(dispatch), dispatch.slot)
     _, slot, token = _live(dispatch)
     return _torch_scatter(y[: slot.numel()], slot, token, dispatch.pos.shape[0], gates)
@@ -711,32 +664,36 @@ def moe_mlp(
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}; allowed: {', '.join(ACTIVATIONS)}")
-    x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
     _check("x", x, ("tokens", "d_model"))
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; a floating-point dtype is needed")
-    _check("w1", w1, ("num_experts", x.shape[1], "d_ff"), x)
+    (x, w1, w2, b1, b2), (num_tokens, d_model) = _autocast(x, w1, w2, b1, b2), x.shape
+    _check("w1", w1, ("num_experts", d_model, "d_ff"), x)
     dispatch = expert_index if isinstance(expert_index, Dispatch) else make_dispatch(expert_index, w1.shape[0])
-    num_experts, top_k = dispatch.num_experts, dispatch.pos.shape[1]
-    _check("expert_index", dispatch.pos, (x.shape[0], top_k), x, dtypes=(torch.int32,))
-    _check("gates", gates, (x.shape[0], top_k), x, dtypes=(torch.float32, x.dtype))
-    _check("w1", w1, (num_experts, x.shape[1], "d_ff"), x)
-    if glu and w1.shape[2] % 2:
+    num_experts, top_k, hidden = dispatch.num_experts, dispatch.pos.shape[1], w1.shape[2]
+    _check("expert_index", dispatch.pos, (num_tokens, top_k), x, dtypes=(torch.int32,))
+    _check("gates", gates, (num_tokens, top_k), x, dtypes=(torch.float32, x.dtype))
+    _check("w1", w1, (num_experts, d_model, hidden), x)
+    if glu and hidden % 2:
         raise ValueError(f"w1 has shape {list(w1.shape)}; with glu the last size must be even, gate | up")
-    _check("w2", w2, (num_experts, w1.shape[2] // (2 if glu else 1), x.shape[1]), x)
-    for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
-        if bias is not None:
-            _check(name, bias, (num_experts, weight.shape[2]), x)
+    _check("w2", w2, (num_experts, hidden // 2 if glu else hidden, d_model), x)
+    _check("b1", b1, (num_experts, hidden), x, optional=True)
+    _check("b2", b2, (num_experts, d_model), x, optional=True)
     if _use_triton(backend, x, gates, w1):
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates, w1, w2, b1, b2))
-        rows = (dispatch.slot, dispatch.pos, dispatch.offsets)
-        return _MoEMLP.apply(x, gates, w1, w2, b1, b2, *rows, act, glu, train)
-    return _torch_mlp(x, dispatch, gates, w1, w2, b1, b2, act, glu)
+        return _MoEMLP.apply(x, gates, w1, w2, b1, b2, *dispatch[:3], act, glu, train)
+
+    def expert(rows, up, up_bias, down, down_bias):
+        return _affine(_activate(_affine(rows, up, up_bias), act, glu), down, down_bias)
+
+    counts, slot, token = _live(dispatch)
+    y = _for_experts(expert, counts, x.index_select(0, token), w1, b1, w2, b2)
+    return _torch_scatter(y, slot, token, num_tokens, gates)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # Benchmark: python kernels.py
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 # name: tokens, top_k, num_experts, d_model, d_ff. On a GPU in bf16 with silu(gate) * up, on a CPU in fp32 with relu.
 SHAPES = {
@@ -751,6 +708,7 @@ SHAPES = {
         "experts-32": (1024, 2, 32, 256, 512), "experts-64": (2048, 8, 64, 128, 64),
     },
 }  # fmt: skip
+COLUMNS = "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense peak_mib peak_formula_mib".split()
 
 
 def _problem(shape: tuple, device: str, routing: str = "balanced") -> list[Tensor]:
@@ -773,16 +731,16 @@ def _problem(shape: tuple, device: str, routing: str = "balanced") -> list[Tenso
 
 
 def _ours(problem: list[Tensor], backend: str = "auto") -> tuple:
+    """Like every contender: forward, what gets a gradient, d_out."""
     *inputs, d_out = problem
     act, glu = ("silu", True) if d_out.is_cuda else ("relu", False)
     return lambda: moe_mlp(*inputs, act=act, glu=glu, backend=backend), [inputs[0], *inputs[2:]], d_out
 
 
-def _contenders(problem: list[Tensor]) -> dict:
-    """name -> (forward, what gets a gradient, d_out)."""
+def _contenders(problem: list[Tensor]) -> dict[str, tuple]:
     x, expert_index, gates, w1, w2, d_out = problem
     act, glu = ("silu", True) if x.is_cuda else ("relu", False)
-    num_experts, top_k, leaves = w1.shape[0], expert_index.shape[1], [x, gates, w1, w2]
+    num_experts, top_k = w1.shape[0], expert_index.shape[1]
     multiply = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
     def where_loop():
@@ -809,7 +767,7 @@ def _contenders(problem: list[Tensor]) -> dict:
         return _torch_scatter(y.flatten(0, 1)[place], slot, token, x.shape[0], gates)
 
     table = {"where loop": where_loop, "F.grouped_mm": torch_grouped, "padded bmm": padded_bmm}
-    table = {"ours": _ours(problem)} | {name: (forward, leaves, d_out) for name, forward in table.items()}
+    table = {"ours": _ours(problem)} | {name: (forward, [x, gates, w1, w2], d_out) for name, forward in table.items()}
     rows, dense_out = (t.detach().repeat_interleave(top_k, 0) for t in (x, d_out))  # equal work, nothing to sort
     rows, v1, v2 = (t.detach().clone().requires_grad_() for t in (rows, w1[0], w2[0]))
     table["dense"] = (lambda: _activate(rows @ v1, act, glu) @ v2, [rows, v1, v2], dense_out)
@@ -840,37 +798,34 @@ def _correctness(device: str) -> str:
     for name, (forward, leaves, d_out) in ({"exact": _ours(exact)} | _contenders(problem)).items():
         out = forward()
         results[name] = torch.cat([out, torch.autograd.grad(out, leaves, d_out)[0]]).detach().double()
-    wanted = results.pop("exact")
-    del results["dense"]  # another function
+    wanted, _ = results.pop("exact"), results.pop("dense")  # dense is another function
     errors = {name: float((given - wanted).norm() / wanted.norm()) for name, given in results.items()}
     words = [f"{name} {error:.0e}{'' if error < 2e-2 else ' WRONG'}" for name, error in errors.items()]
     return "relative error against float64: " + ", ".join(words)
 
 
-def _once(forward, leaves=None, d_out=None, cuda: bool = False) -> tuple[float, float, int]:
+def _once(forward, leaves=(), d_out=None, cuda: bool = False) -> tuple[float, float, int]:
     """Milliseconds of forward, milliseconds of forward and backward, peak bytes beyond the inputs."""
-    times, events, before = [], [], 0
+
+    def now():
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     if cuda:
         torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # pushes the inputs out of the L2 cache
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-
-    def mark():
-        events[len(times)].record() if cuda else None
-        times.append(time.perf_counter())
-
-    mark()
-    out = forward()
-    mark()
+    start, out, middle = now(), forward(), now()
     if leaves:
         torch.autograd.grad(out, leaves, d_out)
-    mark()
+    end = now()
     if not cuda:
-        return 1e3 * (times[1] - times[0]), 1e3 * (times[2] - times[0]), 0
+        return 1e3 * (middle - start), 1e3 * (end - start), 0
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return events[0].elapsed_time(events[1]), events[0].elapsed_time(events[2]), peak
+    return start.elapsed_time(middle), start.elapsed_time(end), torch.cuda.max_memory_allocated() - before
 
 
 def _graphed(forward, leaves, d_out) -> tuple:
@@ -883,17 +838,16 @@ def _graphed(forward, leaves, d_out) -> tuple:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.autograd.grad(forward(), leaves, d_out)
-    return graph.replay, None, None
+    return graph.replay, (), None
 
 
 def _ceilings(device: str) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s of a large copy, measured here, on random data."""
     n, dtype, cuda = (8192, torch.bfloat16, True) if device == "cuda" else (1024, torch.float32, False)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(4 * n * n, device=device)
-    target = torch.empty_like(source)
-    product = statistics.median(_once(lambda: a @ b, cuda=cuda)[0] for _ in range(9))
-    copy = statistics.median(_once(lambda: target.copy_(source), cuda=cuda)[0] for _ in range(9))
+    source, target = (torch.randn(4 * n * n, device=device) for _ in range(2))
+    jobs = (lambda: a @ b), (lambda: target.copy_(source))
+    product, copy = (statistics.median(_once(job, cuda=cuda)[0] for _ in range(9)) for job in jobs)
     return 2e3 * n**3 / product, 2e3 * source.nbytes / copy
 
 
@@ -903,16 +857,18 @@ def _work(shape: tuple, device: str) -> list[tuple[float, float]]:
     n, z, size = tokens * top_k, d_ff * (2 if device == "cuda" else 1), 2 if device == "cuda" else 4
     td, nd, nf, nz = tokens * d_model, n * d_model, n * d_ff, n * z
     w1, w2 = num_experts * d_model * z, num_experts * d_ff * d_model
-    up, down, combine = (2 * nd * z, td + w1 + nz + nf), (2 * nd * d_ff, nf + w2 + nd), (0, nd + td)
-    down_bwd, dw2 = (2 * nd * d_ff, td + w2 + 2 * nz + nf), (2 * nd * d_ff, nf + td + w2)
-    dx, dw1 = (2 * nd * z, nz + w1 + nd), (2 * nd * z, td + nz + w1)
-    launches = (up, down, combine, down_bwd, dw2, dx, combine, dw1)
-    return [(flops, size * elements) for flops, elements in launches]
+    up, down = 2 * nd * z, 2 * nd * d_ff
+    forward = (up, td + w1 + nz + nf), (down, nf + w2 + nd), (0, nd + td)  # up, down, combine
+    data = (down, td + w2 + 2 * nz + nf), (up, nz + w1 + nd), (0, nd + td)  # down_bwd, rows of dx, combine
+    weights = (down, nf + td + w2), (up, td + nz + w1)  # dw2, dw1
+    return [(flops, size * elements) for flops, elements in (*forward, *data, *weights)]
 
 
 def _benchmark(name: str, device: str, flop_rate: float, byte_rate: float) -> list[dict]:
     """One row per contender. They take turns, and ratios are taken within a turn, under equal conditions."""
     shape, cuda = SHAPES[device][name], device == "cuda"
+    print(f"\n{name}: tokens, top_k, experts, d_model, d_ff = {shape}, forward + backward")
+    print(" " * 18, *(f"{column:>16}" for column in COLUMNS))
     work, problem = _work(shape, device), _problem(shape, device)
     floor = 1e3 * sum(max(flops / flop_rate, moved / byte_rate) for flops, moved in work)  # ms
     table = _contenders(problem)
@@ -921,7 +877,7 @@ def _benchmark(name: str, device: str, flop_rate: float, byte_rate: float) -> li
         table["ours, CUDA graph"] = _graphed(*table["ours"])
     for routing in ("skewed", "half empty", "half null"):
         table[f"ours, {routing}"] = _ours(_problem(shape, device, routing))
-    table["make_dispatch"] = (lambda: make_dispatch(problem[1], shape[2]), None, None)
+    table["make_dispatch"] = (lambda: make_dispatch(problem[1], shape[2]), (), None)
     runs, rows = {contender: [] for contender in table}, []
     for turn in range(-2, 20 if cuda else 9):  # the first two warm up
         for contender, job in table.items():
@@ -933,19 +889,19 @@ def _benchmark(name: str, device: str, flop_rate: float, byte_rate: float) -> li
                     print(f"{contender}: out of memory")
                     del runs[contender]
     for contender, measured in runs.items():
-        forward, total, peak = (statistics.median(run[i] for run in measured) for i in range(3))
-        quarters = statistics.quantiles([run[1] for run in measured] * 2, n=4)
+        forward, total, peak = (statistics.median(column) for column in zip(*measured))
+        low, _, high = statistics.quantiles([run[1] for run in measured] * 2, n=4)
         row = {"shape": name, "contender": contender, "forward_ms": forward, "total_ms": total}
-        row |= {"spread": (quarters[2] - quarters[0]) / total} | ({"peak_mib": peak / 2**20} if cuda else {})
+        row |= {"spread": (high - low) / total} | ({"peak_mib": peak / 2**20} if cuda else {})
         if contender not in ("make_dispatch", "ours, half null"):  # those do less work
             row |= {"tflops": sum(flops for flops, _ in work) / total / 1e9, "of_floor": floor / total}
-            pairs = list(zip(runs["dense"], measured))
             for i, column in enumerate(("fwd_vs_dense", "total_vs_dense")):
-                row[column] = statistics.median(dense[i] / own[i] for dense, own in pairs)
+                row[column] = statistics.median(dense[i] / own[i] for dense, own in zip(runs["dense"], measured))
         if cuda and contender == "ours":  # output, dx; z, dz, s * a, rows of dx; weight gradients
             tokens, top_k, num_experts, d_model, d_ff = shape
             elements = tokens * (2 * d_model + top_k * (5 * d_ff + d_model)) + 3 * num_experts * d_model * d_ff
             row["peak_formula_mib"] = 2 * elements / 2**20
+        print(f"{contender:18}", *(f"{row[column]:16.4g}" if column in row else " " * 16 for column in COLUMNS))
         rows.append(row)
     return rows
 
@@ -961,15 +917,15 @@ def _plot(path: str, rows: list[dict], device: str, flop_rate: float, byte_rate:
     reach = [min(ridge, *intensity.values()) / 2, ridge, max(ridge, *intensity.values()) * 2]
     axes.loglog(reach, [min(flop_rate, byte_rate * x) / 1e12 for x in reach], "k", label="this machine's roof")
     hidden = ("make_dispatch", "ours again", "ours, skewed", "ours, half empty", "ours, half null")
+    rows = [row for row in rows if row["contender"] not in hidden]
     for i, contender in enumerate(dict.fromkeys(row["contender"] for row in rows)):
-        if contender not in hidden:
-            points = [(intensity[row["shape"]], row["tflops"]) for row in rows if row["contender"] == contender]
-            axes.plot(*zip(*points), "o*sDv^<>P"[i % 9], markersize=7 if i else 14, label=contender)
+        points = [(intensity[row["shape"]], row["tflops"]) for row in rows if row["contender"] == contender]
+        axes.plot(*zip(*points), "o*sDv^<>P"[i % 9], markersize=7 if i else 14, label=contender)
     for shape, x in intensity.items():
         axes.axvline(x, color="0.9", zorder=0)
         axes.text(x, 0.02, shape, rotation=90, ha="right", fontsize=8, transform=axes.get_xaxis_transform())
-    axes.set_ylim(bottom=min(row["tflops"] for row in rows if "tflops" in row) / 4)
-    axes.set(xlabel="FLOP per byte moved", ylabel="TFLOP/s, forward + backward")
+    bottom = min(row["tflops"] for row in rows) / 4
+    axes.set(xlabel="FLOP per byte moved", ylabel="TFLOP/s, forward + backward", ylim=(bottom, None))
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
@@ -989,29 +945,19 @@ def main() -> None:
             parser.error(f"cannot write {path}: it must lie in an existing, writable folder")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed")
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    machine = f"{platform.machine()} CPU, one thread" if device == "cpu" else torch.cuda.get_device_name()
     if device == "cpu":
         torch.set_num_threads(1)  # on small matrices a second core gains nothing, and a busy one costs much
     versions = f"torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}"
     print(f"{machine}, {versions}\n{_correctness(device)}")
     flop_rate, byte_rate = _ceilings(device)
     print(f"ceilings: {flop_rate / 1e12:.3g} TFLOP/s large product, {byte_rate / 1e9:.3g} GB/s large copy")
-    rows, columns = [], ("forward_ms", "total_ms", "spread", "tflops", "of_floor")
-    columns += ("fwd_vs_dense", "total_vs_dense", "peak_mib", "peak_formula_mib")
-    for name in [args.shape] if args.shape else SHAPES[device]:
-        print(f"\n{name}: tokens, top_k, experts, d_model, d_ff = {SHAPES[device][name]}, forward + backward")
-        print(" " * 18 + "".join(f"{column:>17}" for column in columns))
-        for row in _benchmark(name, device, flop_rate, byte_rate):
-            rows.append(row)
-            cells = (f"{row[column]:17.4g}" if column in row else " " * 17 for column in columns)
-            print(f"{row['contender']:18}" + "".join(cells))
+    names = [args.shape] if args.shape else SHAPES[device]
+    rows = [row for name in names for row in _benchmark(name, device, flop_rate, byte_rate)]
     if args.json:
         content = {"machine": machine, "versions": versions, "rows": rows}
-        content |= {"flop_rate": flop_rate, "byte_rate": byte_rate}
         with open(args.json + ".part", "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+            json.dump(content | {"flop_rate": flop_rate, "byte_rate": byte_rate}, file, indent=1)
         os.replace(args.json + ".part", args.json)  # all or nothing
     if args.plot:
         _plot(args.plot, rows, device, flop_rate, byte_rate)

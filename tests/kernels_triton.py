@@ -3,6 +3,8 @@
 Every test here runs with poisoned memory: whatever the kernels leave unwritten is NaN.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -82,8 +84,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# Under the interpreter, each case in two dtypes.
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(c, d) for i, c in enumerate(CASES) for j, d in enumerate(DTYPES) if i % 3 != j or not kernels.INTERPRETED],
+)
 def test_matches_float64(case, dtype):
     *sizes, act, glu, bias, nulls = case
     inputs = problem(*sizes, dtype, glu, bias, nulls)
@@ -110,8 +118,8 @@ def test_any_strides():
 def test_tile_map_lists_every_row_once():
     counts = torch.tensor([0, 16, 1, 0, 33, 15, 0])
     offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int().to(DEVICE)
-    rows = kernels._map_tiles(torch.arange(70, dtype=torch.int32, device=DEVICE), offsets)
-    count, *pairs = rows.tiles.tolist()
+    _, _, tiles = kernels._map_tiles(torch.arange(70, dtype=torch.int32, device=DEVICE), offsets)
+    count, *pairs = tiles.tolist()
     assert count == 1 + 1 + 3 + 1
     assert list(zip(pairs[::2], pairs[1::2]))[:count] == [(1, 0), (2, 16), (4, 17), (4, 33), (4, 49), (5, 50)]
     assert all(value == -(2**30) for value in pairs[2 * count :])
@@ -201,14 +209,36 @@ def test_gather_grouped_mm_scatter_match_float64(dtype):
     assert torch.equal(kernels.scatter(kernels.gather(whole, dispatch), dispatch), whole * count)
 
 
-def test_frozen_tensors_cost_no_launch(monkeypatch):
-    launches, launch = [], kernels._launch
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels launched so far."""
+    kept, launch = [], kernels._launch
 
     def counted(kernel, *args, **constants):
-        launches.append(kernel)
+        kept.append(kernel)
         return launch(kernel, *args, **constants)
 
     monkeypatch.setattr(kernels, "_launch", counted)
+    return kept
+
+
+@pytest.mark.parametrize("tokens, top_k, d_model", [(0, 2, 8), (5, 0, 8), (5, 2, 0)])
+def test_nothing_to_do_is_left_to_torch(launches, tokens, top_k, d_model):
+    x, index, gates, w1, w2, b1, b2, d_out = problem(tokens, top_k, 3, d_model or 8, 16, bias=True)
+    inputs = [leaf(t) for t in (x[:, :d_model], gates, w1[:, :d_model], w2[..., :d_model], b1, b2[:, :d_model])]
+    x, gates, w1, w2, b1, b2 = inputs
+    dispatch = kernels.make_dispatch(index, 3)
+    h = kernels.gather(x, dispatch)
+    y = kernels.grouped_mm(h, w1, dispatch, b1)
+    total = kernels.scatter(h, dispatch, gates)
+    out = kernels.moe_mlp(x, index, gates, w1, w2, b1, b2, backend="triton")
+    assert h.shape == (tokens * top_k, d_model) and y.shape == (tokens * top_k, 16)
+    assert total.shape == out.shape == (tokens, d_model) and (out == 0).all()
+    (out.sum() + total.sum() + y.sum()).backward()
+    assert not launches and gates.grad.shape == (tokens, top_k) and x.grad.shape == x.shape
+
+
+def test_frozen_tensors_cost_no_launch(launches):
     x, index, gates, w1, w2, _, _, d_out = problem(9, 2, 3, 16, 16)
     for w in (w1, w2):
         w.requires_grad_(False)
@@ -233,6 +263,21 @@ def test_without_gradients_z_is_not_stored(poison):
     with torch.no_grad():
         kernels.moe_mlp(*inputs[:7], backend="triton")
     assert len([b for b in poison if b.shape[0] == 18]) == 2  # a and y
+
+
+def test_one_large_buffer_is_freed_before_the_next(monkeypatch):
+    """When the rows of dx are allocated, s * a [assignments, d_ff] is gone, and dz [assignments, 2 * d_ff] is not."""
+    kept, alive = [], {}
+
+    def tracked(like, *shape, dtype=None):
+        buffer = like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like)
+        alive[tuple(buffer.shape)] = [tuple(t().shape) for t in kept if t() is not None]  # the latest of this shape
+        kept.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(kernels, "_empty", tracked)
+    run(problem(9, 2, 3, 16, 24, glu=True), glu=True)
+    assert (18, 24) in alive and (18, 24) not in alive[18, 16] and (18, 48) in alive[18, 16]
 
 
 def test_autocast_gives_gradients_in_the_parameters_dtype():

@@ -33,15 +33,8 @@ def why_not_interpreted() -> str:
 
 
 def run_triton_tests(**environment):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "kernels_triton.py"),
-    ]
+    tests = str(ROOT / "tests" / "kernels_triton.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout.strip().splitlines()[-1])
@@ -58,9 +51,9 @@ def test_triton_kernels_on_the_gpu():
     run_triton_tests(TRITON_INTERPRET="0")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # The torch path
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def naive(x, expert_index, gates, w1, w2, b1, b2, act, glu):
@@ -92,7 +85,8 @@ def problem(tokens, top_k, experts, d_model, d_ff, glu=False, bias=True, nulls=0
     expert_index[null] = torch.tensor([-1, experts, experts + 5, -7])[torch.randint(0, 4, (int(null.sum()),))]
     hidden = d_ff * (2 if glu else 1)
     b1, b2 = (new(experts, hidden), new(experts, d_model)) if bias else (None, None)
-    return [new(tokens, d_model), expert_index, new(tokens, top_k), new(experts, d_model, hidden), new(experts, d_ff, d_model), b1, b2]  # fmt: skip
+    w1, w2 = new(experts, d_model, hidden), new(experts, d_ff, d_model)
+    return [new(tokens, d_model), expert_index, new(tokens, top_k), w1, w2, b1, b2]
 
 
 def gradients(out, inputs):
@@ -209,7 +203,8 @@ def test_properties():
     assert torch.equal(kernels.moe_mlp(x, dispatch, gates, w1, w2, b1, b2), out)
     close(kernels.scatter(kernels.gather(x, dispatch), dispatch), x * (~null).sum(1, keepdim=True))
     dense = torch.nn.functional.gelu(x @ w1[0] + b1[0]) @ w2[0] + b2[0]
-    close(kernels.moe_mlp(x, torch.zeros(20, 1, dtype=torch.long), torch.ones(20, 1).double(), w1[:1], w2[:1], b1[:1], b2[:1]), dense)  # fmt: skip
+    index, gates = torch.zeros(20, 1, dtype=torch.long), torch.ones(20, 1).double()
+    close(kernels.moe_mlp(x, index, gates, w1[:1], w2[:1], b1[:1], b2[:1]), dense)
 
 
 def test_grouped_rows_beyond_the_live_ones_are_zero():
@@ -289,8 +284,9 @@ def test_more_errors():
     for number in (0, 32767):
         with pytest.raises(ValueError, match=f"num_experts is {number}; 1 to 32766"):
             kernels.make_dispatch(torch.zeros(1, 1, dtype=torch.long), number)
+    x, index, gates, w1, w2 = (torch.zeros(shape) for shape in ((5, 3), (5, 2), (5, 2), (4, 3, 7), (4, 3, 3)))
     with pytest.raises(ValueError, match=r"w1 has shape \[4, 3, 7\]; with glu the last size must be even"):
-        kernels.moe_mlp(torch.zeros(5, 3), torch.zeros(5, 2).long(), torch.zeros(5, 2), torch.zeros(4, 3, 7), torch.zeros(4, 3, 3), glu=True)  # fmt: skip
+        kernels.moe_mlp(x, index.long(), gates, w1, w2, glu=True)
     dispatch = kernels.make_dispatch(torch.zeros(5, 2, dtype=torch.long), 4)
     with pytest.raises(ValueError, match=r"h has shape \[9, 3\]; shape \[10, in\]"):
         kernels.grouped_mm(torch.zeros(9, 3), torch.zeros(4, 3, 8), dispatch)
@@ -308,9 +304,9 @@ def test_more_errors():
             kernels.moe_mlp(tensors[0], dispatch, *tensors[1:4], backend="triton")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # The file by itself
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def run_alone(folder, *command):
@@ -334,8 +330,9 @@ def test_works_alone_and_without_triton(tmp_path):
 def test_import_changes_nothing(tmp_path):
     program = (
         "import os, random, numpy, torch\n"
-        "def state(): return (os.environ.copy(), torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype(),"
-        " random.getstate(), os.listdir())\n"
+        "def state():\n"
+        "    numbers = torch.initial_seed(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()\n"
+        "    return os.environ.copy(), os.listdir(), numbers\n"
         "before = state()\n"
         "import kernels\n"
         "print(state() == before)"
@@ -352,9 +349,12 @@ def test_import_changes_nothing(tmp_path):
         (["--json", "missing/folder.json"], "cannot write missing/folder.json"),
     ],
 )
-def test_a_bad_flag_is_one_line_and_code_2(tmp_path, arguments, says):
-    done = run_alone(tmp_path, "kernels.py", *arguments)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_a_bad_flag_is_one_line_and_code_2(monkeypatch, capsys, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        kernels.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and says in printed and len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shape is one of the CPU's")

@@ -19,21 +19,11 @@ pytestmark = pytest.mark.skipif(
     kernels.triton is None or kernels.INTERPRETED or not sys.platform.startswith("linux"),
     reason="compiling needs triton, on Linux, without TRITON_INTERPRET",
 )
-SHARED_LIMIT = {
-    80: 99 * 1024,
-    90: 227 * 1024,
-}  # bytes a block may ask for; sm_80 has 163 KB, but its rows serve sm_86, too
+# Bytes a block may ask for. sm_80 has 163 KB, but its rows and those of fp32 serve sm_86, too.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-# name: tokens, top_k, experts, d_model, d_ff, glu, act, bias, dtype
-SHAPES = {
-    "qwen3": (8192, 8, 128, 2048, 768, True, "silu", False, torch.bfloat16),  # 512 rows per expert, tiles of 128
-    "few_rows": (1024, 8, 128, 2048, 768, True, "silu", False, torch.bfloat16),  # 64 rows per expert
-    "decode": (64, 8, 128, 2048, 768, True, "silu", False, torch.bfloat16),  # 4 rows per expert, tiles of 16
-    "bias": (8192, 2, 8, 512, 2048, False, "gelu", True, torch.float16),
-    "odd": (8192, 2, 8, 600, 200, True, "gelu", True, torch.bfloat16),  # multiples of 8, not of 16
-    "fp32": (8192, 2, 8, 512, 1024, False, "relu", True, torch.float32),
-}
+WIDTHS = {True: (600, 200), False: (512, 1024)}  # glu -> d_model, d_ff; 600 and 200 are multiples of 8, not of 16
 
 
 class Recorder:
@@ -46,9 +36,10 @@ class Recorder:
         return lambda *args, **constants: self.launches.append((self.function, args, constants))
 
 
-def record(monkeypatch, shape: str, arch: int, transposed: bool = False) -> list:
-    tokens, top_k, num_experts, d_model, d_ff, glu, act, bias, dtype = SHAPES[shape]
-    launches = []
+def record(monkeypatch, arch: int, dtype: torch.dtype, rows: int, glu: bool, bias=False, transposed=False) -> list:
+    """The launches of one forward and backward pass, with `rows` rows per expert."""
+    top_k, num_experts, (d_model, d_ff), launches = 2, 8, WIDTHS[glu], []
+    tokens = rows * num_experts // top_k
     for name in ("tile_map", "expert_mm", "down_bwd", "expert_dw", "combine"):
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10))
@@ -64,7 +55,7 @@ def record(monkeypatch, shape: str, arch: int, transposed: bool = False) -> list
     b1, b2 = (new(num_experts, hidden), new(num_experts, d_model)) if bias else (None, None)
     slot, pos = new(tokens * top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.int32)
     offsets = new(num_experts + 1, dtype=torch.int32)
-    out = kernels._MoEMLP.apply(x, gates, w1, w2, b1, b2, slot, pos, offsets, act, glu, True)
+    out = kernels._MoEMLP.apply(x, gates, w1, w2, b1, b2, slot, pos, offsets, "silu" if glu else "gelu", glu, True)
     out.backward(torch.empty_like(out))
     return launches
 
@@ -89,55 +80,70 @@ def compile_launch(function, args, constants, arch: int, folder: Path) -> dict:
     compiled = kernels.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tools = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
-    usage = subprocess.run(
-        [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    )
-    code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage.stdout)}
-    opcodes = re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", code.stdout, flags=re.MULTILINE)
-    counts = {
-        op: opcodes.count(op)
-        for op in ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
-    }
+
+    def ask(tool, *flags):
+        path = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        return subprocess.run([path, *flags, cubin], capture_output=True, text=True, check=True).stdout
+
+    resources = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", ask("cuobjdump", "--dump-resource-usage"))}
+    code = ask("nvdisasm", "-c")
+    opcodes = re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", code, flags=re.MULTILINE)
+    asked = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
+    counts = {op: opcodes.count(op) for op in asked}
     warps = options.get("num_warps", 4)
     return resources | counts | {"shared": compiled.metadata.shared, "threads": 32 * warps, "opcodes": len(opcodes)}
 
 
-# "all": every launch; "gemm": without the small kernels; "new": without those whose code the other shapes have.
-@pytest.mark.parametrize(
-    "shape, arch, which",
-    [
-        ("qwen3", 90, "all"),
-        ("qwen3", 80, "all"),
-        ("few_rows", 90, "gemm"),
-        ("few_rows", 80, "new"),
-        ("decode", 90, "new"),
-    ]
-    + [("decode", 80, "new"), ("bias", 90, "new"), ("bias", 80, "new"), ("odd", 90, "new"), ("fp32", 80, "new")],
-)
-def test_compiled_code(monkeypatch, tmp_path, shape, arch, which):
+def check(launch: tuple, arch: int, folder: Path) -> None:
     """No spill, no atomics, registers and shared memory within limits; tensor cores and asynchronous copies in use."""
+    function, args, constants = launch
+    found = compile_launch(*launch, arch, folder)
+    where = f"{function.__name__} {constants}: {found}"
+    assert found["STACK"] == found["LDL"] == found["STL"] == 0, f"spills registers: {where}"
+    assert found["ATOM"] == found["ATOMG"] == found["RED"] == found["REDG"] == 0, f"uses atomics: {where}"
+    assert found["REG"] * found["threads"] <= 65536, f"too many registers: {where}"
+    fp32 = args[0].dtype == torch.float32
+    assert found["shared"] <= SHARED_LIMIT[80 if fp32 else arch], f"too much shared memory: {where}"
+    if function.__name__ not in ("combine", "tile_map"):
+        assert found["LDGSTS"] > 0, f"no asynchronous copies: {where}"
+        wide = min(constants.get("BM", 128), constants.get("BA", 128)) >= 64  # the wide instruction needs 64 rows
+        core = "FFMA" if fp32 and constants["PRECISION"] == "ieee" else TENSOR_CORE[arch] if wide else "HMMA"
+        assert found[core] > 0, f"no {core}: {where}"
+
+
+@pytest.mark.parametrize("glu", [True, False])
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize(
+    "dtype, rows",  # the columns of the tile table; for fp32, the last two are equal
+    [(torch.bfloat16, 512), (torch.bfloat16, 64), (torch.bfloat16, 32), (torch.float32, 512), (torch.float32, 64)],
+)
+def test_every_row_of_the_tile_table(monkeypatch, tmp_path, arch, dtype, rows, glu):
+    """The up projection and down_bwd with GLU and without, and the gradient of w1."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    dtype, launches = SHAPES[shape][-1], record(monkeypatch, shape, arch, transposed=shape == "few_rows")
+    for launch in record(monkeypatch, arch, dtype, rows, glu):
+        if launch[2].get("TOP_K") or (glu and launch[2].get("A_TOP_K")):
+            check(launch, arch, tmp_path)
+
+
+def test_fp32_has_two_columns():
+    """So that the test above reaches every row."""
+    assert all(row[1] == row[2] for (family, _), row in kernels._TILES.items() if family == "fp32")
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+def test_the_other_launches(monkeypatch, tmp_path, arch):
+    """Tiles of 16 rows, fp16, biases, weights that are transposed views; combine and tile_map."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = record(monkeypatch, arch, torch.float16, 16, glu=False, bias=True, transposed=True)
     names = [function.__name__ for function, _, _ in launches]
-    assert names.count("expert_mm") == 3 and names.count("expert_dw") >= 2 and names.count("down_bwd") == 1
-    assert names.count("tile_map") == 1 and names.count("combine") == 2
-    for function, args, constants in launches:
-        small = function.__name__ in ("combine", "tile_map")
-        if (small and which != "all") or (which == "new" and constants.get("TOP_K") == 0):
-            continue
-        found = compile_launch(function, args, constants, arch, tmp_path)
-        where = f"{function.__name__} {constants}: {found}"
-        assert found["STACK"] == found["LDL"] == found["STL"] == 0, f"spills registers: {where}"
-        assert found["ATOM"] == found["ATOMG"] == found["RED"] == found["REDG"] == 0, f"uses atomics: {where}"
-        assert found["REG"] * found["threads"] <= 65536, f"too many registers: {where}"
-        assert found["shared"] <= SHARED_LIMIT[arch], f"too much shared memory: {where}"
-        if not small:
-            assert found["LDGSTS"] > 0, f"no asynchronous copies: {where}"
-            wide = min(constants.get("BM", 128), constants.get("BA", 128)) >= 64  # the wide instruction needs 64 rows
-            core = "FFMA" if dtype == torch.float32 else TENSOR_CORE[arch] if wide else "HMMA"
-            assert found[core] > 0, f"no {core}: {where}"
+    assert (
+        names
+        == [*"tile_map expert_mm expert_mm combine down_bwd expert_dw expert_dw expert_mm combine".split()]
+        + ["expert_dw"] * 2
+    )
+    for launch in launches:
+        if launch[0].__name__ not in ("down_bwd", "expert_mm") or not launch[2]["TOP_K"]:
+            check(launch, arch, tmp_path)
 
 
 def test_tf32_uses_tensor_cores(monkeypatch, tmp_path):
@@ -145,14 +151,13 @@ def test_tf32_uses_tensor_cores(monkeypatch, tmp_path):
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        launches = record(monkeypatch, "fp32", 80)
+        launches = record(monkeypatch, 80, torch.float32, 512, glu=True)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    for function, args, constants in launches:
-        if function.__name__ in ("expert_mm", "down_bwd"):
-            assert constants["PRECISION"] == "tf32"
-            found = compile_launch(function, args, constants, 80, tmp_path)
-            assert found["HMMA"] > 0 and found["STACK"] == 0, found
+    for launch in launches:
+        if launch[2].get("TOP_K"):
+            assert launch[2]["PRECISION"] == "tf32"
+            check(launch, 80, tmp_path)
 
 
 def test_widths_and_strides_are_constants():
@@ -185,7 +190,5 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype):
     layer = torch.compile(kernels.moe_mlp, fullgraph=True, backend=backend)
     with pytest.raises(Exception, match="Traced"):
         layer(x, torch.randint(-1, 4, (32, 2)), gates, w1, w2, b1, b2, act="silu", glu=True)
-    assert sorted(launches)[-2:] == [
-        4,
-        7,
-    ]  # tiles, up, down, combine; down_bwd, two weights, two biases, rows of x, combine
+    # Forward: tiles, up, down, combine. Backward: down_bwd, two weights, two biases, rows of x, combine.
+    assert sorted(launches)[-2:] == [4, 7]
