@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,7 +28,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,8 +38,8 @@ import traceback
 import types
 import typing
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,11 +93,16 @@ def write_json(path: str | Path, content: object) -> None:
         file.write("\n")
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path, *keys: str) -> dict:
+    """An object with at least these keys. Raises UsageError when the file is damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}); delete it or start anew with --overwrite") from error
+        content = json.loads(Path(path).read_text())
+        missing = [key for key in keys if key not in content]
+    except (ValueError, TypeError) as error:
+        missing = [error]
+    if missing or not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged ({missing or 'not an object'}); start anew with --overwrite")
+    return content
 
 
 def save(path: str | Path, state: object) -> None:
@@ -114,7 +119,8 @@ def load(path: str | Path, map_location: object = "cpu") -> Any:
         raise
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:160]
-        raise UsageError(f"{path} is not a readable checkpoint ({reason}); delete it or use --overwrite") from error
+        way_out = f"delete {Path(path).with_suffix('.*')} and go on with --resume"
+        raise UsageError(f"{path} is not a readable checkpoint ({reason}); {way_out}") from error
 
 
 def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
@@ -406,20 +412,20 @@ def train(
     device = next(model.parameters()).device
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    last: dict[str, float] = {}
     if checkpoint is not None and checkpoint.exists():
         state = load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start_step = state["step"]
+        start_step, last = state["step"], state["last"]
         torch.set_rng_state(state["rng"].cpu())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
-    if metrics is not None and metrics.exists():  # forget the metrics of steps that run again
-        kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] < start_step]
+    if metrics is not None and metrics.exists():  # forget the metrics of steps that run again, and a torn last line
+        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
         with atomic_file(metrics, "w") as file:
-            file.writelines(kept)
+            file.writelines(line for line in whole if json.loads(line)["step"] < start_step)
     pending: list[tuple[int, Tensor, dict]] = []
-    last: dict[str, float] = {}
 
     def fail(what: str) -> NoReturn:
         kept = checkpoint if checkpoint and checkpoint.exists() else "none yet"
@@ -446,8 +452,10 @@ def train(
             bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
 
     def keep(step: int) -> None:
+        if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+            fail(f"a weight is not finite after step {step - 1}")
         if checkpoint is not None:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "last": last}
             state["rng"] = torch.get_rng_state()
             if device.type == "cuda":
                 state["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -467,7 +475,7 @@ def train(
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                         loss, values = loss_fn(part, step)
                 except ValueError as error:  # a layer that refuses NaN; other mistakes show at the first step
-                    if step == start_step:
+                    if step == 0:
                         raise
                     fail(f"{error} at step {step}")
                 if backward is not None:
@@ -586,6 +594,14 @@ def verdict(margins: Sequence[float]) -> bool:
     return bool(array.mean() > 0 and array.mean() > error)
 
 
+def say(text: str) -> None:
+    """Print, also when nobody listens any more (`| head`): what was trained is still to be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -666,6 +682,10 @@ class Run:
     workers: int = 1
     threads: int = 1
     data_dir: Path = Path("data/cache")
+    overwrite: bool = False
+    config: object = None  # what runs; main replaces it when it settles a field
+    data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
+    begun: bool = False
     claims: list[Claim] = field(default_factory=list)
     tables: list[dict] = field(default_factory=list)
 
@@ -692,10 +712,10 @@ class Run:
         seeds = "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
         dtype = str(self.dtype).removeprefix("torch.")
         parts = [self.method, f"{self.scale} scale", self.device, dtype, seeds, text, f"about {eta_seconds:.0f} s"]
-        print(" · ".join(parts), flush=True)
+        say(" · ".join(parts))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        print(f"\n{title}\n{format_table(header, rows)}", flush=True)
+        say(f"\n{title}\n{format_table(header, rows)}")
         self.tables.append({"title": title, "header": list(header), "rows": rows})
 
     def claim(
@@ -717,7 +737,7 @@ class Run:
             panel(ax)
         with atomic_file(self.out / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=130)
-        print(f"\nwrote {self.out / name}.png")
+        say(f"\nwrote {self.out / name}.png")
 
     def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int = 0) -> None:
         """--dry-run: what the whole run would take, from a few real steps on this device."""
@@ -738,7 +758,7 @@ class Run:
         train_arm must be importable (top level). Each result goes to its own file as soon as it is there; with
         --resume, finished arms are read back. The number of workers never changes a number.
         """
-        (self.out / "arms").mkdir(exist_ok=True)
+        self._begin()
         todo = [job for job in jobs if not self.path(job[1], job[2], ".json").exists()]
         workers = min(self.workers, len(todo))
         if workers > 1:
@@ -746,7 +766,32 @@ class Run:
         else:
             for job in todo:
                 _run_job(self, train_arm, *job)
-        return [read_json(self.path(arm, seed, ".json"))["result"] for _, arm, seed in jobs]
+        return [read_json(self.path(arm, seed, ".json"), "result")["result"] for _, arm, seed in jobs]
+
+    def identity(self) -> dict:
+        """What all arms of a folder must have in common."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**config, "data": self.data, "dtype": dtype, "device": self.device, "torch": torch.__version__}
+
+    def _begin(self) -> None:
+        """Claim the output folder, before the first arm: never mix two runs, never delete one for a mistyped flag."""
+        mark, arms, identity = self.out / "run.json", self.out / "arms", self.identity()
+        if not self.begun and self.resume:
+            before = read_json(mark, "identity")["identity"]
+            for key, now in identity.items():
+                if before.get(key) != now:
+                    raise UsageError(f"--resume: {self.out} was run with {key} = {before.get(key)}, not {now}")
+        elif not self.begun:
+            try:
+                if self.overwrite:
+                    for path in [*arms.glob("*"), *(self.out / name for name in ("results.json", "metrics.jsonl"))]:
+                        path.unlink(missing_ok=True)
+                write_json(mark, {"identity": identity, "wall_seconds": 0.0})
+                arms.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
+        self.begun = True
 
     def measure(self, train_arm: Callable, config: object, arms: Sequence[str]) -> dict[str, list[dict]]:
         """map_arms over every arm and every seed of the run: {arm: [one result a seed]}."""
@@ -764,9 +809,14 @@ class Run:
         os.environ.update(limits)
         pool = ProcessPoolExecutor(workers, context, _start_worker, (self, ranks, context.RLock()))
         try:
-            futures = [pool.submit(_run_job, self, train_arm, *job) for job in todo]
-            for future in as_completed(futures):
-                future.result()
+            submit = lambda job: pool.submit(_run_job, self, train_arm, *job)
+            waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
+            running = {submit(job) for job in itertools.islice(waiting, workers)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                running |= {submit(job) for job in itertools.islice(waiting, len(done))}
         except BrokenProcessPool as error:
             raise BrokenProcessPool("a worker was killed (out of memory?); go on with --resume") from error
         except BaseException:  # an arm failed or Ctrl-C: let the others save a checkpoint and end
@@ -791,10 +841,16 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
 def _start_worker(run: Run, ranks: multiprocessing.Queue, bar_lock: object) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(bar_lock)
     torch.set_num_threads(run.threads)
     if run.device == "cuda":
         torch.cuda.set_device(ranks.get() % torch.cuda.device_count())
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _leave(number: int, frame: object) -> NoReturn:
@@ -846,7 +902,7 @@ def run(
         sys.exit(_run(main, small, full, claims, argv, program))
     except KeyboardInterrupt as stop:
         again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", program, *again, "--resume"])
+        command = shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
         print(f"\n{program}: stopped; what is done is kept. Go on with: {command}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, NonFiniteLoss, BrokenProcessPool, torch.OutOfMemoryError) as error:
@@ -857,6 +913,8 @@ def run(
             names = [name for name in ("batch_size", "context", "d_model") if hasattr(small, name)]
             message = "out of GPU memory; lower " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
         usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
+        if not usage and isinstance(error, OSError):
+            message += "; what is done is kept, go on with --resume"
         print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)
 
@@ -873,21 +931,20 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
-    config = dataclasses.replace(full if options["full"] else small, **settings)
     run = _make_run(options, program.removesuffix(".py"), claims)
+    run.config = dataclasses.replace(full if options["full"] else small, **settings)
     torch.set_num_threads(run.threads)
     if run.dry_run:
-        main(config, run)
+        main(run.config, run)
         return 0
-    config_json = json.loads(json.dumps(dataclasses.asdict(config)))
-    identity = {**config_json, "dtype": str(run.dtype).removeprefix("torch."), "device": run.device}
-    with _out_folder(run, identity, options["overwrite"]) as mark:
-        earlier, start = read_json(mark)["wall_seconds"], time.monotonic()
-        try:
-            results = main(config, run) or {}
-        finally:
-            wall_seconds = round(earlier + time.monotonic() - start, 1)
-            write_json(mark, {"identity": identity, "wall_seconds": wall_seconds})
+    mark, start = run.out / "run.json", time.monotonic()
+    earlier = read_json(mark, "wall_seconds")["wall_seconds"] if run.resume else 0.0
+    try:
+        results = main(run.config, run) or {}
+    finally:
+        wall_seconds = round(earlier + time.monotonic() - start, 1)
+        if run.begun:
+            write_json(mark, {"identity": run.identity(), "wall_seconds": wall_seconds})
     with atomic_file(run.out / "metrics.jsonl") as file:
         file.writelines(part.read_bytes() for part in sorted((run.out / "arms").glob("*.jsonl")))
     report = {
@@ -898,16 +955,17 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
         "machine": _machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git": _git(Path(inspect.getfile(main)).parent),
-        "dtype": identity["dtype"],
-        "config": config_json,
+        "dtype": run.identity()["dtype"],
+        "config": json.loads(json.dumps(dataclasses.asdict(run.config))),
+        "data": run.data,
         "wall_seconds": wall_seconds,
         "results": {**results, "tables": run.tables},
         "claims": [dataclasses.asdict(claim) for claim in claims],
     }
-    if claims:
-        print(f"\nclaims of the paper\n{format_claims(claims)}")
     write_json(run.out / "results.json", report)
-    print(f"\nwrote {run.out / 'results.json'} ({wall_seconds:.0f} s)")
+    if claims:
+        say(f"\nclaims of the paper\n{format_claims(claims)}")
+    say(f"\nwrote {run.out / 'results.json'} ({wall_seconds:.0f} s)")
     failed = [claim.id for claim in claims if claim.required and claim.holds is not True]
     if options["strict"] and failed:
         print(f"{program}: required claims that do not hold: {', '.join(failed)}", file=sys.stderr)
@@ -921,6 +979,16 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
             raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
     if options["overwrite"] and options["resume"]:
         raise UsageError("--overwrite and --resume exclude each other")
+    out = (
+        options["out"]
+        if "out" in options["given"]
+        else Path("runs") / f"{method}-{'full' if options['full'] else 'small'}"
+    )
+    if options["resume"] and not (out / "run.json").exists():
+        raise UsageError(f"--resume: there is no run in {out}")
+    if not (options["resume"] or options["overwrite"] or options["dry_run"]):
+        if (out / "run.json").exists() or (out / "arms").exists():
+            raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install -r requirements-full.txt")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -936,46 +1004,14 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         seeds=list(range(options["seed"], options["seed"] + options["seeds"])),
-        out=options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}",
+        out=out,
         workers=options["workers"] or (torch.cuda.device_count() if device == "cuda" else cores),
         threads=options["threads"] or (1 if scale == "small" else cores),
         data_dir=options["data_dir"] if "data_dir" in options["given"] else Path(cache),
         draw=options["plot"],
         claims=claims,
-        **{name: options[name] for name in ("resume", "ablate", "dry_run", "compile")},
+        **{name: options[name] for name in ("resume", "overwrite", "ablate", "dry_run", "compile")},
     )
-
-
-@contextmanager
-def _out_folder(run: Run, identity: dict, overwrite: bool) -> Iterator[Path]:
-    """Claim the output folder: never mix two runs, and leave nothing behind when main fails before any result."""
-    mark, new_folders = run.out / "run.json", [p for p in (run.out, *run.out.parents) if not p.exists()]
-    if overwrite and mark.exists():
-        shutil.rmtree(run.out / "arms", ignore_errors=True)
-        for name in ("results.json", "metrics.jsonl", "run.json"):
-            (run.out / name).unlink(missing_ok=True)
-    if mark.exists() and not run.resume:
-        raise UsageError(f"{run.out} holds a run; continue it with --resume or replace it with --overwrite")
-    if run.resume:
-        if not mark.exists():
-            raise UsageError(f"--resume: there is no run in {run.out}")
-        before = read_json(mark)["identity"]
-        for key in identity:
-            if before.get(key) != identity[key]:
-                raise UsageError(f"--resume: {run.out} was run with {key} = {before.get(key)}, not {identity[key]}")
-    else:
-        try:
-            write_json(mark, {"identity": identity, "wall_seconds": 0.0})
-        except OSError as error:
-            raise UsageError(f"--out {run.out} cannot be written: {error.strerror}") from error
-    try:
-        yield mark
-    except Exception:
-        if not (run.out / "arms").exists():
-            mark.unlink(missing_ok=True)
-            for folder in new_folders:
-                folder.rmdir()
-        raise
 
 
 class _Parser(argparse.ArgumentParser):

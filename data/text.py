@@ -3,17 +3,18 @@
 A language model needs text; a first run should need no download. Every Python brings several megabytes of source
 code, its documentation and licences, and torch brings the headers of its C++ library. Each of these is a *domain*:
 
-    python     top-level modules of the standard library        about 4.7 MB
-    docs       the language reference behind `help()`           about 0.5 MB
-    headers    C++ headers that come with torch                 about 37 MB
-    licences   licence texts of Python and installed packages   under 1 MB
+    python     top-level modules of the standard library        about 4.5 MB
+    docs       the language reference behind `help()`           about 0.4 MB
+    headers    C++ headers that come with torch                 about 30 MB
 
 A token is a byte, so the vocabulary is 256 and a loss in nats/byte needs no tokenizer to be understood. Documents
-are de-duplicated and split whole: no file has a part in both training and validation. The bytes differ between
-installations, so their hash is printed and losses are compared within a machine, never across machines.
+are split whole, and a paragraph that stands in several (help topics quote each other, headers share their licence)
+is kept once, so that validation does not ask for what training has shown. The bytes differ between installations:
+their hash is printed, and losses are compared within a machine, never across machines.
 """
 
 import hashlib
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -36,9 +37,17 @@ class Corpus(NamedTuple):
 
 
 def _files(root: Path, pattern: str) -> Iterator[Document]:
+    """Readable text: no links, nothing hidden, nothing binary."""
     for path in sorted(root.glob(pattern), key=lambda p: p.as_posix()):
-        if path.is_file() and not path.is_symlink():
-            yield path.relative_to(root).as_posix(), path.read_bytes()
+        name = path.relative_to(root)
+        if path.is_file() and not path.is_symlink() and not any(part.startswith(".") for part in name.parts):
+            content = path.read_bytes()
+            if not _is_binary(content):
+                yield name.as_posix(), content
+
+
+def _is_binary(content: bytes) -> bool:
+    return b"\0" in content[:8192]
 
 
 def _python() -> tuple[list[Document], str]:
@@ -59,13 +68,7 @@ def _headers() -> tuple[list[Document], str]:
     return list(_files(Path(torch.__file__).parent / "include", "**/*.h")), ""
 
 
-def _licences() -> tuple[list[Document], str]:
-    packages = Path(torch.__file__).parent.parent
-    found = [doc for pattern in ("*/LICEN[CS]E*", "*/licenses/**/*") for doc in _files(packages, pattern)]
-    return [*_files(Path(sysconfig.get_path("stdlib")), "LICENSE.txt"), *found], ""
-
-
-DOMAINS = {"python": _python, "docs": _docs, "headers": _headers, "licences": _licences}
+DOMAINS = {"python": _python, "docs": _docs, "headers": _headers}
 
 
 def load_domain(name: str, val_share: float = 0.1) -> Corpus:
@@ -84,27 +87,29 @@ def load_text(path: str | Path, val_share: float = 0.1) -> Corpus:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"text {path}: no such file or folder")
-    if path.is_file():
-        return split_documents(path.name, [(path.name, path.read_bytes())], val_share)
-    documents = [d for d in _files(path, "**/*") if b"\0" not in d[1][:8192] and not d[0].startswith(".")]
-    return split_documents(path.name, documents, val_share)
+    if path.is_dir():
+        return split_documents(path.name, list(_files(path, "**/*")), val_share)
+    content = path.read_bytes()
+    if _is_binary(content):
+        raise ValueError(f"text {path} is a binary file")
+    return split_documents(path.name, [(path.name, content)], val_share)
 
 
 def split_documents(name: str, documents: list[Document], val_share: float, note: str = "") -> Corpus:
-    """De-duplicate, hold whole documents out until val_share of the bytes is reached, join the rest.
+    """Drop what repeats, hold whole documents out until val_share of the bytes is reached, join the rest.
 
     Which documents are held out depends on their contents alone (the order of their hashes), so the split does not
     move when files are renamed or found in another order. A single document is cut at a line end instead.
     """
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
-    unique = {hashlib.sha256(content).digest(): (doc, content) for doc, content in documents if content.strip()}
-    if not unique:
-        raise ValueError(f"text {name!r} holds no text ({len(documents)} documents, all empty)")
-    by_hash = [unique[key][1] for key in sorted(unique)]
+    by_hash = drop_repeats(sorted({content for _, content in documents}, key=lambda c: hashlib.sha256(c).digest()))
+    if not by_hash:
+        raise ValueError(f"text {name!r} holds no text ({len(documents)} text files, none with words)")
     budget = val_share * sum(map(len, by_hash))
     if len(by_hash) == 1:
-        cut = by_hash[0].rfind(b"\n", 0, int(len(by_hash[0]) - budget)) + 1 or int(len(by_hash[0]) - budget)
+        cut = int(len(by_hash[0]) - budget)
+        cut = by_hash[0].rfind(b"\n", int(0.99 * cut), cut) + 1 or cut
         train, val = [by_hash[0][:cut]], [by_hash[0][cut:]]
     else:
         train, val, taken = [], [], 0
@@ -120,6 +125,21 @@ def split_documents(name: str, documents: list[Document], val_share: float, note
         torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
     )
     return Corpus(name, as_tensor(train_bytes), as_tensor(val_bytes), digest, len(by_hash), note)
+
+
+def drop_repeats(documents: list[bytes], least: int = 30) -> list[bytes]:
+    """Keep the first of equal paragraphs (text between blank lines, at least `least` bytes, white space aside)."""
+    seen: set[bytes] = set()
+    kept = []
+    for document in documents:
+        paragraphs = []
+        for paragraph in re.split(rb"\n[ \t\r]*\n", document):
+            key = b" ".join(paragraph.split())
+            if len(key) < least or key not in seen:
+                paragraphs.append(paragraph)
+                seen.add(key)
+        kept.append(b"\n\n".join(paragraphs))
+    return [document for document in kept if document.strip()]
 
 
 def sample_windows(data: Tensor, num: int, length: int, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,21 @@ def test_no_document_has_a_part_on_both_sides():
     assert len(val) == 2  # a tenth of the bytes
 
 
+@pytest.mark.parametrize("domain", ["python", "docs"])
+def test_validation_is_not_a_copy_of_training(domain):
+    """Help topics quote each other word for word: split by topic alone, two fifths of validation stood in training."""
+    corpus = text.load_domain(domain)
+    train, val = whole(corpus.train), whole(corpus.val)
+    pieces = [val[i : i + 64] for i in range(0, len(val) - 64, 64)][:600]
+    assert sum(piece in train for piece in pieces) < 0.01 * len(pieces)
+
+
+def test_a_paragraph_that_repeats_is_kept_once():
+    long, short = b"a paragraph of some length, quoted elsewhere", b"short"
+    documents = [long + b"\n\n" + short, short + b"\n \n" + long.replace(b" ", b"  ") + b"\n\nnew words", long]
+    assert text.drop_repeats(documents) == [documents[0], b"short\n\nnew words"]
+
+
 def test_duplicates_are_dropped_and_neither_names_nor_order_move_the_split():
     found = documents(*[50] * 20)
     corpus = text.split_documents("x", found, 0.2)
@@ -35,6 +50,8 @@ def test_few_or_uneven_documents_leave_something_on_both_sides():
     for sizes in [(10, 1000), (1000, 1000), (5, 5, 5), (1, 100_000)]:
         corpus = text.split_documents("x", documents(*sizes), 0.1)
         assert len(corpus.train) and len(corpus.val)
+    early = text.split_documents("x", [("a", b"Title\n" + b"one long line " * 1000)], 0.1)
+    assert len(early.val) == pytest.approx(1400, rel=0.01)
     single = text.split_documents("x", [("a", b"line one\n" * 100)], 0.1)
     assert whole(single.train).endswith(b"\n") and whole(single.train) + whole(single.val) == b"line one\n" * 100
 
@@ -64,6 +81,11 @@ def test_own_text_file_folder_and_mistakes(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "a.txt")
     assert text.load_text(tmp_path).num_documents == 2
     assert len(text.load_text(tmp_path / "a.txt").train) == 540
+    (tmp_path / "sub" / ".hidden").mkdir()
+    (tmp_path / "sub" / ".hidden" / "c.txt").write_bytes(b"hidden\n" * 100)
+    assert text.load_text(tmp_path).num_documents == 2
+    with pytest.raises(ValueError, match="image.bin is a binary file"):
+        text.load_text(tmp_path / "image.bin")
     with pytest.raises(FileNotFoundError, match="missing.txt: no such file"):
         text.load_text(tmp_path / "missing.txt")
     (tmp_path / "empty.txt").write_bytes(b" \n")
