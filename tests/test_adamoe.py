@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,14 +238,14 @@ def test_idle_experts_and_batches_without_true_picks(favoured):
         assert not module.w1.grad[0].any()
 
 
-def test_nan_weights_of_an_expert_nobody_picks_stay_out():
-    module = layer()
+@pytest.mark.parametrize("expert", [0, 3])  # a null index of -1 that wraps around would hit the last expert
+def test_nan_weights_of_an_expert_nobody_picks_stay_out(expert):
+    module, x = layer(), torch.randn(400, 6, dtype=F64)
+    unpicked = x[~(module.router(x).topk(3).indices == expert).any(-1)]
     with torch.no_grad():
-        module.router.weight[0] = 0
-        module.w1[0] = math.nan
-    x = torch.randn(400, 6, dtype=F64)
-    picked = (module.router(x).topk(3).indices == 0).any(-1)
-    assert torch.isfinite(module(x[~picked])).all()
+        module.w1[expert] = math.nan
+    y = module(unpicked)
+    assert (module.true_counts < 3).any() and torch.isfinite(y).all()
 
 
 def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
@@ -271,7 +272,11 @@ def test_causal_and_independent_of_the_order_of_tokens():
         generator=torch.Generator().manual_seed(0), init=0.3,
     ).double()  # fmt: skip
     tokens = torch.randint(256, (24,))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[None, :10]), model(tokens[None])[:, :10], atol=1e-12, rtol=0)
     assert adamoe.future_leak(model, tokens) < 1e-12
+    model.causal = False  # the convolution looks ahead now, and the measure sees it
+    assert adamoe.future_leak(model, tokens) > 1e-6
     module, x = layer(), torch.randn(30, 6, dtype=F64)
     order = torch.randperm(30)
     torch.testing.assert_close(module(x)[order], module(x[order]))
@@ -396,14 +401,138 @@ def test_counts_of_the_controls():
 
 
 def test_shuffled_counts_keep_the_load_of_every_layer():
-    config = common.dataclasses.replace(adamoe.SMALL, d_model=16, d_ff=16, num_heads=2, context=16)
     generator = torch.Generator().manual_seed(0)
-    model = adamoe.build(config, adamoe.Arm(8, 3), generator)
-    windows = torch.randint(256, (32, 17), generator=generator)
+    model, windows = tiny_model()
     own = adamoe.evaluate(model, windows)
     shuffled = adamoe.evaluate(model, windows, lambda counts: adamoe.shuffle_counts(counts, generator))
     assert own["load_by_layer"] == shuffled["load_by_layer"] and own["loss"] != shuffled["loss"]
     assert adamoe.evaluate(model, windows) == own  # nothing dictated stays behind
+
+
+def test_own_counts_dictated_change_nothing():
+    """So what shuffling costs is the placement alone."""
+    model, windows = tiny_model()
+    assert adamoe.evaluate(model, windows, lambda counts: counts)["loss"] == adamoe.evaluate(model, windows)["loss"]
+
+
+# --- the experiment ------------------------------------------------------------------------------------------
+
+
+def tiny_model(arm=None):
+    generator = torch.Generator().manual_seed(0)
+    return adamoe.build(TINY, arm or adamoe.Arm(8, 3), generator), torch.randint(256, (32, 17), generator=generator)
+
+
+TINY = replace(adamoe.SMALL, num_layers=1, d_model=16, d_ff=16, num_heads=2, context=16, pretrain_steps=2, steps=2)
+
+
+def test_arms_are_what_their_names_say():
+    arms = adamoe.trained_arms(adamoe.SMALL, ablate=True)
+    assert list(adamoe.trained_arms(adamoe.SMALL, ablate=False)) == ["top1", "top2", "adamoe"]
+    assert arms["top1"] == adamoe.Arm(0, 1) and arms["top2"] == adamoe.Arm(0, 2)
+    own = adamoe.Arm(8, 3)
+    assert arms["adamoe"] == own and arms["k+1"] == replace(own, top_k=4) and arms["k-1"] == replace(own, top_k=2)
+    assert arms["all_picks"] == replace(own, normalize="all_picks")
+    assert arms["l_bal"] == replace(own, average_nulls=False)
+    assert arms["random_nulls"] == replace(own, copy_rows=False)
+    grid = {name: arm for name, arm in arms.items() if "@" in name}
+    assert len(grid) == 3 * (len(adamoe.LR_GRID) - 1) and adamoe.SMALL.lr in adamoe.LR_GRID
+    assert grid["top2@0.004"] == replace(arms["top2"], lr=0.004)
+    ffn = tiny_model(arms["l_bal"])[0].ffns()[0]
+    assert (ffn.num_null, ffn.top_k, ffn.average_nulls) == (8, 3, False)
+
+
+def test_training_reads_training_text_only_follows_alpha_and_starts_from_the_base(tmp_path, monkeypatch):
+    run = common.Run("adamoe", "small", "cpu", torch.float32, [0], tmp_path, config=TINY)
+    (tmp_path / "arms").mkdir()
+    seen, alphas, starts, sample = [], [], {}, adamoe.text_data.sample_windows
+    monkeypatch.setattr(
+        adamoe.text_data, "sample_windows", lambda data, *rest: (seen.append(data), sample(data, *rest))[1]
+    )
+    balance = adamoe.load_balancing_loss
+    monkeypatch.setattr(
+        adamoe,
+        "load_balancing_loss",
+        lambda z, n, k, alpha, *rest: (alphas.append(alpha), balance(z, n, k, alpha, *rest))[1],
+    )
+    adamoe.pretrain_base(TINY, "base", 0, run)
+    assert set(alphas[:2]) == {TINY.alpha_pretrain}
+    train = common.train
+
+    def remember(model, *rest, **options):
+        starts[options["label"]] = {name: value.clone() for name, value in model.state_dict().items()}
+        return train(model, *rest, **options)
+
+    monkeypatch.setattr(common, "train", remember)
+    for arm in ("adamoe", "random_nulls", "top1"):
+        alphas.clear()
+        adamoe.finetune_arm(TINY, arm, 0, run)
+        assert alphas[:2] == [TINY.alpha, TINY.alpha_late]
+    texts = [adamoe.text_data.load_domain(name).train for name in ("python", "docs")]
+    assert all(any(data.equal(text) for text in texts) for data in seen)
+    base, key = common.load(tmp_path / "arms" / "base-seed0.pt"), "blocks.0.ffn.router.weight"
+    for label, start in starts.items():
+        assert all(torch.equal(start[name], base[name]) for name in base if name != key)
+        assert torch.equal(start[key][:8], base[key])
+        near = label.startswith("adamoe")
+        if not label.startswith("top1"):
+            assert torch.allclose(start[key][8:], base[key], rtol=0.1, atol=0.01) is near
+
+
+def test_top_p_threshold_meets_the_load(tmp_path):
+    run = common.Run("adamoe", "small", "cpu", torch.float32, [0], tmp_path, config=TINY)
+    (tmp_path / "arms").mkdir()
+    model, _ = tiny_model(adamoe.Arm(0, 2))
+    common.save(run.path("top2", 0, ".pt"), model.state_dict())
+    for load in (1.4, 2.6):
+        common.write_json(run.path("adamoe", 0, ".json"), {"result": {"load": load}})
+        assert adamoe.control_arm(TINY, "top_p", 0, run)["load"] == pytest.approx(load, abs=0.15)
+        assert adamoe.control_arm(TINY, "random_k", 0, run)["load"] == pytest.approx(load, abs=0.05)
+
+
+def measured(loss, load, **more):
+    blocks = [loss - 0.001, loss + 0.001]
+    exact = {"rows": 5.0, "true_picks": 5, "leak": 0.0, "expert_flops": load, "model_flops": 3 + load}
+    return {"loss": loss, "load": load, "loss_blocks": blocks, "histogram": [0.5, 0.5], **exact, **more}
+
+
+GOOD = {
+    "top1": measured(2.0, 1.0),
+    "top2": measured(1.0, 2.0),
+    "adamoe": measured(0.9, 1.5),
+    "shuffled": measured(1.2, 1.5),
+    "all_picks": measured(1.0, 1.5),
+    "l_bal": measured(1.0, 1.5),
+    "random_nulls": measured(1.0, 1.5),
+}
+WORSE = {  # claim -> what has to change for it to fail
+    "load": {"adamoe": measured(0.9, 1.7)},
+    "flops": {"adamoe": measured(0.9, 1.5, expert_flops=2.1)},
+    "quality": {"adamoe": measured(1.6, 1.5)},
+    "adaptive": {"shuffled": measured(0.8, 1.5)},
+    "null_free": {"adamoe": measured(0.9, 1.5, rows=6.0)},
+    "causal": {"adamoe": measured(0.9, 1.5, leak=1e-3)},
+    "beats_top2": {"top2": measured(0.8, 2.0)},
+    "true_norm": {"all_picks": measured(0.8, 1.5)},
+    "copy_init": {"random_nulls": measured(0.8, 1.5)},
+    "null_loss": {"l_bal": measured(0.8, 1.5)},
+}
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_every_claim_can_hold_and_can_fail(num_seeds, tmp_path):
+    def judged(changes):
+        claims = [replace(claim) for claim in adamoe.CLAIMS]
+        run = common.Run("adamoe", "small", "cpu", torch.float32, [0] * num_seeds, tmp_path, ablate=True, claims=claims)
+        adamoe.judge(adamoe.SMALL, run, {arm: [result] * num_seeds for arm, result in (GOOD | changes).items()})
+        return {claim.id.removeprefix("adamoe."): claim for claim in claims}
+
+    good = judged({})
+    assert set(good) == set(WORSE) and all(claim.holds for claim in good.values())
+    assert good["quality"].measured.startswith("0.6000")  # 2 + 0.5 * (1 - 2) - 0.9
+    for id, changes in WORSE.items():
+        assert judged(changes)[id].holds is False, id
+    assert judged({"adamoe": measured(0.9, 1.5, histogram=[0.0, 1.0])})["adaptive"].holds is False
 
 
 # --- the script ----------------------------------------------------------------------------------------------
@@ -432,6 +561,10 @@ def test_script_end_to_end_with_every_arm(script, tmp_path):
         (["--num-nul", "4"], "--num-null"),
         (["--top-k", "many"], "--top-k"),
         (["--top-k", "17"], "top_k 17"),
+        (["--load", "1", "--num-null", "3"], "not both"),
+        (["--load", "1e-9"], "at most 4096"),
+        (["--num-experts", "1"], "at least 2"),
+        (["--init", "-1"], "init -1"),
         (["--load", "9"], "load is 9"),
         (["--steps", "0"], "steps is 0"),
         (["--text", "no/such/file"], "no such file"),
@@ -471,4 +604,8 @@ def test_own_text_and_load_budget(command_line, tmp_path):
     done = command_line(adamoe, *ADAMOE, "--text", "mine", "--load", "1.2", "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert "load 1.2: 12 nulls, predicted load 1.200" in done.stdout
-    assert "mine" in results_of(tmp_path / "runs" / "adamoe-small")["results"]["texts"]
+    report = results_of(tmp_path / "runs" / "adamoe-small")
+    assert "mine" in report["data"] and report["config"]["num_null"] == 12
+    (tmp_path / "mine" / "0.txt").write_text("another chapter. " + "all the world is a stage " * 60)
+    again = command_line(adamoe, *ADAMOE, "--text", "mine", "--load", "1.2", "--workers", 1, "--resume")
+    assert again.returncode == 2 and "was run with data" in again.stderr

@@ -229,8 +229,10 @@ def test_interrupted_and_resumed_training_equals_the_uninterrupted_one_bit_for_b
     interrupt = lambda step: os.kill(os.getpid(), number) if step == stop else None
     with pytest.raises(KeyboardInterrupt):
         regression(on_step=interrupt, **files)
-    resumed, _ = regression(**files)
-    assert torch.equal(whole, resumed)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"arm": "train", "step": 1')  # a line that a full disk cut short
+    resumed, last = regression(**files)
+    assert torch.equal(whole, resumed) and last["step"] == 11
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
@@ -303,6 +305,17 @@ def test_a_loss_that_becomes_nan_stops_at_once_and_keeps_the_last_good_checkpoin
         common.train(model, loss_fn, 20, batches=batches, checkpoint=path, checkpoint_seconds=0.0)
     state = common.load(path)
     assert state["step"] == 6 and all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_weights_that_became_nan_are_never_saved(tmp_path):
+    model, path = nn.Linear(1, 1), tmp_path / "a.ckpt"
+    loss_fn = lambda x, step: ((model.weight * (step < 3)).square().sum().sqrt(), {})  # slope of sqrt at 0: NaN
+    options = {"batches": lambda step: None, "checkpoint": path, "checkpoint_seconds": 0.0}
+    with pytest.raises(
+        common.NonFiniteLoss, match="a weight is not finite after step 3; last good checkpoint: .*a.ckpt"
+    ):
+        common.train(model, loss_fn, 9, **options)
+    assert common.load(path)["step"] == 3
 
 
 def test_decay_leaves_biases_and_norms_alone():
@@ -416,6 +429,32 @@ def test_a_finished_run_is_not_overwritten_by_accident(command_line, tmp_path):
     assert report(results.parent)["config"]["steps"] == 4
 
 
+def test_a_mistyped_flag_does_not_cost_the_old_run(command_line, tmp_path):
+    assert command_line(toy, "--workers", 1, "--steps", 3).returncode == 0
+    results = tmp_path / "runs" / "toy-small" / "results.json"
+    before = results.read_text()
+    assert command_line(toy, "--overwrite", "--batch-size", 0).returncode == 2
+    assert results.read_text() == before
+
+
+def test_a_damaged_folder_is_one_line_and_never_mixed_with_a_new_run(command_line, tmp_path):
+    folder = tmp_path / "runs" / "toy-small"
+    assert command_line(toy, "--workers", 1, "--steps", 3).returncode == 0
+    for path in (folder / "run.json", folder / "arms" / "one-seed0.json"):
+        whole = path.read_text()
+        for content in ("{", "[]", "{}", '"text"'):
+            path.write_text(content)
+            done = command_line(toy, "--workers", 1, "--steps", 3, "--resume")
+            assert done.returncode == 2 and "is damaged" in done.stderr and "--overwrite" in done.stderr, content
+        path.write_text(whole)
+    (folder / "run.json").unlink()
+    done = command_line(toy, "--workers", 1, "--steps", 9)
+    assert done.returncode == 2 and "holds a run" in done.stderr
+    assert command_line(toy, "--workers", 1, "--steps", 9, "--overwrite").returncode == 0
+    assert report(folder)["config"]["steps"] == 9
+    assert json.loads((folder / "arms" / "one-seed0.jsonl").read_text().splitlines()[-1])["step"] == 8
+
+
 def test_resume_adds_what_is_missing_and_trains_nothing_twice(command_line, tmp_path):
     assert command_line(toy, "--workers", 1).returncode == 0
     more = command_line(toy, "--workers", 1, "--ablate", "--resume")
@@ -476,6 +515,37 @@ def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
     assert script(TOY, *flags[2:], "--resume").returncode == 0
 
 
+def test_an_interrupt_starts_no_further_arm_and_a_killed_run_leaves_no_worker(tmp_path):
+    flags = [sys.executable, TOY, "--ablate", "--seeds", "3", "--workers", "2", "--steps", "200", "--pause", "0.05"]
+    for number in (signal.SIGINT, signal.SIGKILL):
+        folder = tmp_path / str(number)
+        process = subprocess.Popen([*flags, "--out", folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.wait(timeout=60)
+        while any(map(is_running, workers := [int(p.read_text()) for p in folder.glob("arms/*.pid")])):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(workers) == 2 and not list(folder.glob("arms/*-seed*.json"))
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = f"/proc/{pid}/stat"
+    return not (os.path.exists(stat) and open(stat).read().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+def test_a_reader_that_leaves_early_loses_no_result(tmp_path):
+    command = f"{sys.executable} {TOY} --workers 1 --out out | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "out" / "results.json").exists() and "Broken" not in done.stderr, done.stderr
+
+
 def test_a_full_disk_is_one_line_and_exit_code_1(script, tmp_path):
     """A file-size limit stands in for the full disk."""
     import resource
@@ -486,7 +556,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(script, tmp_path):
     )
     done = script(TOY, "--workers", 1, preexec_fn=limit)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("toy.py: ")
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("**/.*tmp"))
+    assert "Traceback" not in done.stderr and "--resume" in done.stderr and not list(tmp_path.glob("**/.*tmp"))
 
 
 def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):

@@ -58,6 +58,8 @@ def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
 
 def main(config: Config, run: common.Run) -> dict:
     model = nn.Linear(4, 1)
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size is {config.batch_size}; at least 1 is needed")
     if run.dry_run:
         run.estimate(model, lambda: model(torch.randn(8, 4)).sum().backward(), config.steps)
         return {}
