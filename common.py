@@ -941,6 +941,11 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
     earlier = read_json(mark, "wall_seconds")["wall_seconds"] if run.resume else 0.0
     try:
         results = main(run.config, run) or {}
+    except KeyboardInterrupt:
+        if run.begun:
+            raise
+        print(f"\n{program}: stopped before the first step", file=sys.stderr)
+        return 130
     finally:
         wall_seconds = round(earlier + time.monotonic() - start, 1)
         if run.begun:
@@ -979,11 +984,8 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
             raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
     if options["overwrite"] and options["resume"]:
         raise UsageError("--overwrite and --resume exclude each other")
-    out = (
-        options["out"]
-        if "out" in options["given"]
-        else Path("runs") / f"{method}-{'full' if options['full'] else 'small'}"
-    )
+    scale, cores = ("full" if options["full"] else "small"), _cores()
+    out = options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}"
     if options["resume"] and not (out / "run.json").exists():
         raise UsageError(f"--resume: there is no run in {out}")
     if not (options["resume"] or options["overwrite"] or options["dry_run"]):
@@ -995,7 +997,6 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
     device = options["device"] if options["device"] != "auto" else ("cuda" if there["cuda"] else "cpu")
     if not there[device]:
         raise UsageError(f"--device {device}: torch finds no such device here; use --device cpu")
-    scale, cores = ("full" if options["full"] else "small"), _cores()
     bf16 = options["dtype"] == "bf16" or (options["dtype"] == "auto" and scale == "full" and device == "cuda")
     cache = os.environ.get("MOE_DATA", Path(__file__).parent / "data" / "cache")
     return Run(
