@@ -415,10 +415,14 @@ def train(
     last: dict[str, float] = {}
     if checkpoint is not None and checkpoint.exists():
         state = load(checkpoint, map_location=device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start_step, last = state["step"], state["last"]
-        torch.set_rng_state(state["rng"].cpu())
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start_step, last = state["step"], state["last"]
+            torch.set_rng_state(state["rng"].cpu())
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            way_out = f"delete {checkpoint.with_suffix('.*')} and go on with --resume"
+            raise UsageError(f"{checkpoint} is a checkpoint of something else; {way_out}") from error
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
     if metrics is not None and metrics.exists():  # forget the metrics of steps that run again, and a torn last line

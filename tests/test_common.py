@@ -252,6 +252,16 @@ def test_killed_training_continues_from_the_last_checkpoint_to_the_same_numbers(
     assert steps == list(range(12))
 
 
+def test_a_checkpoint_of_something_else_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.ckpt"
+    for state in ({}, [], {"model": {"weight": torch.ones(2)}, "optimizer": {}, "step": 1}):
+        common.save(path, state)
+        with pytest.raises(
+            common.UsageError, match="a.ckpt is a checkpoint of something else; delete .*a\\..* and go on"
+        ):
+            regression(checkpoint=path)
+
+
 def test_two_halves_with_a_handed_on_optimizer_equal_one_run():
     def weights(*spans):
         torch.manual_seed(0)
