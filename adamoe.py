@@ -43,7 +43,8 @@ Differences from the paper and its code
 5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA.
 6. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
 
-Break it yourself: --alpha 0 --alpha-late 0 (nothing holds the load); --num-null 32 (tokens starve); normalize="all_picks".
+Break it yourself: --alpha 0 --alpha-late 0 (nothing holds the load); --num-null 32 (tokens starve);
+normalize="all_picks" (the load creeps up when alpha drops).
 """
 
 import copy
