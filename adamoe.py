@@ -387,15 +387,13 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
     tokens = windows[:, :-1].unsqueeze(-1).expand_as(count)
     classes = {name: torch.isin(tokens, torch.tensor(members).to(tokens)) for name, members in BYTE_CLASSES.items()}
     by_class = {name: count[chosen].double().mean() for name, chosen in classes.items() if chosen.any()}
-    load = count.double().mean(dim=(1, 2))
     return {
         "loss": float(loss.mean()),
-        "load": float(load.mean()),
+        "load": float(count.double().mean()),
         "load_by_layer": count.double().mean(dim=(0, 1)).tolist(),
         "load_by_class": {name: float(load) for name, load in by_class.items()},
         "histogram": (torch.bincount(count.flatten()).double() / count.numel()).tolist(),
         "loss_blocks": [float(part.mean()) for part in loss.tensor_split(NUM_BLOCKS)],
-        "load_blocks": [float(part.mean()) for part in load.tensor_split(NUM_BLOCKS)],
     }
 
 
@@ -406,7 +404,7 @@ def expert_work(model: nn.Module, windows: Tensor) -> dict:
         ffn.backend = "torch"
     experts = everything = picks = 0
     for batch in windows.split(32):
-        flops = common.count_flops(lambda: model(batch[:, :-1]))  # noqa: B023
+        flops = common.count_flops(lambda tokens=batch[:, :-1]: model(tokens))
         experts += sum(flops[name] - flops[f"{name}.router"] for name in flops if name.endswith(".ffn"))
         everything += flops["Global"]
         picks += sum(int(ffn.true_counts.sum()) for ffn in model.ffns())
@@ -443,8 +441,8 @@ def downstream_text(config: Config) -> text_data.Corpus:
     return text_data.load_text(config.text) if config.text else text_data.load_domain("docs")
 
 
-def validation_windows(config: Config, run: Run) -> Tensor:
-    return text_data.all_windows(downstream_text(config).val, config.context).to(run.device)
+def validation_windows(corpus: text_data.Corpus, config: Config, run: Run) -> Tensor:
+    return text_data.all_windows(corpus.val, config.context).to(run.device)
 
 
 def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -453,7 +451,7 @@ def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
     alphas, options = (config.alpha_pretrain, config.alpha_pretrain), run.train_options(arm, seed)
     train_text(model, python.train, config, config.pretrain_steps, config.pretrain_lr, alphas, 2 * seed, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
-    return evaluate(model, validation_windows(config, run))
+    return evaluate(model, validation_windows(downstream_text(config), config, run))
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -472,7 +470,7 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     alphas, options, lr = (config.alpha, config.alpha_late), run.train_options(arm, seed), settings.lr or config.lr
     train_text(model, downstream.train, config, config.steps, lr, alphas, 2 * seed + 1, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
-    windows = validation_windows(config, run)
+    windows = validation_windows(downstream, config, run)
     result = evaluate(model, windows) | expert_work(model, windows)
     if arm == "adamoe":
         result |= {"leak": future_leak(model, windows[0, :-1]), "sample": count_sample(model, windows[-4:])}
@@ -485,7 +483,7 @@ def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     generator = torch.Generator().manual_seed(seed)
     model = build(config, trained_arms(config, ablate=False)[source], generator)
     model.load_state_dict(common.load(run.path(source, seed, ".pt")))
-    model, windows = model.to(run.device), validation_windows(config, run)
+    model, windows = model.to(run.device), validation_windows(downstream, config, run)
     load = common.read_json(run.path("adamoe", seed, ".json"))["result"]["load"]
     if arm == "shuffled":
         return evaluate(model, windows, lambda counts: shuffle_counts(counts, generator))
@@ -673,7 +671,7 @@ def main(config: Config, run: Run) -> dict:
     python, downstream = text_data.load_domain("python"), downstream_text(config)
     run.config = config = check(config, downstream)
     run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
-    windows = text_data.all_windows(downstream.val, config.context).to(run.device)
+    windows = validation_windows(downstream, config, run)
     arms = list(trained_arms(config, run.ablate))
     model = build(config, Arm(0, 2), torch.Generator().manual_seed(run.seed)).to(run.device)
     step = lambda: common.lm_loss(model, windows[: config.batch_size]).mean().backward()

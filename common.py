@@ -119,8 +119,11 @@ def load(path: str | Path, map_location: object = "cpu") -> Any:
         raise
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:160]
-        way_out = f"delete {Path(path).with_suffix('.*')} and go on with --resume"
-        raise UsageError(f"{path} is not a readable checkpoint ({reason}); {way_out}") from error
+        raise UsageError(f"{path} is not a readable checkpoint ({reason}); {_afresh(path)}") from error
+
+
+def _afresh(path: str | Path) -> str:
+    return f"delete {Path(path).with_suffix('.*')} and go on with --resume"
 
 
 def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
@@ -421,8 +424,7 @@ def train(
             start_step, last = state["step"], state["last"]
             torch.set_rng_state(state["rng"].cpu())
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            way_out = f"delete {checkpoint.with_suffix('.*')} and go on with --resume"
-            raise UsageError(f"{checkpoint} is a checkpoint of something else; {way_out}") from error
+            raise UsageError(f"{checkpoint} is a checkpoint of something else; {_afresh(checkpoint)}") from error
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
     if metrics is not None and metrics.exists():  # forget the metrics of steps that run again, and a torn last line
@@ -441,12 +443,7 @@ def train(
         for step, loss, values in pending:
             last.update(step=step, loss=float(loss), **{name: float(value) for name, value in values.items()})
             if not math.isfinite(last["loss"]):
-                kept = (
-                    f"last good checkpoint: {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint yet"
-                )
-                raise NonFiniteLoss(
-                    f"{label}: the loss is {last['loss']} at step {step}; {kept}. Lower --lr, or try fp32."
-                )
+                fail(f"the loss is {last['loss']} at step {step}")
             lines.append(json.dumps({"arm": label, **last}))
         pending.clear()
         if metrics is not None and lines:
@@ -697,6 +694,10 @@ class Run:
     def seed(self) -> int:
         return self.seeds[0]
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def path(self, arm: str, seed: int, suffix: str) -> Path:
         return self.out / "arms" / f"{arm}-seed{seed}{suffix}"
 
@@ -714,8 +715,15 @@ class Run:
 
     def header(self, text: str, eta_seconds: float) -> None:
         seeds = "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        parts = [self.method, f"{self.scale} scale", self.device, dtype, seeds, text, f"about {eta_seconds:.0f} s"]
+        parts = [
+            self.method,
+            f"{self.scale} scale",
+            self.device,
+            self.dtype_name,
+            seeds,
+            text,
+            f"about {eta_seconds:.0f} s",
+        ]
         say(" · ".join(parts))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -774,19 +782,21 @@ class Run:
 
     def identity(self) -> dict:
         """What all arms of a folder must have in common."""
-        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {**config, "data": self.data, "dtype": dtype, "device": self.device, "torch": torch.__version__}
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # as it will be read back: tuples are lists
+        where = {"dtype": self.dtype_name, "device": self.device, "torch": torch.__version__}
+        return {**config, "data": self.data, **where}
 
     def _begin(self) -> None:
         """Claim the output folder, before the first arm: never mix two runs, never delete one for a mistyped flag."""
+        if self.begun:
+            return
         mark, arms, identity = self.out / "run.json", self.out / "arms", self.identity()
-        if not self.begun and self.resume:
+        if self.resume:
             before = read_json(mark, "identity")["identity"]
             for key, now in identity.items():
                 if before.get(key) != now:
                     raise UsageError(f"--resume: {self.out} was run with {key} = {before.get(key)}, not {now}")
-        elif not self.begun:
+        else:
             try:
                 if self.overwrite:
                     for path in [*arms.glob("*"), *(self.out / name for name in ("results.json", "metrics.jsonl"))]:
@@ -964,8 +974,8 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
         "machine": _machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "git": _git(Path(inspect.getfile(main)).parent),
-        "dtype": run.identity()["dtype"],
-        "config": json.loads(json.dumps(dataclasses.asdict(run.config))),
+        "dtype": run.dtype_name,
+        "config": dataclasses.asdict(run.config),
         "data": run.data,
         "wall_seconds": wall_seconds,
         "results": {**results, "tables": run.tables},

@@ -58,7 +58,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.release.wait(20)
 
     def log_message(self, *arguments):
-        pass
+        """Keep the test output quiet."""
 
 
 @pytest.fixture(autouse=True)
