@@ -698,4 +698,4 @@ def main(config: Config, run: Run) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, claims=CLAIMS)
+    common.run(main, SMALL, claims=CLAIMS, data_parallel=True)
