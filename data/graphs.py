@@ -16,7 +16,9 @@ import json
 import os
 import pickletools
 import sys
+import warnings
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +175,104 @@ def _random_splits(y: np.ndarray, num_splits: int = 10) -> list[np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Operators: message passing as products with sparse matrices
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SparseProduct(torch.autograd.Function):
+    """a @ x for a constant CSR matrix, whose transpose is stored too: autograd's own would build it at every step."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, a_transposed: Tensor) -> Tensor:
+        ctx.a_transposed = a_transposed
+        return a @ x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.a_transposed @ gradient, None, None
+
+
+class Sparse:
+    """A constant matrix from entries sorted by row, then column. `sparse @ x`: [rows, rows] @ [rows, width]."""
+
+    def __init__(self, row: Tensor, column: Tensor, value: Tensor, size: int):
+        self.csr = _csr(row, column, value, size)
+        order = (column * size + row).argsort()
+        symmetric = torch.equal(row[order], column) and torch.equal(value[order], value)
+        self.transposed = self.csr if symmetric else _csr(column[order], row[order], value[order], size)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return SparseProduct.apply(x, self.csr, self.transposed)
+
+
+def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
+    pointers = torch.zeros(size + 1, dtype=torch.int64, device=row.device)
+    pointers[1:] = torch.bincount(row, minlength=size).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointers, column, value, (size, size), check_invariants=True)
+
+
+class Adjacency:
+    """The operators of a graph, each built when first used. edge_index [2, edges] int64: sources, targets.
+
+    Loops and duplicates are dropped; directions are kept. `degree` [nodes], incoming, is counted if not given.
+    """
+
+    def __init__(
+        self, edge_index: Tensor, num_nodes: int, dtype: torch.dtype = torch.float32, degree: Tensor | None = None
+    ):
+        self.edge_index = clean_edges(edge_index, num_nodes, symmetric=False)
+        self.num_nodes, self.dtype = num_nodes, dtype
+        counted = torch.bincount(self.edge_index[1], minlength=num_nodes).to(dtype)
+        self.degree = counted if degree is None else degree
+
+    @cached_property
+    def with_loops(self) -> Tensor:
+        """edge_index with an edge from every node to itself, sorted by target."""
+        nodes = torch.arange(self.num_nodes, device=self.edge_index.device)
+        source, target = torch.cat([self.edge_index, nodes.expand(2, -1)], dim=1)
+        order = (target * self.num_nodes + source).argsort()
+        return torch.stack([source[order], target[order]])
+
+    @cached_property
+    def gcn(self) -> Sparse:
+        """(D + I)^-1/2 (A + I) (D + I)^-1/2."""
+        source, target = self.with_loops
+        scale = (self.degree + 1).rsqrt()
+        return Sparse(target, source, scale[source] * scale[target], self.num_nodes)
+
+    @cached_property
+    def mean(self) -> Sparse:
+        """D^-1 A: the mean over neighbours, 0 without any."""
+        source, target = self.edge_index
+        return Sparse(target, source, 1 / self.degree[target], self.num_nodes)
+
+    @cached_property
+    def sum(self) -> Sparse:
+        source, target = self.edge_index
+        return Sparse(target, source, torch.ones(len(source), dtype=self.dtype, device=source.device), self.num_nodes)
+
+    def reach(self, active: Tensor, hops: int) -> Tensor:
+        """[nodes] bool: the nodes that `hops` layers must see to answer for the active ones [nodes] bool."""
+        source, target = self.edge_index
+        for _ in range(hops):
+            seen = active.clone()
+            seen[source[active[target]]] = True
+            active = seen
+        return active
+
+    def restrict(self, keep: Tensor) -> "Adjacency":
+        """The subgraph of keep [nodes] bool, with the degrees of the whole graph."""
+        source, target = self.edge_index
+        inside = keep[source] & keep[target]
+        number = keep.cumsum(0) - 1
+        edges = torch.stack([number[source[inside]], number[target[inside]]])
+        return Adjacency(edges, int(keep.sum()), self.dtype, self.degree[keep])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Generated graphs
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -289,6 +389,11 @@ def is_here(name: str, data_dir: str | Path | None = None) -> bool:
     """Whether load(name) would find all files without a download (a path: always)."""
     folder = _root(data_dir) / name
     return name not in SIZES or folder.is_dir()
+
+
+def download_size(name: str) -> int | None:
+    """Bytes that load(name) would download; 0 for what is put there by hand, None if its publisher does not say."""
+    return 0 if name in BY_HAND else download.DATASETS[name].size
 
 
 def _root(data_dir: str | Path | None) -> Path:
