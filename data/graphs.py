@@ -600,7 +600,7 @@ def read_linkx_splits(path: str | Path, num_nodes: int) -> list[np.ndarray]:
         return _member_masks(str(path), num_nodes, [dict(split) for split in splits])
     except FileNotFoundError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} is not a file of splits ({error})") from error
 
 
@@ -646,6 +646,9 @@ def plain_pickle(content: bytes) -> object:
             stack[-1].update(zip(items[::2], items[1::2]))
         elif name in ("TUPLE", "LIST"):
             stack.append((tuple if name == "TUPLE" else list)(since_mark()))
+        elif name == "DICT":
+            items = since_mark()
+            stack.append(dict(zip(items[::2], items[1::2])))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             length = int(name[-1])
             stack[-length:] = [tuple(stack[-length:])]
