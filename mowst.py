@@ -99,6 +99,7 @@ class Config:
     detach_confidence: bool = False  # cut the gradient from C into the MLP, as the official code does
     pretrain: str | None = "both"  # which expert starts trained: none, mlp, gnn, both
     infer: str = "mixture"  # what is reported: mixture, threshold, sample, expected (exact mean of sample)
+    num_nodes: int = 3000  # generated: nodes of a graph
     mu_rich: float = 4.0  # generated: class signal in the features of feature-rich nodes
     mu_poor: float = 0.3  # generated: in those of the others
     homophily_poor: float = (
@@ -520,7 +521,8 @@ def make_task(config: Config, seed: int, index: int, run: Run) -> Task:
         graph, x, adjacency, digest = load_public(config.dataset, str(run.data_dir), run.device, stand_in)
         graph = graph.split((seed * config.graphs + index) % graph.num_splits)
     else:
-        knobs = {name: getattr(config, name) for name in ("mu_rich", "mu_poor", "homophily_poor", "cross", "shift")}
+        names = ("num_nodes", "mu_rich", "mu_poor", "homophily_poor", "cross", "shift")
+        knobs = {name: getattr(config, name) for name in names}
         graph, digest = graphs.contextual_sbm(1000 * seed + index, train_share=config.labels, **knobs).split(0), ""
         x, adjacency = graph.x.to(run.device), Adjacency(graph.edge_index.to(run.device), len(graph.x))
     parts = [mask.nonzero()[:, 0].to(run.device) for mask in (graph.train_mask, graph.val_mask, graph.test_mask)]
@@ -552,11 +554,11 @@ def build_mixture(method: str, config: Config, task: Task, dropout: float) -> Mo
 class Keeper:
     """Where an arm stands, in one file: finished stages, the epoch of the current one, its metrics, random numbers."""
 
-    def __init__(self, path: Path | None = None, label: str = ""):
+    def __init__(self, path: Path | None = None, label: str = "", device: str = "cpu"):
         self.path, self.label, self.saved = path, label, time.monotonic()
         self.state = {"done": {}, "epoch": None, "log": []}
         if path is not None and path.exists():
-            found = common.load(path)
+            found = common.load(path, device)
             if not isinstance(found, dict) or set(found) != set(self.state):
                 raise common.UsageError(f"{path} is a checkpoint of something else; delete it and go on with --resume")
             self.state = found
@@ -581,9 +583,9 @@ def _random_state() -> list[Tensor]:
 
 
 def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
+    torch.set_rng_state(state[0].cpu())
     if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])
+        torch.cuda.set_rng_state(state[1].cpu())
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
@@ -777,7 +779,7 @@ def fall_back(confidence: Tensor, weak: Tensor, strong: Tensor, alone: Tensor, t
 def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
     """One arm on every graph of the seed. Experts leave weights and logits behind, from which mixtures start."""
     arm = make_arms(config, ablate=True)[name]
-    config, keeper = arm.config, Keeper(run.path(name, seed, ".ckpt"), f"{name}-seed{seed}")
+    config, keeper = arm.config, Keeper(run.path(name, seed, ".ckpt"), f"{name}-seed{seed}", run.device)
     starts = [common.load(run.path(expert, seed, ".pt"), run.device) for expert in (arm.weak, arm.strong) if expert]
     results, kept, nodes = [], [], []
     for index in range(config.graphs):

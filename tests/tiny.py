@@ -4,6 +4,6 @@ ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
 
-MOWST = "--graphs 1 --epochs 5 --turn-epochs 3 --rounds 1".split()
+MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 
 SCRIPTS = {"adamoe.py": ADAMOE, "mowst.py": MOWST}
