@@ -1160,8 +1160,8 @@ def main(config: Config, run: Run) -> dict:
     if run.dry_run:
         here = not config.dataset or graphs.is_here(config.dataset, run.data_dir)
         size = 0 if here else graphs.download_size(config.dataset)
-        common.say(task.graph.name + ("; its publisher states no download size, 0 is shown" if size is None else ""))
-        run.estimate(build_mixture("mowst", config, task, 0.0), step, epochs, size or 0)
+        common.say(task.graph.name)
+        run.estimate(build_mixture("mowst", config, task, 0.0), step, epochs, size)
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * epochs / run.workers
     num_edges = task.adjacency.edge_index.shape[1]
