@@ -270,21 +270,20 @@ def answer(
 
 
 class Mowst(nn.Module):
-    """weak(x), strong(x, adjacency), C read off the weak one. -> confidence [nodes], weak and strong logits.
+    """weak(x), strong(x, adjacency), and C read off the weak one.
 
-    strong_only answers with the strong expert alone, C = 0.
+    x [nodes, features] -> confidence [nodes], weak and strong logits [nodes, classes]. detach: C sends no gradient into
+    the weak expert.
     """
 
     def __init__(self, weak: nn.Module, strong: nn.Module, confidence: Confidence, detach: bool = False):
         super().__init__()
         self.weak, self.strong, self.confidence, self.detach = weak, strong, confidence, detach
-        self.strong_only = False
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weak half, on any rows. x [rows, features] -> C [rows], weak logits [rows, classes]."""
         weak_logits = self.weak(x)
-        confidence = self.confidence(weak_logits.detach() if self.detach else weak_logits, x)
-        return (torch.zeros_like(confidence) if self.strong_only else confidence), weak_logits
+        return self.confidence(weak_logits.detach() if self.detach else weak_logits, x), weak_logits
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> tuple[Tensor, Tensor, Tensor]:
         return *self.look(x), self.strong(x, adjacency)
