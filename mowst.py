@@ -97,14 +97,12 @@ class Config:
     gate: str = "monotone"  # G: monotone, free (official), or identity on one dispersion: var, ent
     gate_input: str | None = "d"  # what G sees: d (the dispersions), dx (and the features)
     detach_confidence: bool = False  # cut the gradient from C into the MLP, as the official code does
-    pretrain: str | None = "both"  # which expert starts trained: none, mlp, gnn, both
+    pretrain: str | None = "both"  # which expert starts trained: neither, mlp, gnn, both
     infer: str = "mixture"  # what is reported: mixture, threshold, sample, expected (exact mean of sample)
     num_nodes: int = 3000  # generated: nodes of a graph
     mu_rich: float = 4.0  # generated: class signal in the features of feature-rich nodes
     mu_poor: float = 0.3  # generated: in those of the others
-    homophily_poor: float = (
-        0.85  # generated: share of their neighbours that are of one class (of the rich: 0.2, chance)
-    )
+    homophily_poor: float = 0.85  # generated: share of the others' neighbours that are of one class
     shift: int = 0  # generated: that class is the own one plus shift; 1: heterophilous
     cross: float = 0.05  # generated: share of edges to the other kind
     labels: float = 0.1  # generated: share of training nodes
@@ -125,7 +123,7 @@ PRESETS = {
     ("gcn", "ogbn-products"): (256, 3, 0.01, 0.01, 0.0, 0.5, 0.5, "dx", "gnn"),
     ("gcn", "penn94"): (64, 2, 0.1, 0.01, 1e-3, 0.1, 0.5, "d", "gnn"),
     ("gcn", "pokec"): (64, 2, 0.1, 0.001, 1e-3, 0.2, 0.3, "d", "mlp"),
-    ("gcn", "twitch-gamer"): (64, 2, 0.1, 0.1, 1e-3, 0.2, 0.1, "d", "none"),
+    ("gcn", "twitch-gamer"): (64, 2, 0.1, 0.1, 1e-3, 0.2, 0.1, "d", "neither"),
     ("sage", "flickr"): (12, 3, 0.01, 0.01, 5e-4, 0.5, 0.5, "dx", "both"),
     ("sage", "ogbn-arxiv"): (512, 4, 0.01, 0.01, 0.0, 0.3, 0.5, "d", "gnn"),
     ("sage", "ogbn-products"): (256, 3, 0.01, 0.01, 0.0, 0.1, 0.5, "dx", "mlp"),
@@ -488,7 +486,7 @@ def make_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     if not ablate:
         return arms
     variants = {gate: {"gate": gate} for gate in ("monotone", "var", "ent", "free")}
-    variants |= {f"pretrain-{start}": {"pretrain": start} for start in ("none", "mlp", "gnn", "both")}
+    variants |= {f"pretrain-{start}": {"pretrain": start} for start in ("neither", "mlp", "gnn", "both")}
     variants |= {"d": {"gate_input": "d"}, "dx": {"gate_input": "dx"}}
     variants |= {"detached": {"detach_confidence": True}, "through": {"detach_confidence": False}}
     for tag, changes in variants.items():
@@ -1097,7 +1095,7 @@ def draw(run: Run, results: Results) -> None:
 def settle(config: Config) -> Config:
     """Fill the fields that are none from the official row for this GNN and graph. Raises ValueError."""
     choices = {"backbone": BACKBONES, "gate": ("monotone", "free", "var", "ent"), "gate_input": ("d", "dx", None)}
-    choices |= {"pretrain": ("none", "mlp", "gnn", "both", None), "infer": INFER}
+    choices |= {"pretrain": ("neither", "mlp", "gnn", "both", None), "infer": INFER}
     for name, allowed in choices.items():
         if (given := getattr(config, name)) not in allowed:
             raise ValueError(f"{name} is {given!r}; allowed: {', '.join(filter(None, allowed))}")
