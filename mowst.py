@@ -13,8 +13,9 @@ that sees the node alone, and a *strong* one, any GNN. There is no router. What 
     Mowst*   L* = mean of CE(C p + (1 - C) p', y)                  jointly
     answer   the MLP with probability C, else the GNN;  or argmax of C p + (1 - C) p'  (mixture)
 
-        node "x3": p = (.97, .01, .02)  ->  C = .9   MLP answers        C falls -> the GNN trains on this node
-        node "x7": p = (.40, .35, .25)  ->  C = .1   GNN answers        C rises -> it is excused from it
+        node   p               C    answers   turn B: the GNN learns from it with weight
+        a      .97 .01 .02    .9    MLP       1 - C = .1
+        b      .40 .35 .25    .1    GNN       1 - C = .9
 
 Give a group of look-alike nodes the label distribution alpha and the GNN loss mu. If mu <= H(alpha), the MLP's best
 move is p uniform, C = 0: it hands them over. Otherwise it overstates its confidence (`--theory` prints the table).
@@ -785,7 +786,6 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
         if not starts:
             work = partial(train_alone, arm, task, keeper)
             best = best_of_grid(config.lr, config.dropout, keeper, stage, stream, work)
-            kept.append(best)
             right, more = (best["parts"][0].argmax(dim=-1) == task.y).double(), {"val": best["val"]}
         else:
             experts = tuple(start[index] for start in starts)
@@ -804,6 +804,7 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
                 model.load_state_dict(best["state"])
                 more |= cost(model.eval(), parts[0], task, config.layers)
                 nodes.append((index, task, parts))
+        kept += [best] if "state" in best else []
         results.append(summary(right, task) | more | {"seconds": best["seconds"], "grid": best["grid"]})
     if kept:
         common.save(run.path(name, seed, ".pt"), kept)
@@ -1037,7 +1038,7 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         fell = f"{sum(result['fell_back'] for result in found)} of {num_graphs}" if "fell_back" in found[0] else ""
         rows.append([arm, *cells, f"{values(results, arm, 'seconds').mean():.1f}", fell])
     title = f"test accuracy in %, {num_graphs} graphs or splits, inference: {config.infer}"
-    run.table(f"{title}; fell back: on the GNN alone", ["method", *keys.values(), "train s", "fell back"], rows)
+    run.table(f"{title}; fell back: on the GNN alone", ["method", *keys.values(), "own train s", "fell back"], rows)
     rows = [[arm, *(common.show(values(results, arm, key), 1) for key in INFER)] for arm in ("mowst", "mowst_star")]
     run.table("ways to answer", ["", *INFER], rows)
     counts = {side: np.sum([result["histogram"][side] for result in mowst], axis=0) for side in mowst[0]["histogram"]}
