@@ -478,11 +478,8 @@ def make_arms(config: Config, ablate: bool) -> dict[str, Arm]:
         for method in methods.split():
             arms[method + tag] = Arm(method, replace(config, **changes), weak, strong)
 
-    def add_expert(backbone: str) -> None:
-        for name in (backbone, backbone.removesuffix("-skip") + "-skip"):
-            arms[name] = Arm("gnn", replace(config, backbone=name))
-
-    add_expert(config.backbone)
+    for name in (config.backbone, config.backbone.removesuffix("-skip") + "-skip"):
+        arms[name] = Arm("gnn", replace(config, backbone=name))
     add("ensemble posthoc moe mowst mowst_star" + ("" if config.dataset else " oracle"))
     if not ablate:
         return arms
@@ -495,9 +492,9 @@ def make_arms(config: Config, ablate: bool) -> dict[str, Arm]:
             add("mowst", f"@{tag}", **changes)
     arms["gnn@again"] = Arm("gnn", config, stream=1)
     add("ensemble", "@two-gnns", weak="gnn@again")
-    for backbone in ("gcn", "sage", "gin", "gat"):
-        if backbone != config.backbone:
-            add_expert(backbone)
+    for backbone in ("gcn", "sage", "gin", "gat", "gin-skip"):  # the paper's
+        if backbone not in arms:
+            arms[backbone] = Arm("gnn", replace(config, backbone=backbone))
             add("ensemble mowst mowst_star", f"@{backbone}", strong=backbone, backbone=backbone)
     if not config.dataset:
         other = replace(config, shift=1 - min(config.shift, 1))
