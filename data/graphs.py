@@ -386,9 +386,10 @@ def load(name: str | Path, data_dir: str | Path | None = None) -> Graph:
 
 
 def is_here(name: str, data_dir: str | Path | None = None) -> bool:
-    """Whether load(name) would find all files without a download (a path: always)."""
+    """Whether load(name) would find its files without a download (a path: always)."""
     folder = _root(data_dir) / name
-    return name not in SIZES or folder.is_dir()
+    files = BY_HAND[name][0] if name in BY_HAND else (download.MARKER,)
+    return name not in SIZES or all((folder / file).is_file() for file in files)
 
 
 def download_size(name: str) -> int | None:
