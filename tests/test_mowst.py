@@ -365,6 +365,14 @@ def test_gradcheck_of_every_backbone(backbone):
     assert torch.autograd.gradcheck(lambda x, *_: model(x, adjacency), (x, *parameters))
 
 
+def test_flops_of_a_sparse_product_are_counted_from_its_entries():
+    adjacency, x = Adjacency(random_edges(), 12), torch.randn(12, 4, requires_grad=True)
+    num = adjacency.mean.csr._nnz()
+    dense = 2 * 12 * 4 * 3
+    count = lambda: (adjacency.mean @ x @ torch.ones(4, 3)).sum().backward()
+    assert common.count_flops(count)["Global"] == 2 * (2 * num * 4) + 2 * dense
+
+
 def test_a_symmetric_operator_stores_one_matrix_and_an_asymmetric_one_two():
     adjacency = Adjacency(PATH, 3, F64)
     assert adjacency.gcn.transposed is adjacency.gcn.csr and adjacency.mean.transposed is not adjacency.mean.csr
