@@ -1055,12 +1055,12 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         run.table("the grid: lr/dropout, mean validation accuracy in %", ["method", ""], rows)
 
 
-def draw(run: Run, results: Results) -> None:
+def draw(config: Config, run: Run, results: Results) -> None:
     mowst = results["mowst"]
     mean = lambda key, name: np.mean([result[key][name] for result in mowst], axis=0)
 
     def methods(ax) -> None:
-        heights = {arm: values(results, arm).mean() for arm in results if "@" not in arm}
+        heights = {arm: values(results, arm).mean() for arm in make_arms(config, ablate=False)}
         common.bars(ax, heights, ylabel="test accuracy, %", title="methods")
         ax.tick_params(axis="x", rotation=60)
         ax.set_ylim(bottom=max(0.0, min(heights.values()) - 10))
@@ -1170,7 +1170,7 @@ def main(config: Config, run: Run) -> dict:
     results = {name: [graph for by_seed in found[name] for graph in by_seed["graphs"]] for name in arms}
     print_tables(config, run, results)
     judge(config, run, results)
-    draw(run, results)
+    draw(config, run, results)
     return {"arms": results}
 
 
