@@ -959,6 +959,14 @@ CLAIMS = [
     Claim("mowst.homophily_and_heterophily", "beats both experts on either", "3 and 3 graphs (abstract)"),
 ]
 
+WORK = {  # what cost() measures
+    "active": "nodes the GNN answers for",
+    "edges_seen": "edges it must see for that, all nodes at once",
+    "query_edges_gnn": "edges seen for one node, GNN alone",
+    "query_edges_mowst": "edges seen for one node, Mowst",
+    "seconds_gnn": "time for all nodes, GNN alone",
+    "seconds_mowst": "time for all nodes, Mowst",
+}
 Results = dict[str, list[dict]]  # {arm: [one result a graph]}
 
 
@@ -1006,8 +1014,7 @@ def judge(config: Config, run: Run, results: Results) -> None:
     better, given = 100 * of("weak_better"), 100 * of("mean_confidence")
     text = f"lower loss on {better.mean():.1f} % of nodes, answers for {given.mean():.1f} %"
     report("strong_bias", better - given, text, better=better, given=given)
-    keys = ("active", "edges_seen", "query_edges_gnn", "query_edges_mowst", "seconds_gnn", "seconds_mowst")
-    work, ratio = {key: of(key) for key in keys}, of("seconds_mowst") / of("seconds_gnn")
+    work, ratio = {key: of(key) for key in WORK}, of("seconds_mowst") / of("seconds_gnn")
     share = of("query_edges_mowst").sum() / max(1, of("query_edges_gnn").sum())
     saved = "nothing is saved" if of("edges_seen").mean() > 0.9 else "run on the whole graph"
     text = f"all nodes at once: {ratio.mean():.2f} times one GNN's seconds, {saved} (the GNN answers for "
@@ -1045,9 +1052,13 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         [f"{b / 10:.1f}-{(b + 1) / 10:.1f}", *(bar(c[b] / max(1, c.sum())) for c in counts.values())] for b in range(10)
     ]
     run.table("Mowst: test nodes by C", ["C", *counts], rows)
+    mean = {key: values(results, "mowst", key).mean() for key in WORK}
+    rows = [[text, f"{100 * mean[key]:.0f} %"] for key, text in list(WORK.items())[:2]]
+    rows += [[text, f"{mean[key]:,.0f}"] for key, text in list(WORK.items())[2:4]]
+    rows += [[text, f"{1e3 * mean[key]:.2f} ms"] for key, text in list(WORK.items())[4:]]
     errors = {name: [result["ece"][name] for result in mowst] for name in mowst[0]["ece"]}
-    rows = [[f"{name}", common.show(error, 3)] for name, error in errors.items()]
-    run.table("Mowst: expected calibration error", ["", ""], rows)
+    rows += [[f"calibration error (ECE), {name}", common.show(error, 3)] for name, error in errors.items()]
+    run.table("Mowst: work of sampled routing, and calibration", ["", ""], rows)
     grids = {arm: np.mean([result["grid"] for result in found], axis=0) for arm, found in results.items()}
     if any(len(grid) > 1 for grid in grids.values()):  # [cells, (lr, dropout, accuracy)]
         cell = lambda lr, dropout, accuracy: f"{lr:g}/{dropout:g} {100 * accuracy:.1f}"
