@@ -29,7 +29,10 @@ Run      python mowst.py                        under a minute on two cores, no 
 You see  generated graphs, half of whose nodes are told by features, half by neighbours: accuracy of each method on
          both kinds, a histogram of C by kind, how much of the GNN's work remains, and what the claims became; in
          nodes-*.csv every node with C and the answers of both experts.
-Found    FOUND
+Found    (seeds 0-2, nine graphs) Mowst beats the MLP by 26 points, the GCN by 12, their mean by 1.7, GCN + MLP as one
+         model by 2.3; C knows the kind of node with AUC 0.97. Most of that is the gate: put on the pretrained experts
+         without any training it stands 1.0 below Mowst, and above Mowst with sampled answers. With SAGE, whose layers
+         keep the node apart from its neighbours, 1.7 are gained; with GCN or GIN plus an MLP inside, nothing.
 
 Differences from the paper and its code
 1. The paper's text could not be read in full; equations follow the official code, public reviews, own derivations.
