@@ -88,7 +88,14 @@ class Graph(NamedTuple):
 
 
 def clean_edges(edge_index: Tensor, num_nodes: int, symmetric: bool = True) -> Tensor:
-    """No loops, no duplicates, both directions (if symmetric), sorted by target, then source. [2, edges] int64."""
+    """No loops, no duplicates, both directions (if symmetric), sorted by target, then source. [2, edges] int64.
+
+    Raises ValueError for another shape or a node out of range.
+    """
+    if edge_index.dim() != 2 or len(edge_index) != 2:
+        raise ValueError(f"edge_index is {list(edge_index.shape)}; needed: [2, edges]")
+    if edge_index.numel() and not (0 <= int(edge_index.min()) and int(edge_index.max()) < num_nodes):
+        raise ValueError(f"edge_index holds nodes {int(edge_index.min())} .. {int(edge_index.max())} of {num_nodes}")
     source, target = edge_index[:, edge_index[0] != edge_index[1]]
     if symmetric:
         source, target = torch.cat([source, target]), torch.cat([target, source])

@@ -78,6 +78,13 @@ def test_edges_are_made_symmetric_and_cleaned():
     assert graphs.homophily(graph) == 0.0
 
 
+def test_operators_refuse_edges_out_of_range():
+    with pytest.raises(ValueError, match=r"nodes 0 .. 3 of 3"):
+        graphs.Adjacency(torch.tensor([[0, 1], [1, 3]]), 3)
+    with pytest.raises(ValueError, match=r"\[3, 2\]; needed: \[2, edges\]"):
+        graphs.Adjacency(torch.zeros(3, 2, dtype=torch.long), 3)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
