@@ -344,6 +344,10 @@ class GINLayer(nn.Module):
         self.mlp = MLP(width, hidden, out_width, layers, dropout)
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> Tensor:
+        first = self.mlp.layers[0]
+        if first.in_features > first.out_features:  # the first linear layer and the sum commute
+            h = x @ first.weight.T
+            return self.mlp.after_first(h + adjacency.sum @ h + first.bias)
         return self.mlp(x + adjacency.sum @ x)
 
 
@@ -389,9 +393,12 @@ class MLP(nn.Module):
         self.norms, self.dropout = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in self.layers[1:]), dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, norm in zip(self.layers, self.norms):
-            x = F.dropout(F.relu(norm(layer(x))), self.dropout, self.training)
-        return self.layers[-1](x)
+        return self.after_first(self.layers[0](x))
+
+    def after_first(self, h: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers[1:]):
+            h = layer(F.dropout(F.relu(norm(h)), self.dropout, self.training))
+        return h
 
 
 class GNN(nn.Module):

@@ -331,8 +331,13 @@ def test_layers_equal_their_formulas_on_the_path_graph():
             gcn.bias.normal_()
         torch.testing.assert_close(gcn(X, adjacency), (adjacency.gcn @ X) @ gcn.weight + gcn.bias)
         torch.testing.assert_close(sage(X, adjacency), sage.neighbours(adjacency.mean @ X) + sage.own(X))
-    gin = mowst.GINLayer(2, 3, 4, 2, 0.0).double().eval()
-    torch.testing.assert_close(gin(X, adjacency), gin.mlp(X + adjacency.sum @ X))
+    for hidden, layers in ((4, 2), (1, 2), (1, 1), (4, 3)):  # narrow ones: the sum after the first linear layer
+        gin = mowst.GINLayer(2, 1, hidden, layers, 0.0).double().eval()
+        torch.testing.assert_close(gin(X, adjacency), gin.mlp(X + adjacency.sum @ X))
+    mlp, h = mowst.MLP(2, 4, 3, 3, 0.0).double().eval(), X
+    for norm, layer in zip([None, *mlp.norms], mlp.layers):
+        h = layer(h if norm is None else norm(h).relu())
+    torch.testing.assert_close(mlp(X), h)
 
 
 def random_edges(num_nodes=12, num_edges=30, seed=0):
