@@ -569,13 +569,11 @@ class Keeper:
             self.state = found
 
     def once(self, stage: str, work: Callable[[], dict]) -> dict:
-        """work() the first time; afterwards its stored result, with random numbers going on as if it had run."""
+        """work() the first time, afterwards its stored result. The stage that was cut short brings its random state."""
         done = self.state["done"]
         if stage not in done:
-            done[stage] = (work(), _random_state())
-        found, random_state = done[stage]
-        _set_random_state(random_state)
-        return found
+            done[stage] = work()
+        return done[stage]
 
     def keep(self, epoch: dict) -> None:
         self.saved = time.monotonic()

@@ -725,6 +725,18 @@ def own_graph(path, **changes):
     return path
 
 
+def test_each_graph_of_a_seed_is_the_next_published_split(tmp_path):
+    members = np.eye(4, 300, dtype=bool) | np.eye(4, 300, 4, dtype=bool)  # four splits, told by their nodes
+    masks = {f"{part}_masks": np.roll(members, 20 * i, axis=1) for i, part in enumerate(("train", "val", "test"))}
+    path = own_graph(tmp_path / "own.npz", **masks)
+    config = small_config(dataset=str(path), graphs=3)
+    run = common.Run("mowst", "small", "cpu", torch.float32, [0], None)
+    tasks = [mowst.make_task(config, seed, index, run) for seed in (0, 1) for index in range(3)]
+    assert [task.train.tolist() for task in tasks] == [[i, i + 4] for i in (0, 1, 2, 3, 0, 1)]
+    assert tasks[1].val.tolist() == [21, 25] and tasks[1].test.tolist() == [41, 45]
+    assert len({id(task.adjacency) for task in tasks}) == 1
+
+
 @pytest.mark.parametrize("backbone", mowst.BACKBONES)
 def test_every_backbone_runs_on_an_own_graph(command_line, tmp_path, backbone):
     path = own_graph(tmp_path / "own.npz")
