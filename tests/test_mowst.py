@@ -541,6 +541,23 @@ def test_a_mixture_never_ends_below_the_gnn_alone_on_validation():
     assert not more["fell_back"] and parts[0] is sure and more["val"] == 1.0 and more["val_gnn"] == 0.0
 
 
+@pytest.mark.parametrize("pretrain, expected", [("neither", ""), ("mlp", "weak"), ("gnn", "strong"), ("both", "both")])
+@pytest.mark.parametrize("method, trainer", [("mowst", "train_by_turns"), ("mowst_star", "train_jointly")])
+def test_pretraining_switches(monkeypatch, pretrain, expected, method, trainer):
+    config, starts = small_config(num_nodes=400, pretrain=pretrain), {}
+    task = small_task(config)
+    experts = [{"state": mowst.build_expert(name, config, task, 0.5).state_dict()} for name in ("mlp", "gnn")]
+
+    def remember(model, *_, **__):
+        for name, part, expert in zip(("weak", "strong"), (model.weak, model.strong), experts):
+            state = part.state_dict()
+            starts[name] = all(torch.equal(state[key], value) for key, value in expert["state"].items())
+
+    monkeypatch.setattr(mowst, trainer, remember)
+    mowst.train_mixed(mowst.make_arms(config, False)[method], task, mowst.Keeper(), experts, 0.01, 0.5, "stage")
+    assert starts == {name: expected in (name, "both") for name in ("weak", "strong")}
+
+
 def test_the_grid_is_the_same_for_every_arm_starts_alike_and_takes_the_first_best():
     calls = []
 
