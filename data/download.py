@@ -88,6 +88,68 @@ ENWIK8 = File(
     members={"enwik8": (100_000_000, "md5:a1fa5ffddb56f4953e226637dabbb36a")},
     limit=100_000_000,
 )
+HETEROPHILOUS = "https://raw.githubusercontent.com/yandex-research/heterophilous-graphs/{}/data/{}.npz"
+HETEROPHILOUS_COMMIT = "a431395582e929d88271309716bea4fe24ce6318"
+HETEROPHILOUS_FILES = {  # size and SHA-256 at that commit; the larger files were not at hand
+    "actor": (252_956, "c350eef06b2c2a9bf8218be2b57cac6d4003d0922eb597a039e9123f75817816"),
+    "chameleon_filtered": (58_924, "bf46f07e1fb5249280447e5fe3100f3e82fc4b93ad1e13ffcfdec924b6ac0bb5"),
+    "squirrel_filtered": (208_215, "f06370ffb3116c5de8b7a600005400b2293c025e0ce2f6916d8201a825505ac7"),
+    "minesweeper": (135_045, "e664c8dacf1e8ac466c2c09ed4b237bd2c5541f47a6eae9c6092cb87f16412b3"),
+    "tolokers": (1_329_769, "dacf3ac94cec53d03cd2adb5255c08b33dee1656c33ca8164a464bd9450a1667"),
+    "roman_empire": (None, None),
+    "amazon_ratings": (None, None),
+    "questions": (None, None),
+}
+LINKX = (
+    "https://raw.githubusercontent.com/CUAI/Non-Homophily-Large-Scale/82f8f05c5c3ec16bd5b505cc7ad62ab5e09051e6/data/"
+)
+PENN94_SPLITS = File(  # size and SHA-256 at that commit
+    url=f"{LINKX}splits/fb100-Penn94-splits.npy",
+    size=581_866,
+    checksum="sha256:88a1060358482d8e25b978ab59c4ff71771388cd5ffac3dd775a3cd9dc85b032",
+)
+TWITCH_SPLITS = File(
+    url=f"{LINKX}splits/twitch-gamer-splits.npy",
+    size=3_548_331,
+    checksum="sha256:1983107bf72a28f3933d050489434798030967d571be10a8ace1474ba2c5665d",
+)
+LINKX_CITATION = "Lim et al. 2021, Large Scale Learning on Non-Homophilous Graphs"
+OGB = "https://snap.stanford.edu/ogb/data/nodeproppred/"
+GRAPHS = (
+    *(
+        Dataset(
+            name=name,
+            files=(File(HETEROPHILOUS.format(HETEROPHILOUS_COMMIT, name), size, sha and f"sha256:{sha}"),),
+            licence="MIT",
+            citation="Platonov et al. 2023, A Critical Look at the Evaluation of GNNs under Heterophily",
+        )
+        for name, (size, sha) in HETEROPHILOUS_FILES.items()
+    ),
+    Dataset(
+        name="ogbn-arxiv",
+        files=(File(f"{OGB}arxiv.zip", unpack="zip"),),
+        licence="ODC-BY",
+        citation="Hu et al. 2020, Open Graph Benchmark",
+    ),
+    Dataset(
+        name="ogbn-products",
+        files=(File(f"{OGB}products.zip", unpack="zip", limit=16 << 30),),
+        licence="Amazon's",
+        citation="Hu et al. 2020, Open Graph Benchmark",
+    ),
+    Dataset(
+        name="penn94",
+        files=(File(f"{LINKX}facebook100/Penn94.mat"), PENN94_SPLITS),
+        licence="none stated",
+        citation=LINKX_CITATION,
+    ),
+    Dataset(
+        name="twitch-gamer",
+        files=(File("https://snap.stanford.edu/data/twitch_gamers.zip", unpack="zip"), TWITCH_SPLITS),
+        licence="none stated",
+        citation=f"Rozemberczki, Sarkar 2021, Twitch Gamers; splits: {LINKX_CITATION}",
+    ),
+)
 TABLE = (
     Dataset(
         name="enwik8",
@@ -95,6 +157,7 @@ TABLE = (
         licence="text of Wikipedia, CC BY-SA / GFDL",
         citation="Matt Mahoney, Large Text Compression Benchmark",
     ),
+    *GRAPHS,
 )
 DATASETS = {dataset.name: dataset for dataset in TABLE}
 

@@ -1,0 +1,383 @@
+"""Graphs: what is generated has the promised statistics, what is read is checked, nothing is executed."""
+
+import gzip
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from data import download, graphs
+
+# --- generated -----------------------------------------------------------------------------------------------
+
+
+def test_generated_graph_has_the_promised_statistics():
+    graph = graphs.contextual_sbm(0)
+    assert graphs.homophily(graph, graph.kind) == pytest.approx(0.20, abs=0.03)
+    assert graphs.homophily(graph, ~graph.kind) == pytest.approx(0.81, abs=0.03)
+    assert graph.edge_index.shape[1] == pytest.approx(53_300, rel=0.02)
+    source, target = graph.edge_index
+    pairs = set(zip(source.tolist(), target.tolist()))
+    assert len(pairs) == len(source) and not (source == target).any()
+    assert all((b, a) in pairs for a, b in pairs)
+    masks = torch.stack([graph.train_mask, graph.val_mask, graph.test_mask])
+    assert (masks.sum(0) == 1).all() and masks.sum((1, 2)).tolist() == [300, 600, 2100]
+    rich = graph.x[graph.kind]
+    assert rich.square().sum(1).mean() == pytest.approx(16 + 16, rel=0.05)  # noise 16, signal 4 squared
+
+
+def test_generated_graph_follows_its_seed_and_its_knobs():
+    one, same, other = (graphs.contextual_sbm(seed, num_nodes=400) for seed in (1, 1, 2))
+    assert one.digest == same.digest != other.digest
+    before = torch.get_rng_state()
+    graphs.contextual_sbm(5, num_nodes=400)
+    assert torch.equal(before, torch.get_rng_state())
+    shifted = graphs.contextual_sbm(0, shift=1, cross=0.0)
+    source, target = shifted.edge_index
+    poor = ~shifted.kind[target] & ~shifted.kind[source]
+    difference = (shifted.y[source] - shifted.y[target])[poor] % 5
+    assert (difference == 0).float().mean() < 0.1
+    assert ((difference == 1) | (difference == 4)).float().mean() > 0.8
+    loose = graphs.contextual_sbm(0, homophily_poor=0.2)
+    assert graphs.homophily(loose, ~loose.kind) == pytest.approx(0.2, abs=0.03)
+    crossed = graphs.contextual_sbm(0, cross=1.0)
+    assert (crossed.kind[crossed.edge_index[0]] != crossed.kind[crossed.edge_index[1]]).all()
+
+
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        ({"homophily_poor": 1.2}, "homophily_poor is 1.2"),
+        ({"cross": float("nan")}, "cross is nan"),
+        ({"num_classes": 1}, "num_classes is 1"),
+        ({"num_features": 3}, "num_features 3"),
+        ({"train_share": 0.9, "val_share": 0.2}, "leave a set smaller"),
+        ({"num_nodes": 16, "train_share": 0.33, "val_share": 0.33}, "too few"),
+        ({"degree_rich": 1}, "degrees 1"),
+    ],
+)
+def test_impossible_knobs_are_refused(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        graphs.contextual_sbm(3, **knobs)
+
+
+# --- checks --------------------------------------------------------------------------------------------------
+
+X, Y, EDGES = np.eye(4), np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 2], [2, 3], [1, 0], [3, 3]])
+MASKS = [np.array([[1, 1, 0, 0]], bool), np.array([[0, 0, 1, 0]], bool), np.array([[0, 0, 0, 1]], bool)]
+
+
+def test_edges_are_made_symmetric_and_cleaned():
+    graph = graphs.build_graph("g", X, EDGES, Y, MASKS)
+    assert graph.edge_index.tolist() == [[1, 0, 2, 1, 3, 2], [0, 1, 1, 2, 2, 3]]
+    assert graph.x.dtype == torch.float32 and graph.num_classes == 2 and graph.num_splits == 1
+    assert graph.split(0).train_mask.tolist() == [True, True, False, False]
+    assert graphs.homophily(graph) == 0.0
+
+
+def test_operators_refuse_edges_out_of_range():
+    with pytest.raises(ValueError, match=r"nodes 0 .. 3 of 3"):
+        graphs.Adjacency(torch.tensor([[0, 1], [1, 3]]), 3)
+    with pytest.raises(ValueError, match=r"\[3, 2\]; needed: \[2, edges\]"):
+        graphs.Adjacency(torch.zeros(3, 2, dtype=torch.long), 3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"edges": np.array([[0, 1], [2, 4]])}, r"edge in row 1 joins \[2, 4\]; there are nodes 0 .. 3"),
+        ({"edges": np.array([[-1, 1]])}, "edge in row 0"),
+        ({"edges": np.array([[0.5, 1]])}, "whole node numbers"),
+        ({"edges": np.array([[0, 1, 2]])}, r"edges are \[1, 3\]"),
+        ({"edges": np.array([["a", "b"]])}, "edges are of type <U1"),
+        ({"x": np.where(np.eye(4) > 0, np.nan, 1.0)}, "features of node 0 hold NaN"),
+        ({"x": np.eye(3)}, "do not fit"),
+        ({"x": np.array([[object()]] * 4)}, "features are of type object"),
+        ({"y": np.array([0, -1, 0, 1])}, "node 1 is in a train set and has no label"),
+        ({"y": np.array([0, 0.5, 0, 1])}, "label of node 1 is 0.5"),
+        ({"y": np.array([0, 10**9, 0, 1])}, "labels reach 1000000000"),
+        ({"y": np.zeros(4)}, "at least two"),
+        ({"masks": [np.zeros((1, 4), bool), *MASKS[1:]]}, "the train set of split 0 is empty"),
+        ({"masks": [MASKS[0], MASKS[0], MASKS[2]]}, "node 0 is in two"),
+        ({"masks": [np.ones((1, 5), bool), *MASKS[1:]]}, r"masks are \[1, 5\]"),
+    ],
+)
+def test_bad_graphs_are_refused_with_name_and_row(changes, message):
+    parts = {"x": X, "edges": EDGES, "y": Y, "masks": MASKS, **changes}
+    with pytest.raises(ValueError, match=f"^a file: .*{message}"):
+        graphs.build_graph("a file", **parts)
+
+
+def test_unlabelled_nodes_enter_no_split():
+    y = np.where(np.arange(60) % 3 == 0, -1, np.arange(60) % 2)
+    for labels in (y, np.where(y < 0, np.nan, y)):
+        graph = graphs.build_graph("g", np.eye(60), EDGES, labels)
+        used = graph.train_mask | graph.val_mask | graph.test_mask
+        assert graph.num_splits == 10 and torch.equal(used, (graph.y >= 0).expand(10, 60)) and "random" in graph.note
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def save_npz(path, **changes):
+    masks = {f"{part}_masks": mask for part, mask in zip(("train", "val", "test"), MASKS)}
+    arrays = {"node_features": X, "node_labels": Y, "edges": EDGES, **masks, **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def same(one, other):
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("x", "edge_index", "y", "train_mask", "val_mask", "test_mask")
+    )
+
+
+REFERENCE = graphs.build_graph("g", X, EDGES, Y, MASKS)
+
+
+def test_npz_round_trip(tmp_path):
+    path = save_npz(tmp_path / "g.npz")
+    assert same(graphs.load(path), REFERENCE) and graphs.load(path).name == str(path)
+    without = save_npz(tmp_path / "h.npz", train_masks=None, val_masks=None, test_masks=None)
+    assert graphs.load(without).num_splits == 10
+
+
+def test_damaged_and_hostile_npz(tmp_path):
+    path = tmp_path / "g.npz"
+    path.write_bytes(b"PK not really")
+    with pytest.raises(ValueError, match="g.npz: not a readable .npz"):
+        graphs.load(path)
+    save_npz(path, edges=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="Python objects, and nothing is unpickled"):
+        graphs.load(path)
+    np.savez(path, x=X)
+    with pytest.raises(ValueError, match="lacks node_features, node_labels, edges; it holds x"):
+        graphs.load(path)
+    save_npz(path, val_masks=None)
+    with pytest.raises(ValueError, match="has only train_masks, test_masks"):
+        graphs.load(path)
+    with pytest.raises(ValueError, match="neither a file or folder nor one of .*tolokers"):
+        graphs.load(tmp_path / "nothing")
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.writelines(",".join(map(str, np.atleast_1d(row))) + "\n" for row in rows)
+
+
+def ogb_folder(root, edges=EDGES):
+    write_csv(root / "raw" / "node-feat.csv.gz", X)
+    write_csv(root / "raw" / "edge.csv.gz", edges)
+    write_csv(root / "raw" / "node-label.csv.gz", Y)
+    for name, mask in zip(("train", "valid", "test"), MASKS):
+        write_csv(root / "split" / "time" / f"{name}.csv.gz", np.flatnonzero(mask))
+    return root
+
+
+def test_ogb_folder_and_its_cache(tmp_path):
+    folder = ogb_folder(tmp_path / "arxiv")
+    assert same(graphs.load(folder), REFERENCE) and (folder / "parsed.npz").exists()
+    raw = folder / "raw" / "node-feat.csv.gz"
+    raw.write_bytes(b"no longer read" * 3)
+    os.utime(raw, (0, 0))
+    assert same(graphs.load(folder), REFERENCE)  # from the cache
+    os.utime(raw)
+    os.utime(folder / "parsed.npz", (0, 0))
+    with pytest.raises(ValueError, match="node-feat.csv.gz"):
+        graphs.load(folder)
+    (folder / "split" / "time" / "test.csv.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="test.csv.gz is missing"):
+        graphs.load(folder)
+
+
+def test_csv_errors_name_file_and_row(tmp_path):
+    folder = ogb_folder(tmp_path / "arxiv", edges=[[0, 1], ["x", 2]])
+    with pytest.raises(ValueError, match="edge.csv.gz: .*row 1"):
+        graphs.load(folder)
+    folder = ogb_folder(tmp_path / "other", edges=[[0, 1], [9, 2]])
+    with pytest.raises(ValueError, match=r"edge in row 1 joins \[9, 2\]"):
+        graphs.load(folder)
+    write_csv(tmp_path / "other" / "raw" / "edge.csv.gz", EDGES)
+    write_csv(tmp_path / "other" / "split" / "time" / "valid.csv.gz", [7])
+    with pytest.raises(ValueError, match="valid set, entry 0: node 7 of 4"):
+        graphs.load(folder)
+
+
+def test_flickr_files(tmp_path):
+    target, pointers = [1, 0, 2, 1, 3, 2], [0, 1, 3, 5, 6]
+    arrays = {"data": np.ones(6), "indices": np.array(target), "indptr": np.array(pointers), "shape": np.array([4, 4])}
+    np.savez(tmp_path / "adj_full.npz", **arrays)
+    np.save(tmp_path / "feats.npy", X)
+    (tmp_path / "class_map.json").write_text(json.dumps({str(i): int(label) for i, label in enumerate(Y)}))
+    (tmp_path / "role.json").write_text(json.dumps({"tr": [0, 1], "va": [2], "te": [3]}))
+    assert same(graphs.load(tmp_path), REFERENCE)
+    (tmp_path / "class_map.json").write_text("{}")
+    with pytest.raises(ValueError, match="not in the layout"):
+        graphs.load(tmp_path)
+    np.save(tmp_path / "feats.npy", np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="not in the layout"):
+        graphs.load(tmp_path)
+
+
+TWITCH = """views,mature,life_time,created_at,updated_at,numeric_id,dead_account,language,affiliate
+10,1,5,2015-03-01,2018-10-12,0,0,EN,1
+20,0,6,2016-03-01,2018-10-12,1,0,DE,1
+30,1,7,2017-03-01,2018-10-12,2,0,EN,0
+40,0,8,2018-03-01,2018-10-12,3,0,FR,0
+"""
+
+
+def test_twitch_files(tmp_path):
+    root = tmp_path / "twitch_gamers"
+    root.mkdir()
+    (root / "large_twitch_features.csv").write_text(TWITCH)
+    (root / "large_twitch_edges.csv").write_text("numeric_id_1,numeric_id_2\n0,1\n1,2\n2,3\n")
+    save_splits(tmp_path / "twitch-gamer-splits.npy", [([0, 1], [2], [3])])
+    graph = graphs.load(tmp_path)
+    assert graph.x.shape == (4, 7) and graph.y.tolist() == [1, 0, 1, 0]
+    assert torch.equal(graph.edge_index, REFERENCE.edge_index) and torch.equal(graph.train_mask, REFERENCE.train_mask)
+    torch.testing.assert_close(graph.x.mean(0), torch.zeros(7), atol=1e-6, rtol=0)
+    varied = [0, 1, 2, 5, 6]  # updated_at and dead_account are constant
+    torch.testing.assert_close(graph.x.std(0)[varied], torch.ones(5))
+    languages = graph.x[:, 5]
+    assert languages[0] == languages[2] and len(set(languages.tolist())) == 3
+    (root / "large_twitch_features.csv").write_text(TWITCH.replace("2017-03-01", "soon"))
+    with pytest.raises(ValueError, match="large_twitch_features.csv, line 4"):
+        graphs.load(tmp_path)
+    (root / "large_twitch_features.csv").write_text(TWITCH.replace("views", "looks"))
+    with pytest.raises(ValueError, match="the columns are looks"):
+        graphs.load(tmp_path)
+
+
+def save_splits(path, splits, protocol=None):
+    array = np.empty(len(splits), dtype=object)
+    for i, (train, valid, test) in enumerate(splits):
+        array[i] = {"train": train, "valid": valid, "test": test}
+    if protocol is None:
+        np.save(path, array, allow_pickle=True)
+    else:
+        with open(path, "wb") as file:
+            header = {"descr": "|O", "fortran_order": False, "shape": array.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            pickle.dump(array, file, protocol=protocol)
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, 3, 4, 5])
+def test_splits_are_read_without_unpickling(tmp_path, monkeypatch, protocol):
+    path, many = tmp_path / "s.npy", list(range(2, 70_000, 7))
+    save_splits(path, [([0, 1], [300], many), ([2], [1], [0])], protocol)
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    train, val, test = graphs.read_linkx_splits(path, 70_000)
+    assert train.sum(1).tolist() == [2, 1] and np.flatnonzero(val[0]).tolist() == [300]
+    assert np.flatnonzero(test[0]).tolist() == many
+    with pytest.raises(ValueError, match="test set, entry 14: node 100 of 100|node 107 of 100|node 300 of 100"):
+        graphs.read_linkx_splits(path, 100)
+
+
+class Evil:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("call", [(os.system, ("touch owned",)), (eval, ("open('owned', 'w')",))])
+def test_hostile_splits_are_refused_and_nothing_runs(tmp_path, monkeypatch, protocol, call):
+    monkeypatch.chdir(tmp_path)
+    save_splits(tmp_path / "s.npy", [([0], Evil(call), [1])], protocol)
+    with pytest.raises(
+        ValueError, match="s.npy is not a file of splits .*asks for (posix.system|builtins.eval|__builtin__)"
+    ):
+        graphs.read_linkx_splits(tmp_path / "s.npy", 4)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_broken_splits_are_refused(tmp_path):
+    path = tmp_path / "s.npy"
+    save_splits(path, [([0, 1], [2], [3])])
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in (0, 5, 20, 100, len(content) - 3):
+        path.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="not a file of splits"):
+            graphs.read_linkx_splits(path, 4)
+    for _ in range(300):  # any damage is either harmless or one kind of error
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            graphs.read_linkx_splits(path, 4)
+        except ValueError as error:
+            assert "s.npy" in str(error)
+
+
+def test_mat_files(tmp_path):
+    io, sparse = pytest.importorskip("scipy.io"), pytest.importorskip("scipy.sparse")
+    adjacency = sparse.csc_matrix(np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], float))
+    info = np.array([[1, 1, 0, 7, 5, 2, 9], [1, 2, 3, 7, 5, 2, 9], [2, 0, 3, 7, 6, 2, 9], [2, 2, 3, 7, 5, 2, 8]])
+    io.savemat(tmp_path / "P.mat", {"A": adjacency, "local_info": info.astype(np.uint16)})
+    save_splits(tmp_path / "s.npy", [([0], [1], [3])])
+    graph = graphs.read_facebook(tmp_path / "P.mat", tmp_path / "s.npy")
+    assert torch.equal(graph.edge_index, REFERENCE.edge_index) and graph.y.tolist() == [0, 1, -1, 1]
+    assert graph.x.shape == (4, 2 + 2 + 1 + 2 + 1 + 2) and graph.x.sum(1).tolist() == [6.0] * 4
+    save_splits(tmp_path / "s.npy", [([0], [2], [3])])
+    with pytest.raises(ValueError, match="node 2 is in a val set and has no label"):
+        graphs.read_facebook(tmp_path / "P.mat", tmp_path / "s.npy")
+    io.savemat(tmp_path / "k.mat", {"edge_index": EDGES.T, "node_feat": X, "label": Y[None], "num_nodes": 4})
+    save_splits(tmp_path / "s.npy", [([0, 1], [2], [3])])
+    assert same(graphs.read_pokec(tmp_path / "k.mat", tmp_path / "s.npy"), REFERENCE)
+    with pytest.raises(ValueError, match="not LINKX's pokec.mat"):
+        graphs.read_pokec(tmp_path / "P.mat")
+    with pytest.raises(ValueError, match="not a facebook100 file"):
+        graphs.read_facebook(tmp_path / "k.mat")
+    (tmp_path / "k.mat").write_bytes(b"MATLAB? no")
+    with pytest.raises(ValueError, match="not a readable .mat"):
+        graphs.read_pokec(tmp_path / "k.mat")
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+def test_every_name_is_downloadable_or_says_where_it_goes(tmp_path):
+    for name in graphs.SIZES:
+        assert (name in download.DATASETS) != (name in graphs.BY_HAND)
+    for name, (files, _) in graphs.BY_HAND.items():
+        with pytest.raises(FileNotFoundError, match=f"get {files[0]}.*put into .*{name}"):
+            graphs.load(name, tmp_path)
+        assert not graphs.is_here(name, tmp_path) and graphs.download_size(name) == 0
+    assert graphs.download_size("tolokers") == 1_329_769 and graphs.download_size("ogbn-arxiv") is None
+
+
+def test_names_find_files_put_there_by_hand(tmp_path, monkeypatch):
+    def no_network(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(download, "_receive", no_network)
+    folder = tmp_path / "questions"  # no checksum in the table
+    folder.mkdir()
+    save_npz(folder / "questions.npz")
+    graph = graphs.load("questions", tmp_path)
+    assert same(graph, REFERENCE) and graph.name == "questions"
+    folder = tmp_path / "actor"
+    folder.mkdir()
+    save_npz(folder / "actor.npz")
+    with pytest.raises(download.DownloadError, match="actor.npz has .* bytes, not 252,956"):
+        graphs.load("actor", tmp_path)
+
+
+def test_stand_in_has_the_size_of_the_public_graph():
+    graph = graphs.stand_in("chameleon_filtered")
+    assert graph.x.shape == (890, 2325) and graph.num_classes == 5
+    assert 2 * 8854 * 0.95 < graph.edge_index.shape[1] <= 2 * 8854
