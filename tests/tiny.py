@@ -1,9 +1,9 @@
 """Flags with which every script ends in seconds: the same code path as a real run, on next to nothing."""
 
-SCRIPTS = {
-    "adamoe.py": (
-        "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
-    ).split(),
-    "mowst.py": "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split(),
-}
+ADAMOE = (
+    "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
+).split()
+MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
+
+SCRIPTS = {"adamoe.py": ADAMOE, "mowst.py": MOWST}
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes
