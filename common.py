@@ -685,6 +685,7 @@ class Run:
     data_dir: Path = Path("data/cache")
     overwrite: bool = False
     config: object = None  # what runs; main replaces it when it settles a field
+    actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     begun: bool = False
     claims: list[Claim] = field(default_factory=list)
@@ -903,8 +904,12 @@ def run(
     full: object | None = None,
     claims: Sequence[Claim] = (),
     argv: Sequence[str] | None = None,
+    actions: dict[str, tuple] | None = None,
 ) -> NoReturn:
     """Parse the command line, call main(config, run) -> dict, report, and exit.
+
+    actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`; main then does that
+    instead of a whole run: no claims are judged, no results.json is written, and --out is left alone.
 
     Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
     130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
@@ -913,7 +918,7 @@ def run(
     program = Path(inspect.getfile(main)).name
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(_run(main, small, full, claims, argv, program))
+        sys.exit(_run(main, small, full, claims, argv, program, actions or {}))
     except KeyboardInterrupt as stop:
         again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
         command = shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
@@ -937,18 +942,20 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def _run(main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str) -> int:
-    options, settings = _parse(program, main, small, full, argv)
+def _run(
+    main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str, actions: dict
+) -> int:
+    options, settings = _parse(program, main, small, full, argv, actions)
     claims = [dataclasses.replace(claim) for claim in claims]
     if options["list_claims"]:
         print(format_claims(claims))
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
-    run = _make_run(options, program.removesuffix(".py"), claims)
+    run = _make_run(options, program.removesuffix(".py"), claims, actions)
     run.config = dataclasses.replace(full if options["full"] else small, **settings)
     torch.set_num_threads(run.threads)
-    if run.dry_run:
+    if run.dry_run or run.actions:
         main(run.config, run)
         return 0
     mark, start = run.out / "run.json", time.monotonic()
@@ -992,7 +999,8 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
     return 0
 
 
-def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
+def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) -> Run:
+    given = {name: options[name] for name in actions if name in options["given"]}
     for name in ("seeds", "workers", "threads"):
         if name in options["given"] and options[name] < 1:
             raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
@@ -1000,9 +1008,9 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         raise UsageError("--overwrite and --resume exclude each other")
     scale, cores = ("full" if options["full"] else "small"), _cores()
     out = options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}"
-    if options["resume"] and not (out / "run.json").exists():
+    if options["resume"] and not given and not (out / "run.json").exists():
         raise UsageError(f"--resume: there is no run in {out}")
-    if not (options["resume"] or options["overwrite"] or options["dry_run"]):
+    if not (options["resume"] or options["overwrite"] or options["dry_run"] or given):
         if (out / "run.json").exists() or (out / "arms").exists():
             raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
@@ -1025,6 +1033,7 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         data_dir=options["data_dir"] if "data_dir" in options["given"] else Path(cache),
         draw=options["plot"],
         claims=claims,
+        actions=given,
         **{name: options[name] for name in ("resume", "overwrite", "ablate", "dry_run", "compile")},
     )
 
@@ -1034,7 +1043,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def _parse(program: str, main: Callable, small: object, full: object, argv: list[str]) -> tuple[dict, dict]:
+def _parse(
+    program: str, main: Callable, small: object, full: object, argv: list[str], actions: dict
+) -> tuple[dict, dict]:
     """The house flags, and one flag per config field: ({flag: value, "given": names}, {field: value given})."""
     parser = _Parser(
         prog=program,
@@ -1043,7 +1054,8 @@ def _parse(program: str, main: Callable, small: object, full: object, argv: list
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (default, kind, text) in FLAGS.items():
+    flags = FLAGS | actions
+    for name, (default, kind, text) in flags.items():
         how = {"action": "store_true"} if default is False else {"type": type(default), "metavar": kind}
         if isinstance(kind, tuple):
             how = {"choices": kind}
@@ -1064,8 +1076,8 @@ def _parse(program: str, main: Callable, small: object, full: object, argv: list
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
     given = vars(found)
-    options = {name: given.get(name, default) for name, (default, _, _) in FLAGS.items()}
-    return options | {"given": set(given)}, {name: given[name] for name in given if name not in FLAGS}
+    options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
+    return options | {"given": set(given)}, {name: given[name] for name in given if name not in flags}
 
 
 def _reader(hint: object) -> Callable[[str], object]:
