@@ -341,6 +341,13 @@ def language_model(
     return model
 
 
+def parameter_shapes(**shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{name: (shape, dtype)} of a language_model's weights, tied ones once; no memory is spent on them."""
+    with torch.device("meta"):
+        state = language_model(**shape).state_dict()
+    return {name: (tuple(tensor.shape), "float32") for name, tensor in state.items() if name != "head.weight"}
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in model.state_dict().items() if name != "head.weight"}
 
@@ -377,13 +384,10 @@ class Forest:
             shape = {name: int(self.config[name]) for name in SHAPE}
             if self.config["format"] != self.FORMAT or not 1 <= shape["num_layers"] <= 1000:
                 raise ValueError(f"format {self.config['format']}, {shape['num_layers']} layers")
-            with torch.device("meta"):
-                model = language_model(**shape)
+            self.expected = parameter_shapes(**shape)
         except (ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{self.path / 'config.json'} is damaged ({error})") from error
         self.digest = hashlib.sha256(content).hexdigest()
-        self.expected = {name: (tuple(tensor.shape), "float32") for name, tensor in model.state_dict().items()}
-        del self.expected["head.weight"]
 
     @classmethod
     def create(cls, path: str | Path, config: dict) -> "Forest":
@@ -415,14 +419,15 @@ class Forest:
 
     def verify(self) -> dict[str, str | None]:
         """Every folder under experts/: None when it loads, otherwise what is wrong in one line."""
-        found: dict[str, str | None] = {}
-        for folder in sorted(path for path in self.path.glob("experts/*") if not path.name.startswith(".")):
-            try:
-                self.load(folder.name)
-                found[folder.name] = None
-            except (ValueError, OSError) as error:
-                found[folder.name] = " ".join(str(error).split())
-        return found
+        folders = sorted(path.name for path in self.path.glob("experts/*") if not path.name.startswith("."))
+        return {name: self.verify_one(name) for name in folders}
+
+    def verify_one(self, name: str) -> str | None:
+        try:
+            self.load(name)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def add(self, name: str, weights: dict[str, Tensor], meta: dict | None = None, force: bool = False) -> str:
         """Commit an expert; returns the SHA-256 of its weights. Raises ValueError when it is there, or does not fit."""
@@ -483,7 +488,7 @@ class Forest:
 
 LR_GRID, BRANCH_LR_GRID = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3)  # the same for every arm; --ablate prints them
 INITS = ("posterior", "nearest", "uniform", "seed", "scratch")  # where a later round may branch from
-MORE_COMPUTE, FEWER_DOMAINS = (1.5, 2.0, 3.0), (2, 4)  # for --ablate: updates of the dense LM, domains of all
+MORE_COMPUTE, FEWER_DOMAINS = (1.25, 1.5, 2.0), (2, 4)  # for --ablate: updates of the dense LM, domains of all
 NUM_GROUPS = 16  # of test blocks: what a run of one seed takes its standard error over
 EQ2, LAST_TOKEN = "BTM, eq. 2", "BTM, last token (released code)"
 
@@ -552,7 +557,7 @@ def random_batches(config: Config, index: int, seed: int, run: Run) -> Callable[
     num, k = config.blocks_per_domain, len(config.domains)
     shards = [shard(load_domain(name, run.data_dir).train, index, k) for name in config.domains]
     streams = [stream(data, num, config.context, f"{seed} random {index} {i}") for i, data in enumerate(shards)]
-    which = stream(torch.arange(k).repeat(2), num, 0, f"{seed} which {index}")
+    which = stream(torch.arange(k), num, 0, f"{seed} which {index}")
     return lambda step: torch.stack([batches(step) for batches in streams])[which(step)[:, 0], torch.arange(num)]
 
 
@@ -567,7 +572,7 @@ def build(config: Config, key: str, num_domains: int = 0) -> common.TransformerL
 
 
 def filled(config: Config, weights: dict[str, Tensor], run: Run) -> nn.Module:
-    return run.prepare(put_weights(build(config, ""), weights))
+    return put_weights(build(config, ""), weights).to(run.device)
 
 
 def train(
@@ -587,9 +592,11 @@ def train(
     began, batch = time.perf_counter(), batches(start)
     schedule = lambda step: learning_rate_factor(max(1, step), steps, config.warmup_share)  # as fairseq counts
     options |= {"start_step": start, "stop_step": stop, "optimizer": optimizer, "schedule": schedule}
-    options |= {"clip": config.clip, "accumulate": math.ceil(len(batch) / config.micro_batch)}
+    num = config.blocks_per_domain  # a part has equally many rows of every domain
+    parts = next((n for n in range(1, num + 1) if num % n == 0 and len(batch) // n <= config.micro_batch), num)
+    options |= {"clip": config.clip, "accumulate": parts}
     common.train(model, loss_fn, steps, batches=counted, **options)
-    seconds, part = time.perf_counter() - began, batch[: config.micro_batch].to(device)
+    seconds, part = time.perf_counter() - began, batch.chunk(parts)[0].to(device)
     flops = common.count_flops(lambda: common.lm_loss(model, part).mean().backward())["Global"]
     model.zero_grad(set_to_none=True)
     updates = [int(json.loads(line)["tokens"]) for line in options["metrics"].read_text().splitlines()]
@@ -630,7 +637,7 @@ def forest_config(config: Config, seed: int) -> dict:
 def branch(config: Config, key: str, forest: Forest, run: Run) -> tuple[nn.Module, torch.optim.Optimizer, list]:
     """Round 1: the seed's weights, its Adam moments and, in `train`, its schedule. Without a seed, weights by key."""
     if seed_steps(config) == 0:
-        model = run.prepare(build(config, key))
+        model = build(config, key).to(run.device)
         return model, common.adamw(model, config.lr, config.weight_decay), []
     weights, meta = forest.load("seed")
     model = filled(config, weights, run)
@@ -644,7 +651,7 @@ def branch_later(
 ) -> tuple[nn.Module, list]:
     """Later rounds: the average of the experts, weighted by their posterior on the new domain's development text."""
     if init == "scratch":
-        return run.prepare(build(config, f"{seed} scratch {domain}")), []
+        return build(config, f"{seed} scratch {domain}").to(run.device), []
     loaded = [forest.load(name) for name in (["seed"] if init == "seed" else names)]
     weights = torch.full((len(loaded),), 1 / len(loaded), dtype=torch.float64)
     if init in ("posterior", "nearest"):
@@ -671,7 +678,7 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
         model, origin = branch_later(config, which, init, seed, names, forest, run)
         start, stop, steps, lr = 0, config.branch_steps, config.branch_steps, float(lr or config.branch_lr)
     elif kind in ("seed", "demix"):
-        model = run.prepare(build(config, f"{seed} {kind}", len(config.domains) if kind == "demix" else 0))
+        model = build(config, f"{seed} {kind}", len(config.domains) if kind == "demix" else 0).to(run.device)
         start, stop = 0, (start if kind == "seed" else steps)
     if kind in ("dense", "expert", "random"):
         model, optimizer, origin = branch(config, f"{seed} {which or 'seed'}", forest, run)
@@ -681,6 +688,7 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
         batches = random_batches(config, int(which), seed, run)
     else:
         batches = domain_batches(config, which, seed, run) if which else mixed_batches(config, seed, run)
+    model = run.prepare(model)
     cost = train(model, batches, config, optimizer, start, stop, steps, **run.train_options(arm, seed))
     if kind == "seed":
         common.save(forest.path / "seed" / "resume.pt", {"optimizer": optimizer.state_dict(), "step": stop})
@@ -771,7 +779,7 @@ def measure(config: Config, plan: dict, seed: int, run: Run) -> Rows:
     for system, (few, arms) in plan.items():
         experts, num = expert_arms(few, system), few.dev_blocks
         for name in (*few.domains, *few.novel):
-            found = {}
+            found = {"seed": bits(-load("seed")[f"test {name}"])} if system == "" else {}
             if "dense" in arms:
                 found["dense"] = bits(-load("dense" + system)[f"test {name}"])
             if len(arms) > 1:
@@ -780,7 +788,6 @@ def measure(config: Config, plan: dict, seed: int, run: Run) -> Rows:
                 kinds = ("uniform", "posterior")
                 found |= {f"average, {kind}": bits(-load("average" + system)[f"{kind} {name}"]) for kind in kinds}
             if system == "":
-                found["seed"] = bits(-load("seed")[f"test {name}"])
                 found["average, argmax"] = found["BTM, top-1"]  # the same model
                 rivals = {"random split": stack(random_arms(few), name)}
                 if "demix" in arms:
@@ -884,8 +891,8 @@ def judge(config: Config, run: Run, costs: dict[str, list[dict]], rows: Sequence
     report("uniform_average", margin, f"{shown(margin)} bits/byte worse than dense")
     gain, loss = ahead(EQ2, "added", [config.grow]), ahead("removed", EQ2, inside[-1:])
     stir = ahead("added", EQ2), ahead("removed", EQ2, inside[:-1])
-    text = f"{config.grow} added: {shown(gain)} better there, elsewhere {shown(-stir[0])}; {inside[-1]} removed: "
-    text += f"{shown(loss)} worse there, elsewhere {shown(stir[1])} (holds when elsewhere moves by less than a tenth)"
+    text = f"{config.grow} added: {shown(-gain)} there, {shown(stir[0])} elsewhere; {inside[-1]} removed: "
+    text += f"{shown(loss)} there, {shown(stir[1])} elsewhere (holds when elsewhere moves by less than a tenth)"
     report("add_remove", np.minimum(gain / 10 - abs(stir[0]), loss / 10 - abs(stir[1])), text, added=gain, removed=loss)
     if "BTM, top-2" in rows[0]:
         worse, whole = ahead("BTM, top-2", EQ2, everywhere), level(EQ2, everywhere)
@@ -977,7 +984,7 @@ def draw(config: Config, run: Run, rows: Sequence[Rows]) -> None:
 
 def changing_text(config: Config, run: Run, length: int = 120) -> tuple[Tensor, str]:
     """Test text that changes its domain twice, as the experts of the first seed read it: ([E, bytes], what it is)."""
-    chosen = [config.domains[i] for i in (0, len(config.domains) // 2, -1)]
+    chosen = [config.domains[i] for i in (0, -1, 1)]
     parts = [load_domain(name, run.data_dir).test[5000 : 5000 + length].long() for name in chosen]
     tokens = torch.cat([torch.zeros(1, dtype=torch.long), *parts]).to(run.device)
     forest = Forest(forest_path(run, run.seed))
@@ -1025,7 +1032,7 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
         if stage == "expert" and not (path / "seed" / "meta.json").exists():
             raise common.UsageError(f"{path} has no seed yet; --stage seed comes first")
         if (forest.folder(name) / "meta.json").exists() and "force" not in run.actions:
-            say(f"{name} is in {path} already ({lineage(forest.load(name)[1])}); --force trains it again")
+            say(f"{forest.verify_one(name) or f'{name} is in {path} already'}; --force trains it again")
             continue
         parents = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
         train_model(config, arm, seed, parents, run)
@@ -1137,7 +1144,12 @@ def check(config: Config, run: Run) -> Config:
     for name, value in vars(config).items():
         if isinstance(value, int) and value < (name not in ("conv", "top_k")):
             raise ValueError(f"{name} is {value}; at least {int(name not in ('conv', 'top_k'))} is needed")
+    parameter_shapes(**{name: getattr(config, name) for name in SHAPE})  # refuses impossible ones
     splits = {name: load_domain(name, run.data_dir) for name in names}
+    for name, split in splits.items():
+        shortest = min(len(split.train) // len(config.domains), len(split.dev), len(split.test))
+        if shortest <= config.context:
+            raise ValueError(f"domain {name!r} is too short for sequences of {config.context}")
     sizes = {split.vocab_size for split in splits.values()}
     if len(sizes) > 1:
         raise ValueError(f"vocabularies differ: {', '.join(f'{name} {s.vocab_size}' for name, s in splits.items())}")

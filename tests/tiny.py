@@ -4,4 +4,8 @@ ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
 
-SCRIPTS = {"adamoe.py": ADAMOE}
+BTM = (
+    "--num-layers 1 --d-model 16 --num-heads 2 --context 16 --steps 4 --branch-steps 2 --test-blocks 4 --dev-blocks 3"
+).split()
+
+SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM}
