@@ -114,7 +114,7 @@ FULL = replace(
     **{"num_layers": 12, "d_model": 768, "num_heads": 12, "conv": 0, "init": 0.02, "lr": 5e-4, "clip": 0.1},
     **{"grow": "gutenberg", "branch_steps": 8_000, "branch_lr": 5e-4, "test_blocks": 1_000},
 )
-EVALUATION = ("novel", "tokens", "micro_batch", "grow", "dev_blocks", "test_blocks", "top_k", "sample_bytes")
+NOT_OF_A_FOREST = ("novel", "tokens", "micro_batch", "grow", "test_blocks", "top_k", "sample_bytes")
 ACTIONS = {  # the script's own commands; see common.FLAGS
     "stage": ("", ("seed", "expert", "eval"), "one stage of a run, on a forest"),
     "forest": (Path(), "DIR", "the forest; default: the one in --out"),
@@ -274,6 +274,8 @@ def generate(
 @torch.no_grad()
 def text_log_probs(model: nn.Module, tokens: Tensor, context: int) -> Tensor:
     """log p of every token but the first, from at most `context` tokens before it. tokens [time] -> [time - 1] fp32."""
+    if len(tokens) < 2:
+        return torch.zeros(0)
     windows = tokens.unfold(0, min(context + 1, len(tokens)), 1)  # [windows, context + 1]
     logprobs = torch.cat([-common.lm_loss(model, part) for part in windows.split(64)])
     return torch.cat([logprobs[0], logprobs[1:, -1]]).cpu()
@@ -631,7 +633,7 @@ def forest_path(run: Run, seed: int, system: str = "") -> Path:
 
 
 def forest_config(config: Config, seed: int) -> dict:
-    return {name: value for name, value in asdict(config).items() if name not in EVALUATION} | {"seed": seed}
+    return {name: value for name, value in asdict(config).items() if name not in NOT_OF_A_FOREST} | {"seed": seed}
 
 
 def branch(config: Config, key: str, forest: Forest, run: Run) -> tuple[nn.Module, torch.optim.Optimizer, list]:
@@ -1034,8 +1036,9 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
         if (forest.folder(name) / "meta.json").exists() and "force" not in run.actions:
             say(f"{forest.verify_one(name) or f'{name} is in {path} already'}; --force trains it again")
             continue
-        parents = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
-        train_model(config, arm, seed, parents, run)
+        found = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
+        found.sort(key=lambda expert: [*config.domains, expert].index(expert))  # as in a run
+        train_model(config, arm, seed, found, run)
         run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
         meta = forest.load(name)[1]
         spent = f"{meta['tokens']:,} tokens, {meta['seconds']:.1f} s"

@@ -5,14 +5,18 @@ import json
 import math
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from tiny import BTM
 
 import btm
 import common
@@ -445,7 +449,7 @@ def test_text_log_probs_use_at_most_a_context_of_text():
     found = btm.text_log_probs(model, tokens, TINY.context)
     for t in (1, 5, 16, 17, 40):
         logits = model(tokens[None, max(0, t - TINY.context) : t])[0, -1]
-        close(found[t - 1], float(logits.log_softmax(-1)[tokens[t]]), 1e-5)
+        close(found[t - 1], logits.detach().log_softmax(-1)[tokens[t]].item(), 1e-5)
     assert len(found) == 40 and len(btm.text_log_probs(model, tokens[:3], TINY.context)) == 2
 
 
@@ -609,8 +613,9 @@ def hostile(forest, how):
 
 
 HOSTILE = (
-    "planted pickle|pickle for npz|wrong hash|flipped byte|truncated|missing array|other shape|NaN|huge|other architecture|other name|"
-    "traversing parent|odd parents|meta is no json|meta is a list|deep meta|huge meta|no weights|link|unfinished"
+    "planted pickle|pickle for npz|wrong hash|flipped byte|truncated|missing array|other shape|NaN|huge|"
+    "other architecture|other name|traversing parent|odd parents|meta is no json|meta is a list|deep meta|huge meta|"
+    "no weights|link|unfinished"
 ).split("|")
 
 
@@ -677,3 +682,388 @@ def test_killed_during_a_commit_the_forest_is_valid(forest, after):
     assert forest.names() == ["b"] and "still being made" in forest.verify()["a"] and forest.verify()["b"] is None
     forest.add("a", forest.load("b")[0])
     assert forest.verify() == {"a": None, "b": None}
+
+
+# --- claims --------------------------------------------------------------------------------------------------
+
+IN, NOVEL = btm.SMALL.domains, btm.SMALL.novel
+LEVELS = {  # method: bits in domain, bits on novel domains
+    "dense": (3.0, 4.0),
+    btm.EQ2: (2.8, 3.9),
+    btm.LAST_TOKEN: (2.9, 3.8),
+    "random split, eq. 2": (3.1, 4.1),
+    "average, uniform": (3.4, 4.2),
+    "average, posterior": (2.9, 3.9),
+    "average, uniform@unseeded": (8.0, 8.0),
+    "BTM, top-2": (2.81, 3.91),
+    "added": (2.8, 3.9),
+    "removed": (2.8, 3.9),
+    "dense@first2": (3.0, 4.0),
+    f"{btm.EQ2}@first2": (2.95, 3.9),
+    "dense@first4": (3.0, 4.0),
+    f"{btm.EQ2}@first4": (2.9, 3.9),
+    "dense@x1.25": (2.9, 4.0),
+    "dense@x1.5": (2.8, 4.0),
+    "dense@x2": (2.6, 4.0),
+} | {f"grown-licences@{init}": (0.0, 3.0 + i / 10) for i, init in enumerate(btm.INITS)}
+WORSE = {  # claim -> what has to change for it to fail
+    "in_domain": {btm.EQ2: (3.1, 3.9)},
+    "out_of_domain": {btm.EQ2: (2.8, 4.1)},
+    "random_split": {"random split, eq. 2": (2.95, 4.0)},
+    "posterior_average": {"average, posterior": (3.1, 3.9)},
+    "uniform_average": {"average, uniform": (2.9, 3.9)},
+    "seed_needed_for_averaging": {"average, uniform@unseeded": (3.3, 4.2)},
+    "branch_init": {"grown-licences@uniform": (0.0, 2.9)},
+    "add_remove": {"added": (2.9, 3.9)},
+    "topk": {"BTM, top-2": (2.9, 4.0)},
+    "more_domains": {f"{btm.EQ2}@first2": (2.5, 3.9)},
+    "compute_saving": {"dense": (2.7, 4.0)},
+}
+
+
+def rows_of(levels):
+    rows = {}
+    for method, (inside, outside) in levels.items():
+        groups = [-0.001, 0.001]
+        rows[method] = {name: np.add(inside if name in IN else outside, groups) for name in (*IN, *NOVEL)}
+    rows["added"]["licences"] = rows["added"]["licences"] - 1.0
+    rows["removed"]["unicode"] = rows["removed"]["unicode"] + 1.0
+    return rows
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_every_claim_can_hold_and_can_fail(num_seeds, tmp_path):
+    cost = {"tokens": 60, "flops": 600}
+    costs = {"seed": [cost] * num_seeds, "dense": [{"tokens": 60, "flops": 600}] * num_seeds}
+    costs |= {arm: [{"tokens": 10, "flops": 100}] * num_seeds for arm in btm.expert_arms(btm.SMALL)}
+
+    def judged(changes, costs=costs):
+        run = make_run(tmp_path, btm.SMALL, ablate=True)
+        run.seeds = [0] * num_seeds
+        btm.judge(btm.SMALL, run, costs, [rows_of(LEVELS | changes)] * num_seeds)
+        return {claim.id.removeprefix("btm."): claim for claim in run.claims}
+
+    good = judged({})
+    assert set(good) == {*WORSE, "cost_matched"} and all(claim.holds for claim in good.values())
+    assert good["in_domain"].measured.startswith("0.2000") and "1.50" in good["compute_saving"].measured
+    assert good["more_domains"].measured.startswith("bits/byte gained: 0.0500")
+    for id, changes in WORSE.items():
+        assert judged(changes)[id].holds is False, id
+    assert judged({"removed": (2.6, 3.9)})["add_remove"].holds is False
+    for key in cost:
+        dearer = costs | {"dense": [{"tokens": 60, "flops": 600} | {key: 61}] * num_seeds}
+        assert judged({}, dearer)["cost_matched"].holds is False
+
+
+def test_compute_factor_by_hand():
+    times, losses = (1.0, 2.0, 4.0), (3.0, 2.0, 1.0)
+    found = [btm.compute_factor(times, losses, target) for target in (3.0, 2.5, 2.0, 1.5, 0.5)]
+    assert found == pytest.approx([1.0, 2**0.5, 2.0, 2**1.5, 4.0])
+
+
+def test_systems_change_one_thing_each():
+    assert list(btm.systems(btm.SMALL, ablate=False)) == [""]
+    plan = btm.systems(btm.SMALL, ablate=True)
+    inside = replace(btm.SMALL, novel=())
+    assert plan[""] == (btm.SMALL, ["dense", *btm.expert_arms(btm.SMALL), *btm.random_arms(btm.SMALL), "demix"])
+    assert plan["@lr0.02"][0] == replace(inside, lr=0.02) and btm.SMALL.lr in btm.LR_GRID
+    assert plan["@first4"][0] == replace(inside, domains=btm.SMALL.domains[:4]) and len(plan["@first4"][1]) == 5
+    assert plan["@unseeded"] == (replace(inside, seed_share=0.0), btm.expert_arms(btm.SMALL))
+    assert plan["@x1.5"] == (replace(inside, steps=900, seed_share=0.0), ["dense"])
+    assert len(btm.grown_arms(btm.SMALL, True)) == 15 and btm.SMALL.branch_lr in btm.BRANCH_LR_GRID
+
+
+# --- the script, whole and in stages -------------------------------------------------------------------------
+
+
+def hashes(forest):
+    return {path.parent.name: common.sha256(path) for path in sorted(forest.rglob("weights.npz"))}
+
+
+def report_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_script_end_to_end_with_every_arm(act, tmp_path):
+    done = act(*BTM, "--ablate", "--workers", 1, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    report = report_of(tmp_path / "out")
+    assert [claim["id"] for claim in report["claims"]] == [claim.id for claim in btm.CLAIMS]
+    assert all(claim["holds"] in (True, False) and claim["values"] for claim in report["claims"])
+    assert {claim["id"]: claim["holds"] for claim in report["claims"]}["btm.cost_matched"]
+    rows = report["results"]["bits"][0]
+    assert {"seed", "dense", btm.EQ2, "DEMix, eq. 2", "dense@lr0.02", "average, uniform@unseeded"} <= set(rows)
+    assert len(rows["dense"]) == 10 and len(rows["dense@first2"]) == 2
+    assert np.shape(report["results"]["posterior"]) == (10, 6)
+    assert btm.Forest(tmp_path / "out" / "forest-seed0").names() == sorted([*btm.SMALL.domains, "licences"])
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {"arm", "step", "loss", "tokens"} <= set(metrics[0])
+    # An arm that is lost is trained again, to the same results; a new run replaces the forest.
+    before = hashes(tmp_path / "out")
+    for name in ("expert-docs", "seed@first2"):
+        (tmp_path / "out" / "arms" / f"{name}-seed0.json").unlink()
+    assert act(*BTM, "--ablate", "--workers", 1, "--out", "out", "--resume").returncode == 0
+    again = report_of(tmp_path / "out")
+    assert again["results"]["bits"] == report["results"]["bits"] and hashes(tmp_path / "out") == before
+    (tmp_path / "out" / "forest-seed0" / "experts" / "planted").mkdir()
+    assert act(*BTM, "--workers", 1, "--out", "out", "--overwrite").returncode == 0
+    assert not (tmp_path / "out" / "forest-seed0" / "experts" / "planted").exists()
+
+
+@pytest.fixture(scope="module")
+def plain_forest(tmp_path_factory):
+    """The forest of a plain run, and the flags that made it."""
+    folder = tmp_path_factory.mktemp("plain")
+    before, flags = signal.getsignal(signal.SIGTERM), [*BTM, "--workers", "1", "--out", str(folder)]
+    with pytest.raises(SystemExit) as stop:
+        common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, btm.ACTIONS)
+    signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 0
+    return folder / "forest-seed0"
+
+
+def test_two_processes_under_torchrun_make_the_forest_of_a_plain_run(act, plain_forest, tmp_path):
+    """Bit for bit, with nothing exchanged but files: each process trains its own experts."""
+    assert act(*BTM, "--stage", "seed", "--forest", "F").returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "btm.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*command, "--stage", "expert", "--forest", "F"], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from 1.00 seed") == 6
+    assert act("--stage", "expert", "--domain", "licences", "--forest", "F").returncode == 0
+    assert hashes(tmp_path / "F") == hashes(plain_forest)
+    for name in ("python", "licences"):
+        metas = [
+            json.loads((forest / "experts" / name / "meta.json").read_text())
+            for forest in (tmp_path / "F", plain_forest)
+        ]
+        assert metas[0]["parents"] == metas[1]["parents"] and metas[0]["tokens"] == metas[1]["tokens"]
+
+
+def test_ranks_share_the_domains_out_and_indices_name_them(act, tmp_path, monkeypatch):
+    flags = [*BTM, "--forest", "F", "--domains", "python,docs,unicode"]
+    assert act(*flags, "--stage", "seed").returncode == 0
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert act("--stage", "expert", "--forest", "F").returncode == 0
+    assert btm.Forest(tmp_path / "F").names() == ["docs"]
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    assert act("--stage", "expert", "--forest", "F", "--domain-index", 2).returncode == 0
+    assert btm.Forest(tmp_path / "F").names() == ["docs", "unicode"]
+    done = act("--stage", "expert", "--forest", "F")
+    assert done.stdout.count("is in F already; --force") == 2 and len(btm.Forest(tmp_path / "F").names()) == 3
+    done = act("--stage", "expert", "--forest", "F", "--domain-index", 3)
+    assert done.returncode == 2 and "counts the 3 domains from 0" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_process_loses_its_own_unfinished_expert_only(act, tmp_path, number):
+    flags = [*BTM, "--domains", "python,docs", "--steps", "240", "--stage"]
+    for folder in ("F", "whole"):
+        assert act(*flags, "seed", "--forest", folder).returncode == 0
+    assert act("--stage", "expert", "--forest", "F", "--domain", "python").returncode == 0
+    finished = (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns
+    command = [sys.executable, str(ROOT / "btm.py"), "--stage", "expert", "--forest", "F", "--domain-index", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    log, deadline = tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 10) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(60) == (143 if number == signal.SIGTERM else -9)
+    if number == signal.SIGTERM:
+        assert "--stage expert --forest F --domain-index 1 --resume" in process.stderr.read()
+        assert (tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.ckpt").exists()
+    process.stderr.close()
+    assert btm.Forest(tmp_path / "F").names() == ["python"]
+    assert act("--stage", "expert", "--forest", "F").returncode == 0  # the rerun
+    assert act("--stage", "expert", "--forest", "whole").returncode == 0
+    assert hashes(tmp_path / "F") == hashes(tmp_path / "whole")
+    assert (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns == finished
+    meta = json.loads((tmp_path / "F" / "experts" / "docs" / "meta.json").read_text())
+    assert meta["updates"] == 60 and meta["tokens"] == 60 * 4 * 16  # every update once, also after the interrupt
+
+
+@pytest.fixture
+def act(tmp_path, monkeypatch, capsys):
+    """act("--stage", "eval", ...): a command of the script, in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    btm.load_domain.cache_clear()  # --data-dir D is another folder in every test
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, [str(flag) for flag in flags], btm.ACTIONS)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(flags, stop.value.code, out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_evaluation_of_a_forest_leaves_out_refuses_and_goes_on(act, plain_forest, tmp_path):
+    shutil.copytree(plain_forest, tmp_path / "F")
+    whole = act("--stage", "eval", "--forest", "F")
+    assert whole.returncode == 0 and "lineage of F" in whole.stdout
+    lineage = next(line for line in whole.stdout.splitlines() if line.startswith("licences "))
+    assert " python + " in lineage and "seed" not in lineage
+    assert next(line for line in whole.stdout.splitlines() if line.startswith("docs ")).split()[1:3] == ["1.00", "seed"]
+    without = act("--stage", "eval", "--forest", "F", "--without", "unicode,licences")
+    assert "unicode  " not in without.stdout.split("bits/byte on test text")[0] and without.returncode == 0
+    (tmp_path / "F" / "experts" / "docs" / "weights.npz").write_bytes(b"damaged")
+    damaged = act("--stage", "eval", "--forest", "F")
+    assert damaged.returncode == 0 and damaged.stdout.count("expert 'docs' refused") == 1
+    unknown = act("--stage", "eval", "--forest", "F", "--without", "poems")
+    assert unknown.returncode == 2 and "no expert 'poems'" in unknown.stderr
+    shutil.rmtree(tmp_path / "F" / "experts")
+    empty = act("--stage", "eval", "--forest", "F")
+    assert empty.returncode == 2 and "no expert to use; --stage expert trains one" in empty.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_top_k_drops_experts_before_they_are_run(act, plain_forest, monkeypatch):
+    calls, score = [], btm.score
+    monkeypatch.setattr(btm, "score", lambda model, part, *rest: (calls.append(part), score(model, part, *rest))[1])
+    done = act("--stage", "eval", "--forest", plain_forest, "--top-k", 2, "--novel", "cmake", "--grow", "cmake")
+    assert done.returncode == 0
+    assert calls.count("dev") == 7 * 7 and calls.count("test") == 7 * (2 + 1)  # 7 experts, 7 domains; and the average
+    monkeypatch.undo()
+    assert "there are 7 experts" in act("--stage", "eval", "--forest", plain_forest, "--top-k", 8).stderr
+
+
+def test_a_forest_of_one_is_that_expert(act, plain_forest, tmp_path):
+    shutil.copytree(plain_forest, tmp_path / "F")
+    others = [name for name in btm.Forest(tmp_path / "F").names() if name != "docs"]
+    done = act("--stage", "eval", "--forest", "F", "--without", ",".join(others))
+    row = next(line for line in done.stdout.split("bits/byte on test text")[1].splitlines() if line.startswith("docs"))
+    assert done.returncode == 0 and len(set(row.split()[1:5])) == 1 and row.split()[5] == "1"
+
+
+def test_sample_writes_and_shows_the_posterior(act, plain_forest):
+    done = act("--sample", "def ", "--forest", plain_forest, "--sample-bytes", 40)
+    assert done.returncode == 0 and done.stdout.startswith("def ") and "whom eq. 2 believes" in done.stdout
+    assert done.stdout == act("--sample", "def ", "--forest", plain_forest, "--sample-bytes", 40).stdout
+    other = act("--sample", "", "--forest", plain_forest, "--sample-bytes", 40)
+    assert other.returncode == 0
+
+
+def test_settings_come_from_the_forest_and_others_are_refused(act, plain_forest, tmp_path):
+    shutil.copytree(plain_forest, tmp_path / "F")
+    for flags, expected in (
+        (["--steps", "6"], "was made with steps = 4, not 6"),
+        (["--seed", "3"], "was made with seed = 0, not 3"),
+        (["--domains", "python,docs"], "was made with domains"),
+    ):
+        done = act("--stage", "eval", "--forest", "F", *flags)
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    done = act("--stage", "seed", "--forest", "F", *BTM, "--steps", "8")
+    assert done.returncode == 2 and "was made with steps = 4, not 8" in done.stderr
+
+
+def test_a_domain_of_ones_own_is_prepared_added_and_believed(act, plain_forest, tmp_path):
+    shutil.copytree(plain_forest, tmp_path / "F")
+    for i in range(120):
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / f"{i}.txt").write_text(
+            "\n\n".join(f"note {i}: {i * j} apples, {i + j * j} pears" for j in range(30))
+        )
+    done = act("--prepare", "notes", "--domain", "notes", "--data-dir", "D")
+    assert done.returncode == 0 and "notes" in done.stdout
+    flags = ["--forest", "F", "--domain", "notes", "--data-dir", "D"]
+    done = act("--stage", "expert", *flags)
+    assert done.returncode == 0 and "notes: from 0." in done.stdout
+    done = act("--stage", "eval", *flags)
+    assert done.returncode == 0 and done.stdout.count("\nnotes ") == 3
+    assert act("--stage", "expert", "--forest", "F", "--domain", "absent").stderr.count("--prepare makes one") == 1
+
+
+FULL = (
+    "--full --num-layers 1 --d-model 16 --num-heads 2 --context 32 --blocks-per-domain 4 --micro-batch 8 --dev-blocks 3 "
+    "--branch-steps 2 --test-blocks 4 --workers 1 --threads 1 --data-dir D"
+).split()
+
+
+def test_full_scale_code_on_prepared_text_and_a_token_budget(act, tmp_path):
+    labels = list(text_data.PILE)
+    with open(tmp_path / "val.jsonl", "w") as file:
+        for i in range(16 * 200):
+            content = f"{labels[i % 16]} number {i}: {i * i} and {i * i * i}. " * 3
+            file.write(json.dumps({"text": content, "meta": {"pile_set_name": labels[i % 16]}}) + "\n")
+    done = act("--prepare", "val.jsonl", "--data-dir", "D")
+    assert done.returncode == 0 and "not found" not in done.stdout
+    done = act(*FULL, "--tokens", "5e3")
+    assert done.returncode == 0, done.stderr
+    report = report_of(tmp_path / "runs" / "btm-full")
+    assert (
+        report["config"]["steps"] == 4
+        and report["config"]["conv"] == 0
+        and len(report["results"]["costs"]) == 2 + 8 + 8 + 2
+    )
+    assert "--tokens chooses" in done.stdout
+    lacking = act(*FULL, "--out", "other", "--data-dir", "E")
+    assert lacking.returncode == 2 and "btm/web: no such folder; --prepare makes one" in lacking.stderr
+
+
+def test_full_scale_code_on_token_ids(act, tmp_path):
+    for i, name in enumerate(("a", "b", "c")):
+        folder = tmp_path / "D" / "btm" / name
+        folder.mkdir(parents=True)
+        for part in ("train", "valid", "test"):
+            ids = torch.randint(300 * i, 300 * i + 300, (2000,), generator=torch.Generator().manual_seed(i))
+            (folder / f"{part}.bin").write_bytes(ids.numpy().astype("<u2").tobytes())
+        (folder / "meta.json").write_text('{"vocab_size": 900, "eot": 0}')
+    flags = [*FULL, "--domains", "a,b", "--novel", "c", "--grow", "c", "--steps", 4]
+    done = act(*flags)
+    assert done.returncode == 0, done.stderr
+    assert report_of(tmp_path / "runs" / "btm-full")["config"]["vocab_size"] == 900
+    refused = act("--sample", "x", "--forest", "runs/btm-full/forest-seed0", "--data-dir", "D")
+    assert refused.returncode == 2 and "trained on token ids" in refused.stderr
+    done = act(*flags, "--out", "mixed", "--novel", "python", "--grow", "python")
+    assert done.returncode == 2 and "vocabularies differ" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--seed-shar", "0.5"], "--seed-share"),
+        (["--seed-share", "1"], "between 0 and 1"),
+        (["--seed-share", "0.01", "--steps", "4"], "leave nothing to the seed"),
+        (["--tokens", "1000"], "0 updates of 1,536 tokens leave nothing"),
+        (["--domains", "python"], "two domains or more"),
+        (["--domains", "python,python"], "none twice"),
+        (["--domains", "python,poems"], "btm/poems: no such folder"),
+        (["--grow", "python"], "grow one of novel"),
+        (["--test-blocks", "0"], "test_blocks is 0"),
+        (["--conv", "-1"], "conv is -1"),
+        (["--context", "20000"], "too short for sequences of 20000"),
+        (["--d-model", "30"], "num_heads 4"),
+        (["--stage", "expert"], "is no forest"),
+        (["--stage", "poem"], "invalid choice"),
+        (["--stage", "seed", "--sample", "x"], "goes with one of --stage"),
+        (["--without", "python"], "goes with one of --stage"),
+        (["--stage", "seed", "--dry-run"], "without --dry-run"),
+        (["--stage", "seed", "--d-model", "30"], "num_heads 4"),
+        (["--prepare", "absent"], "no such file or folder"),
+        (["--resume"], "no run in"),
+        (["--full"], "btm/web: no such folder; --prepare makes one"),
+    ],
+)
+def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(act, tmp_path, flags, expected):
+    done = act(*flags, "--data-dir", "D")
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forest_without_a_seed_says_what_comes_first(act, tmp_path):
+    btm.Forest.create(tmp_path / "F", btm.forest_config(TINY, 0))
+    done = act("--stage", "expert", "--forest", "F")
+    assert done.returncode == 2 and "no seed yet; --stage seed comes first" in done.stderr
+
+
+def test_dry_run_writes_nothing_and_diverging_training_is_one_line(act, tmp_path):
+    done = act(*BTM, "--dry-run")
+    assert done.returncode == 0 and "training FLOPs" in done.stdout and list(tmp_path.iterdir()) == []
+    done = act(*BTM, "--lr", "1e30", "--workers", 1)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].count("lower --lr") == 1
