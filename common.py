@@ -637,8 +637,10 @@ def bars(ax, values: dict[str, float], **labels: str) -> None:
 def heatmap(ax, values: np.ndarray, **labels: str) -> None:
     """Panel for run.plot: values [rows, columns], each cell labelled."""
     ax.imshow(values, aspect="auto")
+    middle = (values.min() + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+        color = "black" if value > middle else "white"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     ax.set(**labels)
 
 
