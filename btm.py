@@ -414,17 +414,19 @@ class Forest:
             raise ValueError(f"expert name {name[:80]!r}: letters, digits, '_', '.' and '-' are allowed, at most 64")
         return self.path / "seed" if name == "seed" else self.path / "experts" / name
 
+    def folders(self) -> list[str]:
+        return sorted(path.name for path in self.path.glob("experts/*") if not path.name.startswith("."))
+
     def names(self) -> list[str]:
         """Experts that are complete, by name; what is in them is only checked by `load`."""
-        found = sorted(self.path.glob("experts/*/meta.json"))
-        return [path.parent.name for path in found if text_data.NAME.fullmatch(path.parent.name)]
+        complete = lambda name: text_data.NAME.fullmatch(name) and (self.folder(name) / "meta.json").is_file()
+        return [name for name in self.folders() if complete(name)]
 
     def verify(self) -> dict[str, str | None]:
         """Every folder under experts/: None when it loads, otherwise what is wrong in one line."""
-        folders = sorted(path.name for path in self.path.glob("experts/*") if not path.name.startswith("."))
-        return {name: self.verify_one(name) for name in folders}
+        return {name: self.wrong_with(name) for name in self.folders()}
 
-    def verify_one(self, name: str) -> str | None:
+    def wrong_with(self, name: str) -> str | None:
         try:
             self.load(name)
         except ValueError as error:
@@ -438,9 +440,8 @@ class Forest:
             if not force:
                 raise ValueError(f"expert {name!r} is in {self.path} already; --force replaces it")
             (folder / "meta.json").unlink()
-        found = {
-            key: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in weights.items()
-        }
+        dtype = lambda tensor: str(tensor.dtype).removeprefix("torch.")
+        found = {key: (tuple(tensor.shape), dtype(tensor)) for key, tensor in weights.items()}
         if found != self.expected:
             odd = sorted(key for key in found.keys() | self.expected if found.get(key) != self.expected.get(key))
             raise ValueError(f"expert {name!r} does not fit {self.path}: {', '.join(odd[:3])}")
@@ -830,24 +831,25 @@ def mean_bits(rows: Rows, method: str, domains: Sequence[str] = ()) -> np.ndarra
 # Claims
 # ---------------------------------------------------------------------------------------------------------------
 
-PPL = "perplexity 19.8 against 22.5 (125M, all 16 domains)"
+PPL, UNSEEN = "perplexity 19.8 against 22.5 (125M, all 16 domains)", "not verified"
+SPLIT = "an ensemble over random splits of the data does not beat the dense LM"
 CLAIMS = [
     Claim("btm.in_domain", "at equal cost the ensemble beats the dense LM on the training domains", PPL, required=True),
     Claim("btm.out_of_domain", "... and on domains that no expert was trained on", PPL),
+    Claim("btm.random_split", SPLIT, UNSEEN, required=True),
     Claim(
-        "btm.random_split", "an ensemble over random splits does not beat the dense LM", "not verified", required=True
+        "btm.cost_matched", "seed and experts cost what the dense LM costs: tokens, FLOPs", "by design", required=True
     ),
-    Claim("btm.cost_matched", "seed and experts cost what the dense LM costs, in tokens and FLOPs", "by design", True),
-    Claim("btm.posterior_average", "one LM, averaged by posterior, beats the dense LM in domain", "not verified", True),
-    Claim("btm.uniform_average", "averaged with equal weights, it is worse than the dense LM", "not verified", True),
-    Claim("btm.seed_needed_for_averaging", "experts without a common seed cannot be averaged", "not verified"),
-    Claim("btm.branch_init", "a new expert is best branched from the posterior average", "not verified"),
-    Claim("btm.add_remove", "adding or removing an expert changes its own domain only", "not verified", required=True),
-    Claim("btm.topk", "two experts a domain do nearly as well as all: within 1 %", "not verified"),
-    Claim("btm.more_domains", "the gain over the dense LM grows with the number of domains", "not verified"),
     Claim(
-        "btm.compute_saving", "to match, the dense LM needs more compute", "2.5 times (64 domains, 22.4B parameters)"
+        "btm.posterior_average", "one LM, averaged by posterior, beats the dense LM in domain", UNSEEN, required=True
     ),
+    Claim("btm.uniform_average", "averaged with equal weights, it is worse than the dense LM", UNSEEN, required=True),
+    Claim("btm.seed_needed_for_averaging", "experts without a common seed cannot be averaged", UNSEEN),
+    Claim("btm.branch_init", "a new expert is best branched from the posterior average", UNSEEN),
+    Claim("btm.add_remove", "adding or removing an expert changes its own domain only", UNSEEN, required=True),
+    Claim("btm.topk", "two experts a domain do nearly as well as all: within 1 %", UNSEEN),
+    Claim("btm.more_domains", "the gain over the dense LM grows with the number of domains", UNSEEN),
+    Claim("btm.compute_saving", "to match, the dense LM needs more compute", "2.5 times (64 domains, 22.4B in all)"),
 ]
 
 
@@ -1034,7 +1036,7 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
         if stage == "expert" and not (path / "seed" / "meta.json").exists():
             raise common.UsageError(f"{path} has no seed yet; --stage seed comes first")
         if (forest.folder(name) / "meta.json").exists() and "force" not in run.actions:
-            say(f"{forest.verify_one(name) or f'{name} is in {path} already'}; --force trains it again")
+            say(f"{forest.wrong_with(name) or f'{name} is in {path} already'}; --force trains it again")
             continue
         found = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
         found.sort(key=lambda expert: [*config.domains, expert].index(expert))  # as in a run
@@ -1045,15 +1047,15 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
         say(f"{name}: from {lineage(meta)}, {spent}; in {forest.folder(name)}")
 
 
-def sound(forest: Forest, run: Run) -> dict[str, dict]:
-    """{name: meta} of the experts that load and are not left out; one line for each that is refused."""
+def sound(forest: Forest, run: Run) -> dict[str, tuple[dict, dict]]:
+    """{name: (weights, meta)} of the experts that load and are not left out; one line for each that is refused."""
     without, found = [name for name in run.actions.get("without", "").split(",") if name], {}
-    for name, wrong in forest.verify().items():
-        if wrong:
-            say(wrong)
-        elif name not in without:
-            found[name] = forest.load(name)[1]
-    unknown = [name for name in without if not forest.folder(name).is_dir()]
+    for name in (name for name in forest.folders() if name not in without):
+        try:
+            found[name] = forest.load(name)
+        except ValueError as error:
+            say(str(error))
+    unknown = [name for name in without if name not in forest.folders()]
     if unknown or not found:
         text = f"there is no expert {unknown[0]!r}" if unknown else "no expert to use; --stage expert trains one"
         raise common.UsageError(f"{forest.path}: {text}")
@@ -1063,13 +1065,13 @@ def sound(forest: Forest, run: Run) -> dict[str, dict]:
 def evaluate_forest(config: Config, run: Run) -> None:
     """--stage eval: lineage, bits/byte of the ensemble and its averages, whom the posterior believes."""
     forest = Forest(forest_path(run, run.seed))
-    metas = sound(forest, run)
-    states = [forest.load(name)[0] for name in metas]
+    experts = sound(forest, run)
+    states = [weights for weights, _ in experts.values()]
     models = [filled(config, state, run) for state in states]
     if not 0 <= config.top_k <= len(models):
         raise common.UsageError(f"--top-k {config.top_k}: there are {len(models)} experts; 0 keeps all")
     told = lambda meta: [str(meta.get(key, "?"))[:10] for key in ("tokens", "dev_bits")]
-    table = [[name, lineage(meta), *told(meta)] for name, meta in metas.items()]
+    table = [[name, lineage(meta), *told(meta)] for name, (_, meta) in experts.items()]
     run.table(f"lineage of {forest.path}", ["expert", "branched from", "tokens", "dev bits/byte"], table)
     given = [run.actions["domain"]] if "domain" in run.actions else []
     table, weights = [], []
@@ -1087,7 +1089,7 @@ def evaluate_forest(config: Config, run: Run) -> None:
         weights.append([name, *(f"{weight:.2f}" for weight in share)])
     header = ["domain", "eq. 2", "last token", "posterior average", "best expert", "passes a token"]
     run.table("bits/byte on test text", header, table)
-    run.table("whom eq. 2 believes: mean weight of each expert, by test domain", ["", *metas], weights)
+    run.table("whom eq. 2 believes: mean weight of each expert, by test domain", ["", *experts], weights)
 
 
 def write_sample(config: Config, run: Run) -> None:
@@ -1095,8 +1097,8 @@ def write_sample(config: Config, run: Run) -> None:
     forest = Forest(forest_path(run, run.seed))
     if config.vocab_size != 256:
         raise common.UsageError("--sample writes bytes; this forest was trained on token ids")
-    names = list(sound(forest, run))
-    models = [filled(config, forest.load(name)[0], run).eval() for name in names]
+    experts = sound(forest, run)
+    models = [filled(config, weights, run).eval() for weights, _ in experts.values()]
     tokens = torch.tensor([0, *run.actions["sample"].encode()], device=run.device)
     generator = torch.Generator().manual_seed(run.seed)
     prior = torch.full((len(models),), 1 / len(models), dtype=torch.float64)
@@ -1105,7 +1107,7 @@ def write_sample(config: Config, run: Run) -> None:
     say(text.decode("utf-8", "replace"))
     means = [(text[i : i + 16], weights[:, 1 + i : 17 + i].mean(dim=1)) for i in range(0, len(text), 16)]
     table = [[repr(part.decode("latin-1")), *(f"{weight:.2f}" for weight in mean)] for part, mean in means]
-    run.table("whom eq. 2 believes, as the text goes on", ["text", *names], table)
+    run.table("whom eq. 2 believes, as the text goes on", ["text", *experts], table)
 
 
 def act(config: Config, run: Run) -> None:

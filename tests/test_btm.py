@@ -980,8 +980,8 @@ def test_a_domain_of_ones_own_is_prepared_added_and_believed(act, plain_forest, 
 
 
 FULL = (
-    "--full --num-layers 1 --d-model 16 --num-heads 2 --context 32 --blocks-per-domain 4 --micro-batch 8 --dev-blocks 3 "
-    "--branch-steps 2 --test-blocks 4 --workers 1 --threads 1 --data-dir D"
+    "--full --num-layers 1 --d-model 16 --num-heads 2 --context 32 --blocks-per-domain 4 --micro-batch 8 "
+    "--dev-blocks 3 --branch-steps 2 --test-blocks 4 --workers 1 --threads 1 --data-dir D"
 ).split()
 
 
