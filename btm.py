@@ -260,8 +260,8 @@ def generate(
     """
     evidence = torch.stack([text_log_probs(model, tokens, context) for model in models]).double()  # [E, time - 1]
     for _ in range(num):
-        logits = torch.stack([model(tokens[None, -context:])[0, -1] for model in models])
-        logprobs = logits.double().log_softmax(dim=-1).cpu()  # [E, vocab]
+        logits = torch.stack([model(tokens[None, -context:])[0, -1].cpu() for model in models])
+        logprobs = logits.double().log_softmax(dim=-1)  # [E, vocab]
         log_weights = (log_prior.double() + evidence.sum(dim=1)).log_softmax(dim=0)
         probs = (log_weights[:, None] + logprobs).logsumexp(dim=0).exp()
         token = torch.multinomial(probs, 1, generator=generator)
@@ -1070,9 +1070,9 @@ def evaluate_forest(config: Config, run: Run) -> None:
     models = [filled(config, state, run) for state in states]
     if not 0 <= config.top_k <= len(models):
         raise common.UsageError(f"--top-k {config.top_k}: there are {len(models)} experts; 0 keeps all")
-    told = lambda meta: [str(meta.get(key, "?"))[:10] for key in ("tokens", "dev_bits")]
+    told = lambda meta: [str(meta.get(key, "?"))[:6] for key in ("updates", "dev_bits")]
     table = [[name, lineage(meta), *told(meta)] for name, (_, meta) in experts.items()]
-    run.table(f"lineage of {forest.path}", ["expert", "branched from", "tokens", "dev bits/byte"], table)
+    run.table(f"lineage of {forest.path}", ["expert", "branched from", "updates", "dev bits/byte"], table)
     given = [run.actions["domain"]] if "domain" in run.actions else []
     table, weights = [], []
     for name in dict.fromkeys([*config.domains, *config.novel, *given]):
@@ -1104,7 +1104,8 @@ def write_sample(config: Config, run: Run) -> None:
     prior = torch.full((len(models),), 1 / len(models), dtype=torch.float64)
     written, weights = generate(models, tokens, prior.log(), config.sample_bytes, config.context, generator)
     text = bytes(written[1:].tolist())
-    say(text.decode("utf-8", "replace"))
+    printable = lambda char: char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+    say("".join(map(printable, text.decode("utf-8", "replace"))))
     means = [(text[i : i + 16], weights[:, 1 + i : 17 + i].mean(dim=1)) for i in range(0, len(text), 16)]
     table = [[repr(part.decode("latin-1")), *(f"{weight:.2f}" for weight in mean)] for part, mean in means]
     run.table("whom eq. 2 believes, as the text goes on", ["text", *experts], table)
@@ -1185,7 +1186,8 @@ def main(config: Config, run: Run) -> dict | None:
     cost = common.measure_step(step, run.device)
     seconds = 1.6 * cost["seconds"] * num_parts / run.workers  # batches of one domain, and evaluation, take the rest
     tokens = f"{num_parts * part[:, 1:].numel():.1e} tokens, {num_parts * cost['flops']:.1e} FLOPs in all"
-    run.header(f"{len(run.data)} domains, {tokens} (--tokens chooses)", seconds)
+    hours = f", about {seconds / 3600:,.1f} hours" if seconds > 7200 else ""
+    run.header(f"{len(run.data)} domains, {tokens}{hours} (--tokens chooses)", seconds)
     for note in filter(None, (load_domain(name, run.data_dir).note for name in run.data)):
         say(note)
     for path in [] if run.resume else run.out.glob("forest-seed*"):

@@ -389,7 +389,7 @@ def load_split(folder: str | Path) -> Split:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"domain {folder}: no such folder; --prepare makes one")
+        raise FileNotFoundError(f"domain {folder}: no such folder; --prepare makes one (data/README.md)")
     parts, endings = [], set()
     for part in PARTS:
         names = ("dev", "valid") if part == "dev" else (part,)

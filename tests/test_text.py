@@ -240,7 +240,7 @@ def test_a_domain_on_disk_in_three_formats(tmp_path):
 
 def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
     good = {"train": b"train text", "valid": b"valid text", "test": b"test text"}
-    with pytest.raises(FileNotFoundError, match="no such folder; --prepare makes one"):
+    with pytest.raises(FileNotFoundError, match="no such folder; --prepare makes one .data.README.md."):
         text.load_split(tmp_path / "none")
     folder = write_domain(tmp_path / "a", train=b"x" * 9, test=b"x" * 9)
     with pytest.raises(FileNotFoundError, match="there is no valid.txt"):
