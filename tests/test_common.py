@@ -356,7 +356,7 @@ def test_flops_are_counted_from_what_ran_forward_and_backward():
 
 
 def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
-    model, x = nn.Linear(4, 6), torch.randn(10, 4)
+    model, x = common.TransformerLM(8, 1, 4, 1, 5, lambda layer: nn.Linear(4, 4)), torch.zeros(2, 5, dtype=torch.long)
     graphs = []
 
     def backend(graph, inputs):
@@ -364,10 +364,10 @@ def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
         return graph.forward
 
     model.compile(backend=backend)
-    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6 and not graphs
+    assert common.count_flops(lambda: model(x))["Global"] > 0 and not graphs
     model(x)
     assert len(graphs) == 1
-    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6
+    assert common.count_flops(lambda: model(x))["Global"] > 0
 
 
 def test_active_parameters_count_only_the_experts_a_token_meets():
