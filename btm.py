@@ -19,20 +19,23 @@ At inference the experts' next-token *probabilities* are mixed by how well each 
 or the experts are averaged into one model, sum_j prior_j theta_j. The prior is cached: how much each expert was
 believed, on average, on development text of the target domain.
 
-      def f(x):  LATIN SMALL
-      ----------------------> t      python   ####__      eq. 2 at work: the weight follows the text, and changes
-                                     unicode  ____####    its mind late (all of the past counts)
+       text      def f(x): return x | LATIN SMALL LETTER A;Ll      eq. 2 follows the text, but changes its
+       python    .3 .6 .9 1 1 1 1 1 | 1 1 1 .9 .4 .1 0 0 0         mind late, for all of the past counts;
+       unicode   .7 .4 .1 0 0 0 0 0 | 0 0 0 .1 .6 .9 1 1 1         `window` forgets (--plot shows both)
 
 Run      python btm.py                       seed, experts, their rivals, and one later round; no download
          python btm.py --ablate --plot       every arm below, and pictures
          python btm.py --sample "def "       write with the forest just trained, and see whom it believes
      The same in separate commands, on one machine or on many, with nothing in common but a folder F:
-         python btm.py --stage seed   --forest F
-         python btm.py --stage expert --forest F --domain python                 (or --domain-index 0 .. 5)
-         python btm.py --stage eval   --forest F --without unicode
-         torchrun --nproc-per-node 2 btm.py --stage expert --forest F            each process its own experts
-         sbatch --array=0-7 --gpus=1 --wrap 'python btm.py --full --stage expert --domain-index $SLURM_ARRAY_TASK_ID ..'
-     A domain of your own:  python btm.py --prepare ~/notes --domain notes; python btm.py --stage expert --domain notes
+         python btm.py --stage seed --forest F
+         python btm.py --stage expert --forest F --domain python            once a domain, anywhere, in any order
+         torchrun --nproc-per-node 2 btm.py --stage expert --forest F       or: each process trains its own experts
+         sbatch --array=0-7 --gpus=1 --wrap \
+             'python btm.py --full --stage expert --forest F --domain-index $SLURM_ARRAY_TASK_ID'
+         python btm.py --stage eval --forest F --without unicode            whoever is in the folder, but for one
+     A command that was stopped goes on when it is given again. A domain of your own, in a later round:
+         python btm.py --prepare ~/notes --domain notes
+         python btm.py --stage expert --forest F --domain notes
 You see  what each system cost, bits/byte by domain and method, whom the posterior believes, the claims.
 Found    FOUND
 
@@ -44,6 +47,7 @@ Differences from the paper and its code
 4. In later rounds Adam starts afresh with its own warm-up: there are several parents (the paper's choice is unknown).
 5. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half; shorter runs need more
    seed). `--full`: the paper's 125M model on the parts of the Pile that are still public, instead of the paper's text.
+6. Removing an expert removes what it learnt alone: the seed has read its domain too, here as in the paper.
 
 Break it yourself: --seed-share 0.25 (averages fall apart before the ensemble does); an inclusive cumsum in ensemble_nll
 (the target leaks, wonderful results); --domains sums,dates,numerals,records (domains so far apart that routing is all).
@@ -151,11 +155,11 @@ def ensemble_nll(expert_logprobs: Tensor, log_prior: Tensor, window: int | None 
         raise ValueError("expert_logprobs hold NaN or infinity")
     if not (log_prior < torch.inf).all() or not (log_prior.amax(dim=0) > -torch.inf).all():
         raise ValueError("log_prior has no mass: at least one expert must be finite, none NaN or +inf")
-    time = logprobs.shape[-1]
+    length = logprobs.shape[-1]
     total = F.pad(logprobs.cumsum(dim=-1), (1, 0))  # [E, N, T + 1]; at t the sum over s < t: the target stays out
-    evidence = total[..., :time]
+    evidence = total[..., :length]
     if window is not None:
-        evidence = evidence - total[..., (torch.arange(time) - window).clamp(min=0)]
+        evidence = evidence - total[..., (torch.arange(length) - window).clamp(min=0)]
     log_prior = log_prior[..., None] if log_prior.dim() == 2 else log_prior[:, None, None]
     log_weights = (log_prior + evidence).log_softmax(dim=0)  # [E, N, T]
     return -(log_weights + logprobs).logsumexp(dim=0), log_weights.exp()
@@ -1118,11 +1122,12 @@ def act(config: Config, run: Run) -> None:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise common.UsageError(f"{flags}: goes with one of --stage, --sample and --prepare, and without --dry-run")
     if "prepare" in given:
-        sizes = text_data.prepare(given["prepare"], root, given.get("domain", ""))
+        sizes, labels = text_data.prepare(given["prepare"], root, given.get("domain", ""))
         table = [[name, *(f"{parts[part]:,}" for part in text_data.PARTS)] for name, parts in sizes.items()]
         run.table(f"bytes written to {root}", ["domain", *text_data.PARTS], table)
-        lacking = [name for name in text_data.PILE.values() if name not in sizes and "domain" not in given]
-        say(f"not found: {', '.join(lacking)}" if lacking else "")
+        lacking = [label for label, name in text_data.PILE.items() if name not in sizes]
+        if labels and lacking:
+            say(f"too little of {', '.join(lacking)}; labels found: {', '.join(map(repr, labels))}")
         return
     if run.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -1205,6 +1210,7 @@ def main(config: Config, run: Run) -> dict | None:
     weights = np.mean([posteriors(config, seed, run) for seed in run.seeds], axis=0)
     print_tables(config, run, costs, rows, weights)
     judge(config, run, costs, rows)
+    say(f"\nthe forest is in {forest_path(run, run.seed)}; --sample 'def ' writes with it, --stage eval looks into it")
     draw(config, run, rows)
     means = [{m: {name: float(b.mean()) for name, b in found.items()} for m, found in by.items()} for by in rows]
     return {"bits": means, "posterior": weights.tolist(), "costs": costs}

@@ -466,76 +466,77 @@ PILE = {
 }
 
 
-def prepare(source: str | Path, root: str | Path, domain: str = "") -> dict[str, dict[str, int]]:
-    """Write root/<domain>/{train,dev,test}.txt from a file or folder: {domain: {part: bytes}}.
+def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dict[str, dict[str, int]], Counter]:
+    """Write root/<domain>/{train,dev,test}.txt from a file or folder: ({domain: {part: bytes}}, labels found).
 
     With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one domain. Without, the
     lines of .jsonl files are dealt out by their meta.pile_set_name. Documents that are equal are kept once; which part
     a document goes to depends on its contents alone. A domain is replaced only when all of it is written.
     Raises FileNotFoundError, or ValueError naming what was found.
     """
-    source, root = Path(source).expanduser(), Path(root)
+    source, found = Path(source).expanduser(), Counter()
     if domain and not NAME.fullmatch(domain):
         raise ValueError(f"a domain named {domain!r}; letters, digits, '_', '.' and '-' are allowed, at most 64")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(source).parts)
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    paths = [path for path in paths if path.is_file() and not path.is_symlink() and not hidden(path)]
     packed = [path for path in paths if path.suffix in (".zst", ".gz", ".xz", ".zip")]
     if packed:
         raise ValueError(f"{packed[0]} is packed; unpack it first (zstd -d FILE)")
     if domain:
         documents = []
         for path in paths:
-            content = [] if path.suffix == ".jsonl" else [path.read_bytes()]
-            content = _lines(path) if path.suffix == ".jsonl" else [c for c in content if not _is_binary(c)]
-            documents += [(path.name, text) for text in content]
-        split = split_in_three(domain, documents, None, few_files=len(documents) < 100)
-        parts = {part: [bytes(getattr(split, part).numpy())] for part in PARTS}
-        return {domain: _write_parts(root / domain, parts)}
-    return _prepare_pile([path for path in paths if path.suffix == ".jsonl"], source, root)
-
-
-def _write_parts(folder: Path, parts: dict[str, list[bytes]]) -> dict[str, int]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, texts in parts.items():
-        (folder / f".{part}.tmp").write_bytes(SEPARATOR.join(texts))
-    for part in parts:
-        os.replace(folder / f".{part}.tmp", folder / f"{part}.txt")
-    return {part: (folder / f"{part}.txt").stat().st_size for part in parts}
-
-
-def _prepare_pile(paths: list[Path], source: Path, root: Path) -> dict[str, dict[str, int]]:
-    seen: set[bytes] = set()
-    found, sizes = Counter(), {}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for document in (document for path in paths for document in _json_lines(path)):
-            meta = document.get("meta")
-            label = meta.get("pile_set_name", "") if isinstance(meta, dict) else ""
-            found[label] += 1
-            text = document["text"].encode().replace(SEPARATOR, b"")
-            digest = hashlib.sha256(text).digest()
-            if label not in PILE or digest[:12] in seen or not text.strip():
-                continue
-            seen.add(digest[:12])
-            part = "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"  # 2 %, 2 %, 96 %
-            key = (PILE[label], part)
-            if key not in files:
-                (root / key[0]).mkdir(parents=True, exist_ok=True)
-                files[key] = stack.enter_context(open(root / key[0] / f".{part}.tmp", "wb"))
-            files[key].write(text + SEPARATOR)
-    lacking = [name for name in PILE.values() if not all((name, part) in files for part in PARTS)]
-    if lacking == list(PILE.values()):
+            whole = [path.read_bytes()] if path.suffix != ".jsonl" else []
+            texts = _lines(path) if path.suffix == ".jsonl" else (text for text in whole if not _is_binary(text))
+            documents += [(path.name, text) for text in texts]
+        split = split_in_three(domain, documents, few_files=len(documents) < 100)
+        return _write_parts(
+            ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS), Path(root)
+        ), found
+    sizes = _write_parts(_pile_parts([path for path in paths if path.suffix == ".jsonl"], found), Path(root))
+    if not sizes:
         listed = ", ".join(f"{label or 'no meta.pile_set_name'} ({count})" for label, count in found.most_common(20))
         raise ValueError(f"{source}: no domain can be filled; found: {listed or 'no .jsonl file'}")
-    for name in PILE.values():
-        for part in PARTS:
-            temporary = root / name / f".{part}.tmp"
-            if name in lacking:
-                temporary.unlink(missing_ok=True)
-            else:
-                os.replace(temporary, root / name / f"{part}.txt")
-                sizes.setdefault(name, {})[part] = (root / name / f"{part}.txt").stat().st_size
+    return sizes, found
+
+
+def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, bytes]]:
+    """(domain, part, text) of every document of the Pile that is new; counts the labels in `found`."""
+    seen: set[bytes] = set()
+    for document in (document for path in paths for document in _json_lines(path)):
+        meta = document.get("meta")
+        label = str(meta.get("pile_set_name", "")) if isinstance(meta, dict) else ""
+        found[label] += 1
+        text = document["text"].encode().replace(SEPARATOR, b"")
+        digest = hashlib.sha256(text).digest()
+        if label in PILE and digest[:12] not in seen and text.strip():
+            seen.add(digest[:12])
+            part = "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"  # 2 %, 2 %, 96 %
+            yield PILE[label], part, text + SEPARATOR
+
+
+def _write_parts(texts: Iterable[tuple[str, str, bytes]], root: Path) -> dict[str, dict[str, int]]:
+    """Append (domain, part, text) to files that replace root/<domain>/<part>.txt once all three parts are there."""
+    sizes: dict[str, dict[str, int]] = {}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for domain, part, text in texts:
+            if (domain, part) not in files:
+                (root / domain).mkdir(parents=True, exist_ok=True)
+                temporary = root / domain / f".{part}.tmp"
+                stack.callback(temporary.unlink, missing_ok=True)  # whatever happens
+                files[domain, part] = stack.enter_context(open(temporary, "wb"))
+            files[domain, part].write(text)
+        for file in files.values():
+            file.close()
+        for domain in sorted({domain for domain, _ in files}):
+            if all((domain, part) in files for part in PARTS):
+                for part in PARTS:
+                    path = root / domain / f"{part}.txt"
+                    os.replace(root / domain / f".{part}.tmp", path)
+                    sizes.setdefault(domain, {})[part] = path.stat().st_size
     return sizes
 
 

@@ -276,8 +276,9 @@ def test_prepare_deals_the_pile_out_by_label(tmp_path):
     source.write_text(
         "".join(lines + lines[:50]) + '{"text": "other", "meta": {"pile_set_name": "Books3"}}\n{"text": "no label"}\n'
     )
-    sizes = text.prepare(source, tmp_path / "btm")
-    assert list(sizes) == list(text.PILE.values()) and all(set(parts) == set(text.PARTS) for parts in sizes.values())
+    sizes, labels = text.prepare(source, tmp_path / "btm")
+    assert labels["ArXiv"] in (400, 404) and labels["Books3"] == labels[""] == 1
+    assert list(sizes) == sorted(text.PILE.values()) and all(set(parts) == set(text.PARTS) for parts in sizes.values())
     split = text.load_split(tmp_path / "btm" / "arxiv")
     documents = [set(whole(getattr(split, part)).strip(b"\0").split(b"\0")) for part in text.PARTS]
     assert sum(map(len, documents)) == len(set.union(*documents)) == 400  # equal documents are kept once
@@ -286,7 +287,11 @@ def test_prepare_deals_the_pile_out_by_label(tmp_path):
     source.write_text("".join(pile_lines(100, ("ArXiv 2", "Books3"))))
     with pytest.raises(ValueError, match=r"no domain can be filled; found: ArXiv 2 \(50\), Books3 \(50\)"):
         text.prepare(source, tmp_path / "btm")
+    source.write_text("".join(lines[:3000]) + "{")
+    with pytest.raises(ValueError, match="val.jsonl, line 3001"):
+        text.prepare(source, tmp_path / "btm")
     assert text.load_split(tmp_path / "btm" / "arxiv").digest == split.digest  # what was there stays
+    assert not list((tmp_path / "btm").rglob(".*"))
 
 
 def test_prepare_makes_a_domain_of_anything(tmp_path):
@@ -297,10 +302,12 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
             "\n\n".join(f"note {i}, thought {j * i}, word {j + 1000 * i}" for j in range(60))
         )
     (folder / "photo.jpg").write_bytes(b"\0\1\2" * 100)
-    sizes = text.prepare(folder, tmp_path / "btm", "notes")["notes"]
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("secret " * 100)
+    sizes = text.prepare(folder, tmp_path / "btm", "notes")[0]["notes"]
     assert sizes["train"] > 5 * sizes["test"] > sizes["dev"] > 0
     split = text.load_split(tmp_path / "btm" / "notes")
-    assert b"\1\2" not in whole(split.train) and b"thought" in whole(split.test)
+    assert b"\1\2" not in whole(split.train) and b"secret" not in whole(split.train) and b"thought" in whole(split.test)
     with pytest.raises(ValueError, match="a domain named '../x'"):
         text.prepare(folder, tmp_path / "btm", "../x")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
