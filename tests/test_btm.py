@@ -274,6 +274,12 @@ def test_experts_read_what_the_dense_model_reads_of_their_domain(tmp_path):
     assert not torch.equal(mixed(0), mixed(1)) and not torch.equal(mixed(0), btm.mixed_batches(TINY, 1, run)(0))
 
 
+def test_a_batch_is_the_same_in_every_process():
+    """Python's own hash() of a string is not."""
+    batch = btm.stream(torch.arange(1000), 2, 3, "0 python")(5)
+    assert batch.tolist() == [[570, 571, 572, 573], [849, 850, 851, 852]]
+
+
 def test_random_shards_are_disjoint_cover_everything_and_are_stayed_in(tmp_path, monkeypatch):
     data = torch.arange(100)
     parts = [btm.shard(data, i, 7) for i in range(7)]
