@@ -19,6 +19,7 @@ three parts: `load_provenance(name)`. A domain of your own is a folder of files;
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -213,8 +214,10 @@ def _under(root: Path, endings: tuple[str, ...], skip: tuple[str, ...] = (), nam
 
 
 def _package(name: str) -> Path:
-    module = sys.modules.get(name) or __import__(name)
-    return Path(module.__file__).parent
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"there is no package {name}")
+    return Path(spec.origin).parent
 
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

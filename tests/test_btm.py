@@ -516,6 +516,17 @@ def test_remove_and_drop_in(forest, tmp_path):
             forest.remove(name)
 
 
+def test_a_removal_that_is_cut_short_leaves_no_half_expert(forest, monkeypatch):
+    def stopped(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("stopped")
+
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(OSError, match="stopped"):
+        forest.remove("a")
+    assert forest.names() == ["b"] and forest.verify() == {"b": None}
+
+
 def test_an_expert_that_does_not_fit_is_not_added(forest):
     weights = btm.weights_of(btm.build(TINY, "c"))
     for wrong in (

@@ -194,6 +194,8 @@ def test_a_missing_source_is_replaced_and_says_so(monkeypatch, tmp_path):
     split = text.load_provenance("tests")
     assert "'tests' is missing here; generated numerals stand in" in split.note
     assert b"MMXII" in whole(split.train)
+    monkeypatch.setitem(__import__("sys").modules, "torchgen", None)
+    assert "generated records stand in" in text.load_provenance("operators").note
     with pytest.raises(ValueError, match="no text domain 'poems'; there are python, headers"):
         text.load_provenance("poems")
     with pytest.raises(ValueError, match="no generated text 'poems'"):
