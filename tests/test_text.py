@@ -285,6 +285,12 @@ def test_prepare_deals_the_pile_out_by_label(tmp_path):
     documents = [set(whole(getattr(split, part)).strip(b"\0").split(b"\0")) for part in text.PARTS]
     assert sum(map(len, documents)) == len(set.union(*documents)) == 400  # equal documents are kept once
     assert all(document.startswith(b"ArXiv document") for document in set.union(*documents))
+    source.write_text("".join(reversed(lines)))  # which part a document goes to depends on its contents alone
+    text.prepare(source, tmp_path / "again")
+    again = text.load_split(tmp_path / "again" / "arxiv")
+    for part in text.PARTS:
+        dealt = [sorted(whole(getattr(one, part)).split(b"\0")) for one in (split, again)]
+        assert dealt[0] == dealt[1]
     assert not list((tmp_path / "btm").rglob(".*"))
     source.write_text("".join(pile_lines(100, ("ArXiv 2", "Books3"))))
     with pytest.raises(ValueError, match=r"no domain can be filled; found: ArXiv 2 \(50\), Books3 \(50\)"):
