@@ -507,6 +507,8 @@ EQ2, LAST_TOKEN = "BTM, eq. 2", "BTM, last token (released code)"
 @functools.cache
 def load_domain(name: str, root: Path) -> text_data.Split:
     """root/btm/<name> if it is there, otherwise one of the domains that every machine has."""
+    if not text_data.NAME.fullmatch(name) or name == "seed":
+        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
     if (root / "btm" / name).is_dir() or name not in text_data.PROVENANCE:
         return text_data.load_split(root / "btm" / name)
     return text_data.load_provenance(name)
@@ -997,7 +999,9 @@ def draw(config: Config, run: Run, rows: Sequence[Rows]) -> None:
 def changing_text(config: Config, run: Run, length: int = 80, num: int = 6) -> tuple[Tensor, str]:
     """Test texts that change their domain twice, as the first seed's experts read them: ([E, texts, bytes], what)."""
     chosen = [config.domains[i] for i in (0, -1, 1)]
-    parts = [load_domain(name, run.data_dir).test[: num * length].long().view(num, length) for name in chosen]
+    tests = [load_domain(name, run.data_dir).test for name in chosen]
+    length = min(length, *(len(test) // num for test in tests))
+    parts = [test[: num * length].long().view(num, length) for test in tests]
     texts = torch.cat([torch.zeros(num, 1, dtype=torch.long), *parts], dim=1).to(run.device)  # begin at a separator
     forest = Forest(forest_path(run, run.seed))
     models = [filled(config, forest.load(name)[0], run).eval() for name in config.domains]
@@ -1015,6 +1019,9 @@ def settings_of(forest: Forest, config: Config, run: Run) -> Config:
     default = FULL if run.scale == "full" else SMALL
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in forest.config.items()}
     for name, value in forest_config(config, run.seed).items():
+        kinds = {type(value), type(stored.get(name))}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            raise common.UsageError(f"{forest.path / 'config.json'} is damaged: {name} = {stored.get(name)!r}")
         if value not in (stored.get(name), getattr(default, name, 0)):  # seed, which is no field, is 0 by default
             raise common.UsageError(f"{forest.path} was made with {name} = {stored.get(name)}, not {value}")
     run.seeds = [stored["seed"]]
@@ -1188,8 +1195,13 @@ def main(config: Config, run: Run) -> dict | None:
         own = {"dense": wide * (few.steps - first), "demix": wide * few.steps}
         work += wide * first + sum(own.get(arm, few.steps - first) for arm in arms)
     part = mixed_batches(config, run.seed, run)(0)[: config.micro_batch].to(run.device)
-    step, num_parts = lambda: common.lm_loss(model, part).mean().backward(), work * config.blocks_per_domain / len(part)
-    num_parts = math.ceil(num_parts * len(run.seeds))
+    num_parts = math.ceil(len(run.seeds) * work * config.blocks_per_domain / len(part))
+
+    def step() -> None:
+        with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
+            loss = common.lm_loss(model, part).mean()
+        loss.backward()
+
     if run.dry_run:
         return run.estimate(model, step, num_parts)
     cost = common.measure_step(step, run.device)

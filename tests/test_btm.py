@@ -986,6 +986,14 @@ def test_settings_come_from_the_forest_and_others_are_refused(act, plain_forest,
     ):
         done = act("--stage", "eval", "--forest", "F", *flags)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    config = json.loads((tmp_path / "F" / "config.json").read_text())
+    for name, value in (("domains", 5), ("lr", "fast"), ("domains", ["../x", "python"])):
+        (tmp_path / "G").mkdir(exist_ok=True)
+        (tmp_path / "G" / "config.json").write_text(json.dumps(config | {name: value}))
+        (tmp_path / "G" / "seed").mkdir(exist_ok=True), (tmp_path / "G" / "seed" / "meta.json").touch()
+        done = act("--stage", "expert", "--forest", "G")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert act("--stage", "expert", "--forest", "F", "--domain", "seed", "--force").returncode == 2
     done = act("--stage", "seed", "--forest", "F", *BTM, "--steps", "8")
     assert done.returncode == 2 and "was made with steps = 4, not 8" in done.stderr
 
@@ -1062,6 +1070,8 @@ def test_full_scale_code_on_token_ids(act, tmp_path):
         (["--domains", "python"], "two domains or more"),
         (["--domains", "python,python"], "none twice"),
         (["--domains", "python,poems"], "btm/poems: no such folder"),
+        (["--domains", "python,../poems"], "cannot be called '../poems'"),
+        (["--domains", "python,seed"], "cannot be called 'seed'"),
         (["--grow", "python"], "grow one of novel"),
         (["--test-blocks", "0"], "test_blocks is 0"),
         (["--conv", "-1"], "conv is -1"),
