@@ -824,7 +824,8 @@ def test_script_end_to_end_with_every_arm(act, tmp_path):
     again = report_of(tmp_path / "out")
     assert again["results"]["bits"] == report["results"]["bits"] and hashes(tmp_path / "out") == before
     (tmp_path / "out" / "forest-seed0" / "experts" / "planted").mkdir()
-    assert act(*BTM, "--workers", 1, "--out", "out", "--overwrite").returncode == 0
+    few = ["--domains", "python,docs", "--novel", "cmake", "--grow", "cmake"]
+    assert act(*BTM, *few, "--workers", 1, "--out", "out", "--overwrite").returncode == 0
     assert not (tmp_path / "out" / "forest-seed0" / "experts" / "planted").exists()
 
 
@@ -877,8 +878,8 @@ def test_ranks_share_the_domains_out_and_indices_name_them(act, tmp_path, monkey
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_process_loses_its_own_unfinished_expert_only(act, tmp_path, number):
     flags = [*BTM, "--domains", "python,docs", "--steps", "240", "--stage"]
-    for folder in ("F", "whole"):
-        assert act(*flags, "seed", "--forest", folder).returncode == 0
+    assert act(*flags, "seed", "--forest", "F").returncode == 0
+    shutil.copytree(tmp_path / "F", tmp_path / "whole")
     assert act("--stage", "expert", "--forest", "F", "--domain", "python").returncode == 0
     finished = (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns
     command = [sys.executable, str(ROOT / "btm.py"), "--stage", "expert", "--forest", "F", "--domain-index", "1"]
