@@ -11,16 +11,28 @@ A token is a byte, so the vocabulary is 256 and a loss in nats/byte needs no tok
 are split whole, and a paragraph that stands in several (help topics quote each other, headers share their licence)
 is kept once, so that validation does not ask for what training has shown. The bytes differ between installations:
 their hash is printed, and losses are compared within a machine, never across machines.
+
+Where models are compared *by domain* there are more of them, told apart by where they come from (PROVENANCE), each in
+three parts: `load_provenance(name)`. A domain of your own is a folder of files; `prepare` makes one.
 """
 
+import contextlib
+import functools
 import hashlib
+import importlib.util
+import json
+import os
+import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,8 +175,380 @@ def all_windows(data: Tensor, context: int) -> Tensor:
     return data.unfold(0, context + 1, context).long()
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Domains by provenance, in three parts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """One domain; its parts share no document. Tokens are bytes unless a meta.json says otherwise."""
+
+    name: str
+    train: Tensor  # [tokens] uint8 (bytes) or uint16 (token ids)
+    dev: Tensor
+    test: Tensor
+    digest: str  # first 12 hex digits of a SHA-256; of large files sizes, dev, test and both ends of train
+    note: str = ""
+    vocab_size: int = 256
+
+
+PARTS = ("train", "dev", "test")
+SEPARATOR = b"\0"  # between documents
+LONGEST_DOCUMENT = 20_000  # bytes; one huge file must not be a domain
+SMALL_SIZES = {"test": 40_000, "dev": 20_000, "train": 400_000}  # bytes
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _under(root: Path, endings: tuple[str, ...], skip: tuple[str, ...] = (), names: str = "") -> Iterator[Document]:
+    """Text files below root whose folders are not skipped, in an order that depends on their names alone."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith((".", "__"))]
+        paths = (Path(folder, name) for name in files if name.endswith(endings) and re.match(names, name))
+        found += [path for path in paths if path.is_file() and not path.is_symlink()]
+    by_name = {path.relative_to(root).as_posix(): path for path in found}
+    for name in sorted(by_name, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        content = by_name[name].read_bytes()
+        if not _is_binary(content):
+            yield name, content
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"there is no package {name}")
+    return Path(spec.origin).parent
+
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+NOT_PYTHON = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "idle_test")
+
+
+def _licences() -> Iterator[Document]:
+    for root in sorted({Path(sysconfig.get_path("purelib")), _package("numpy").parent}):
+        for folder in sorted(root.glob("*.dist-info")):
+            yield from _under(folder, ("",), names="(?i)(LICEN[CS]E|COPYING|NOTICE)")
+    yield from _under(STDLIB, ("LICENSE.txt",), skip=NOT_PYTHON)
+
+
+def _unicode() -> Iterator[Document]:
+    lines = []
+    for code in range(0x20, 0x20000):
+        name = unicodedata.name(chr(code), "")
+        if name and not name.startswith(("CJK", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN")):
+            lines.append(f"{code:04X};{name};{unicodedata.category(chr(code))}")
+    yield "names", "\n".join(lines).encode()
+
+
+def generated(kind: str, num_lines: int = 12_000) -> Iterator[Document]:
+    """Text that needs no files: sums, dates, numerals or records. The same bytes everywhere."""
+    rng, lines = random.Random(kind), []
+    numerals = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"))
+    numerals += ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
+    for _ in range(num_lines):
+        a, b = rng.randrange(4000), rng.randrange(1, 1000)
+        if kind == "sums":
+            lines.append(f"{a} + {b} = {a + b}" if a % 2 else f"{a} - {b} = {a - b}")
+        elif kind == "dates":
+            month = ("January", "April", "June", "August", "October", "December")[b % 6]
+            lines.append(f"on {1 + a % 28} {month} {1800 + b % 250} at {a % 24:02d}:{b % 60:02d}")
+        elif kind == "numerals":
+            text, rest = "", a + 1
+            for value, letters in numerals:
+                text, rest = text + letters * (rest // value), rest % value
+            lines.append(f"{a + 1} is {text}")
+        elif kind == "records":
+            lines.append(json.dumps({"id": a, "size": [b, b % 7], "ok": a % 3 == 0}))
+        else:
+            raise ValueError(f"no generated text {kind!r}; there are {', '.join(GENERATED)}")
+    yield kind, "\n".join(lines).encode()
+
+
+GENERATED = ("sums", "dates", "numerals", "records")
+PROVENANCE: dict[str, Callable[[], Iterable[Document]]] = {
+    "python": lambda: _under(STDLIB, (".py",), NOT_PYTHON),
+    "headers": lambda: _under(_package("torch") / "include", (".h",), ("ops", "cuda", "hip", "torch", "google")),
+    "docs": lambda: _docs()[0],
+    "operators": lambda: _under(_package("torchgen"), (".yaml",)),
+    "unicode": _unicode,
+    "tests": lambda: _under(STDLIB / "test", (".py",), names="test_"),
+    "licences": _licences,
+    "numpy": lambda: _under(_package("numpy"), (".py",), ("tests", "typing")),
+    "cmake": lambda: _under(_package("torch"), (".cmake", "CMakeLists.txt")),
+    "stubs": lambda: _under(_package("torch"), (".pyi",)),
+} | {kind: functools.partial(generated, kind) for kind in GENERATED}
+STAND_INS = {"headers": "sums", "docs": "dates", "operators": "records", "tests": "numerals"}
+STAND_INS |= {"licences": "dates", "numpy": "sums", "cmake": "records", "stubs": "numerals"}
+FEW_FILES = ("docs", "operators", "unicode", "licences", "cmake", "stubs", *GENERATED)
+
+
+def load_provenance(name: str, sizes: dict[str, int] = SMALL_SIZES) -> Split:
+    """One of PROVENANCE in three parts of at most `sizes` bytes. A source that this machine lacks is replaced.
+
+    Raises ValueError for an unknown name. Every part is made of whole documents; files that are few and large are cut
+    into documents first.
+    """
+    if name not in PROVENANCE:
+        raise ValueError(f"no text domain {name!r}; there are {', '.join(PROVENANCE)}")
+    least = sum(sizes.values()) // 10
+    source, note = name, ""
+    try:
+        documents = _enough(PROVENANCE[name](), 3 * sum(sizes.values()))
+    except ImportError:
+        documents = []
+    if sum(len(content) for _, content in documents) < least and name in STAND_INS:
+        source = STAND_INS[name]
+        documents, note = list(generated(source)), f"text {name!r} is missing here; generated {source} stand in for it"
+    return split_in_three(name, documents, sizes, source in FEW_FILES, note)
+
+
+def _enough(documents: Iterable[Document], num_bytes: int) -> list[Document]:
+    """Documents until they have num_bytes, so that a domain does not read all of a large source."""
+    taken, found = 0, []
+    for name, content in documents:
+        found.append((name, content))
+        taken += min(len(content), LONGEST_DOCUMENT)
+        if taken > num_bytes and len(found) > 60:
+            break
+    return found
+
+
+def split_in_three(
+    name: str, documents: list[Document], sizes: dict[str, int] | None = None, few_files: bool = False, note: str = ""
+) -> Split:
+    """Whole documents into test, dev and train; by contents alone, so that names and order do not matter.
+
+    sizes      at most so many bytes a part; None: a tenth for test, a twentieth for dev, the rest for train
+    few_files  cut the documents into pieces of about 4 kB, at blank lines or line ends, and deal those out
+    What nearly repeats an earlier paragraph is dropped first. Raises ValueError when a part stays empty.
+    """
+    pieces = [piece for _, content in documents for piece in (_cut(content) if few_files else [content])]
+    longest = LONGEST_DOCUMENT if sizes else None
+    pieces = sorted({piece[:longest] for piece in pieces}, key=lambda piece: hashlib.sha256(piece).digest())
+    wanted = sum(sizes.values()) * 2 if sizes else None
+    pieces = [piece.replace(SEPARATOR, b"") for piece in drop_near_repeats(pieces, wanted)]
+    pieces = [piece for piece in pieces if len(piece) >= 200]
+    total = sum(map(len, pieces))
+    budget = {"test": total // 10, "dev": total // 20, "train": total}
+    if sizes:
+        budget = {part: min(sizes[part], budget[part]) for part in budget}
+    parts: dict[str, list[bytes]] = {part: [] for part in budget}
+    taken = Counter()
+    for piece in pieces:
+        part = next((part for part in budget if taken[part] < budget[part]), None)
+        if part is not None:
+            parts[part].append(piece)
+            taken[part] += len(piece) + 1
+    if not all(parts[part] for part in PARTS):
+        raise ValueError(
+            f"text {name!r} is too short: {total} bytes in {len(pieces)} documents cannot fill three parts"
+        )
+    joined = [SEPARATOR.join(parts[part]) for part in PARTS]
+    if sizes:
+        joined = [text[: sizes[part]] for part, text in zip(PARTS, joined)]
+    digest = hashlib.sha256(b"\0\0".join(joined)).hexdigest()[:12]
+    return Split(name, *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in joined), digest, note)
+
+
+def _cut(content: bytes, size: int = 4000) -> Iterator[bytes]:
+    start = 0
+    while start < len(content):
+        end = start + size
+        if end < len(content):
+            blank = content.rfind(b"\n\n", start + size // 2, end)
+            line = content.rfind(b"\n", start, end)
+            end = blank + 2 if blank >= 0 else line + 1 if line >= 0 else end
+        yield content[start:end]
+        start = end
+
+
+def drop_near_repeats(documents: Iterable[bytes], wanted: int | None = None, words: int = 8) -> list[bytes]:
+    """Drop a paragraph when a tenth of its runs of 8 words stood before: licences that differ in name and year,
+    tables whose entries differ in one field. Stops after `wanted` bytes."""
+    seen: set[int] = set()
+    kept, taken = [], 0
+    for document in documents:
+        paragraphs = []
+        for paragraph in re.split(rb"\n[ \t\r]*\n", document):
+            split = paragraph.split()
+            runs = [hash(tuple(split[i : i + words])) for i in range(max(1, len(split) - words + 1))]
+            if len(paragraph) < 30 or 10 * sum(run in seen for run in runs) < len(runs):
+                paragraphs.append(paragraph)
+                seen.update(runs)
+        kept.append(b"\n\n".join(paragraphs))
+        taken += len(kept[-1])
+        if wanted is not None and taken >= wanted:
+            break
+    return [document for document in kept if document.strip()]
+
+
+def load_split(folder: str | Path) -> Split:
+    """A domain on disk: train, dev (or valid) and test, each a .txt, .jsonl or .bin file in `folder`.
+
+    txt    raw bytes, mapped into memory, documents separated by a zero byte
+    jsonl  {"text": "..."} a line
+    bin    token ids, little-endian uint16, mapped; meta.json beside it holds {"vocab_size": n}
+    Raises FileNotFoundError for a missing folder or part, ValueError for contents that do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"domain {folder}: no such folder; --prepare makes one (data/README.md)")
+    parts, endings = [], set()
+    for part in PARTS:
+        names = ("dev", "valid") if part == "dev" else (part,)
+        found = [folder / (name + ending) for name in names for ending in (".txt", ".jsonl", ".bin")]
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f"domain {folder}: there is no {names[-1]}.txt, .jsonl or .bin")
+        if len(found) > 1:
+            raise ValueError(f"domain {folder}: {found[0].name} and {found[1].name}; keep one of them")
+        parts.append(_read_part(found[0]))
+        endings.add(found[0].suffix == ".bin")
+    if len(endings) > 1:
+        raise ValueError(f"domain {folder}: token ids (.bin) and text cannot be mixed")
+    vocab_size = 256
+    if endings == {True}:
+        try:
+            vocab_size = int(json.loads((folder / "meta.json").read_text())["vocab_size"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f'domain {folder}: meta.json must hold {{"vocab_size": n}} ({error})') from error
+        largest = max(int(part.numpy().max()) for part in parts)
+        if largest >= vocab_size:
+            raise ValueError(f"domain {folder}: token id {largest}, but meta.json says vocab_size {vocab_size}")
+    train, dev, test = parts
+    ends = [part.numpy().tobytes() for part in (train[:100_000], train[-100_000:], dev, test)]
+    sizes = repr([len(part) for part in parts]).encode()
+    return Split(folder.name, *parts, hashlib.sha256(b"\0\0".join([sizes, *ends])).hexdigest()[:12], "", vocab_size)
+
+
+def _read_part(path: Path) -> Tensor:
+    if path.stat().st_size < 2:
+        raise ValueError(f"{path} is empty")
+    if path.suffix == ".jsonl":
+        text = SEPARATOR.join(_lines(path))
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    if path.suffix == ".bin" and path.stat().st_size % 2:
+        raise ValueError(f"{path} has an odd number of bytes; token ids are uint16")
+    dtype = np.dtype("<u2") if path.suffix == ".bin" else np.uint8
+    return torch.from_numpy(np.memmap(path, dtype, mode="c"))  # copy-on-write: torch wants writable memory
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                document = json.loads(line)
+                document["text"].encode()
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f'{path}, line {number}: not {{"text": "..."}} ({error})') from error
+            yield document
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    return (document["text"].encode() for document in _json_lines(path))
+
+
+# The Pile's names of its parts: the public corpus whose documents say where they come from (Gao et al. 2020).
+PILE = {
+    "Pile-CC": "web",
+    "ArXiv": "arxiv",
+    "PubMed Central": "pubmed-central",
+    "FreeLaw": "freelaw",
+    "Github": "github",
+    "Wikipedia (en)": "wikipedia",
+    "StackExchange": "stackexchange",
+    "USPTO Backgrounds": "uspto",
+    "HackerNews": "hackernews",
+    "Enron Emails": "enron",
+    "EuroParl": "europarl",
+    "PhilPapers": "philpapers",
+    "NIH ExPorter": "nih-exporter",
+    "PubMed Abstracts": "pubmed-abstracts",
+    "Gutenberg (PG-19)": "gutenberg",
+    "DM Mathematics": "mathematics",
+}
+
+
+def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dict[str, dict[str, int]], Counter]:
+    """Write root/<domain>/{train,dev,test}.txt from a file or folder: ({domain: {part: bytes}}, labels found).
+
+    With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one domain. Without, the
+    lines of .jsonl files are dealt out by their meta.pile_set_name. Documents that are equal are kept once; which part
+    a document goes to depends on its contents alone. A domain is replaced only when all of it is written.
+    Raises FileNotFoundError, or ValueError naming what was found.
+    """
+    source, found = Path(source).expanduser(), Counter()
+    if domain and not NAME.fullmatch(domain):
+        raise ValueError(f"a domain named {domain!r}; letters, digits, '_', '.' and '-' are allowed, at most 64")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(source).parts)
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    paths = [path for path in paths if path.is_file() and not path.is_symlink() and not hidden(path)]
+    packed = [path for path in paths if path.suffix in (".zst", ".gz", ".xz", ".zip")]
+    if packed:
+        raise ValueError(f"{packed[0]} is packed; unpack it first (zstd -d FILE)")
+    if domain:
+        documents = []
+        for path in paths:
+            whole = [path.read_bytes()] if path.suffix != ".jsonl" else []
+            texts = _lines(path) if path.suffix == ".jsonl" else (text for text in whole if not _is_binary(text))
+            documents += [(path.name, text) for text in texts]
+        split = split_in_three(domain, documents, few_files=len(documents) < 100)
+        return _write_parts(
+            ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS), Path(root)
+        ), found
+    sizes = _write_parts(_pile_parts([path for path in paths if path.suffix == ".jsonl"], found), Path(root))
+    if not sizes:
+        listed = ", ".join(f"{label or 'no meta.pile_set_name'} ({count})" for label, count in found.most_common(20))
+        raise ValueError(f"{source}: no domain can be filled; found: {listed or 'no .jsonl file'}")
+    return sizes, found
+
+
+def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, bytes]]:
+    """(domain, part, text) of every document of the Pile that is new; counts the labels in `found`."""
+    seen: set[bytes] = set()
+    for document in (document for path in paths for document in _json_lines(path)):
+        meta = document.get("meta")
+        label = str(meta.get("pile_set_name", "")) if isinstance(meta, dict) else ""
+        found[label] += 1
+        text = document["text"].encode().replace(SEPARATOR, b"")
+        digest = hashlib.sha256(text).digest()
+        if label in PILE and digest[:12] not in seen and text.strip():
+            seen.add(digest[:12])
+            part = "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"  # 2 %, 2 %, 96 %
+            yield PILE[label], part, text + SEPARATOR
+
+
+def _write_parts(texts: Iterable[tuple[str, str, bytes]], root: Path) -> dict[str, dict[str, int]]:
+    """Append (domain, part, text) to files that replace root/<domain>/<part>.txt once all three parts are there."""
+    sizes: dict[str, dict[str, int]] = {}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for domain, part, text in texts:
+            if (domain, part) not in files:
+                (root / domain).mkdir(parents=True, exist_ok=True)
+                temporary = root / domain / f".{part}.tmp"
+                stack.callback(temporary.unlink, missing_ok=True)  # whatever happens
+                files[domain, part] = stack.enter_context(open(temporary, "wb"))
+            files[domain, part].write(text)
+        for file in files.values():
+            file.close()
+        for domain in sorted({domain for domain, _ in files}):
+            if all((domain, part) in files for part in PARTS):
+                for part in PARTS:
+                    path = root / domain / f"{part}.txt"
+                    os.replace(root / domain / f".{part}.tmp", path)
+                    sizes.setdefault(domain, {})[part] = path.stat().st_size
+    return sizes
+
+
 if __name__ == "__main__":
     for domain in sys.argv[1:] or DOMAINS:
         corpus = load_domain(domain)
         sizes = f"{len(corpus.train):10,d} + {len(corpus.val):9,d} bytes"
         print(f"{domain:10s} {corpus.num_documents:6d} documents  {sizes}  sha256 {corpus.digest}  {corpus.note}")
+    for domain in [] if sys.argv[1:] else PROVENANCE:
+        split = load_provenance(domain)
+        sizes = " + ".join(f"{len(getattr(split, part)):,}" for part in PARTS)
+        print(f"{domain:10s} {sizes} bytes (train + dev + test)  sha256 {split.digest}  {split.note}")

@@ -1,6 +1,7 @@
 """Text corpora: split by document without leakage, the same on every call, honest about what is missing."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -112,3 +113,213 @@ def test_sampled_windows_are_consecutive_bytes_and_repeat_with_the_generator():
     assert (windows.diff(dim=1) == 1).all() and windows.min() == 0 and windows.max() == 49
     with pytest.raises(ValueError, match="a window needs 51"):
         text.sample_windows(data, 1, 51, torch.Generator())
+
+
+# --- domains by provenance, in three parts ---------------------------------------------------------------------
+
+
+def verbatim(piece_source: bytes, within: bytes, size: int = 64) -> float:
+    """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form, not content."""
+    pieces = [piece_source[i : i + size] for i in range(0, len(piece_source) - size, size)][:400]
+    pieces = [piece for piece in pieces if sum(chr(byte).isalnum() for byte in piece) > size // 3]
+    return sum(piece in within for piece in pieces) / max(1, len(pieces))
+
+
+@pytest.fixture(scope="module")
+def provenance():
+    return {name: text.load_provenance(name) for name in text.PROVENANCE}
+
+
+def test_domains_are_whole_distinct_and_the_same_twice(provenance):
+    for name, split in provenance.items():
+        sizes = [len(getattr(split, part)) for part in text.PARTS]
+        assert sizes[0] >= 60_000 and sizes[1] >= 5_000 and sizes[2] >= 10_000, (name, sizes)
+        assert all(size <= text.SMALL_SIZES[part] for part, size in zip(text.PARTS, sizes))
+        assert split.train.dtype == torch.uint8 and split.vocab_size == 256
+    assert len({split.digest for split in provenance.values()}) == len(provenance)
+    for name in ("python", "licences", "sums"):
+        assert text.load_provenance(name).digest == provenance[name].digest
+
+
+def test_no_part_of_a_domain_quotes_another_part(provenance):
+    """Also across domains: what an expert learns must not be the text that a novel domain asks for."""
+    whole_of = {name: {part: whole(getattr(split, part)) for part in text.PARTS} for name, split in provenance.items()}
+    tables = {"operators": 0.12, "stubs": 0.04}  # generated entries that differ in a word: their form repeats
+    for name, parts in whole_of.items():
+        bound = tables.get(name, 0.02)
+        assert verbatim(parts["test"], parts["train"]) <= bound, name
+        assert verbatim(parts["test"], parts["dev"]) <= bound and verbatim(parts["dev"], parts["train"]) <= bound, name
+        for other in ("python", "headers", "docs", "operators", "unicode", "tests"):
+            if other != name:
+                assert verbatim(parts["test"], whole_of[other]["train"]) <= 0.01, (name, other)
+
+
+def test_near_repeats_are_dropped_and_different_words_are_kept():
+    licence = (
+        b"permission is hereby granted free of charge to any person obtaining a copy of this software and to use it"
+    )
+    other = b"the cat sat on the mat and looked at the moon for a long while before it went home to sleep again"
+    documents = [
+        b"Copyright 2001 A\n\n" + licence,
+        b"Copyright 2020 B\n\n" + licence.replace(b" to ", b"\nto  ", 1),
+        other,
+    ]
+    assert text.drop_near_repeats(documents) == [documents[0], b"Copyright 2020 B", other]
+    assert text.drop_near_repeats(documents, wanted=10) == documents[:1]
+
+
+def test_three_parts_share_no_document_and_do_not_move_with_names_or_order():
+    found = [(f"{i}", f"document {i} of words {i * 7919} ".encode() * 20) for i in range(60)]
+    split = text.split_in_three("x", found)
+    numbers = {part: set(whole(getattr(split, part)).split(b"\0")) for part in text.PARTS}
+    assert sum(map(len, numbers.values())) == len(set.union(*numbers.values())) == 60
+    assert len(numbers["test"]) in (6, 7) and len(numbers["dev"]) in (3, 4)
+    again = text.split_in_three("x", [("new " + name, content) for name, content in reversed(found)])
+    assert again.digest == split.digest
+    assert text.split_in_three("x", found[1:]).digest != split.digest
+    with pytest.raises(ValueError, match="'x' is too short: .* cannot fill three parts"):
+        text.split_in_three("x", found[:1])
+
+
+def test_cut_pieces_are_the_text_and_end_at_lines():
+    content = b"".join(b"line %d of some length\n" % i + b"\n" * (i % 40 == 0) for i in range(2000))
+    pieces = list(text._cut(content))
+    assert b"".join(pieces) == content and all(piece.endswith(b"\n") for piece in pieces)
+    assert all(1900 <= len(piece) <= 4000 for piece in pieces[:-1])
+    assert b"".join(text._cut(b"x" * 9001)) == b"x" * 9001
+
+
+def test_a_missing_source_is_replaced_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "STDLIB", tmp_path)
+    split = text.load_provenance("tests")
+    assert "'tests' is missing here; generated numerals stand in" in split.note
+    assert b"MMXII" in whole(split.train)
+    monkeypatch.setitem(__import__("sys").modules, "torchgen", None)
+    assert "generated records stand in" in text.load_provenance("operators").note
+    with pytest.raises(ValueError, match="no text domain 'poems'; there are python, headers"):
+        text.load_provenance("poems")
+    with pytest.raises(ValueError, match="no generated text 'poems'"):
+        list(text.generated("poems"))
+
+
+def test_generated_text_is_true_and_the_same_everywhere():
+    line = whole(text.load_provenance("sums").test).split(b"\n")[3].decode()
+    left, right = line.split(" = ")
+    assert eval(left) == int(right)
+    digests = [hashlib.sha256(next(text.generated(kind))[1]).hexdigest()[:8] for kind in text.GENERATED]
+    assert digests == ["66d159da", "adced52c", "de09ee21", "ef862b63"]
+
+
+def write_domain(folder, ending=".txt", **parts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, content in parts.items():
+        (folder / (part + ending)).write_bytes(content)
+    return folder
+
+
+def test_a_domain_on_disk_in_three_formats(tmp_path):
+    train, dev, test = b"to train on " * 9, b"to develop", b"to test"
+    plain = text.load_split(write_domain(tmp_path / "plain", train=train, valid=dev, test=test))
+    assert [whole(plain.train), whole(plain.dev), whole(plain.test)] == [train, dev, test] and plain.name == "plain"
+    lines = b'{"text": "one"}\n{"text": "tw\\u00f6", "meta": 1}\n'
+    jsonl = text.load_split(write_domain(tmp_path / "lines", ".jsonl", train=lines, dev=lines, test=lines))
+    assert whole(jsonl.train) == b"one\0tw\xc3\xb6"
+    ids = torch.tensor([1, 300, 65_000]).to(torch.uint16).numpy().astype("<u2").tobytes()
+    folder = write_domain(tmp_path / "ids", ".bin", train=ids, dev=ids, test=ids)
+    with pytest.raises(ValueError, match='meta.json must hold {"vocab_size": n}'):
+        text.load_split(folder)
+    (folder / "meta.json").write_text('{"vocab_size": 65001, "eot": 0}')
+    loaded = text.load_split(folder)
+    assert loaded.vocab_size == 65_001 and text.sample_windows(loaded.train, 1, 3, torch.Generator()).tolist() == [
+        [1, 300, 65_000]
+    ]
+    loaded.train[0] = 7  # a mapped file is never written to
+    assert text.load_split(folder).digest == loaded.digest
+    (folder / "meta.json").write_text('{"vocab_size": 65000}')
+    with pytest.raises(ValueError, match="token id 65000, but meta.json says vocab_size 65000"):
+        text.load_split(folder)
+
+
+def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
+    good = {"train": b"train text", "valid": b"valid text", "test": b"test text"}
+    with pytest.raises(FileNotFoundError, match="no such folder; --prepare makes one .data.README.md."):
+        text.load_split(tmp_path / "none")
+    folder = write_domain(tmp_path / "a", train=b"x" * 9, test=b"x" * 9)
+    with pytest.raises(FileNotFoundError, match="there is no valid.txt"):
+        text.load_split(folder)
+    write_domain(folder, **good)
+    write_domain(folder, ".jsonl", train=b'{"text": "x"}\n')
+    with pytest.raises(ValueError, match="train.txt and train.jsonl; keep one"):
+        text.load_split(folder)
+    write_domain(tmp_path / "b", ".jsonl", **{part: b'{"text": "fine"}\n{"text": 3}\n' for part in good})
+    with pytest.raises(ValueError, match="train.jsonl, line 2"):
+        text.load_split(tmp_path / "b")
+    write_domain(tmp_path / "c", **good | {"test": b""})
+    with pytest.raises(ValueError, match="test.txt is empty"):
+        text.load_split(tmp_path / "c")
+    write_domain(tmp_path / "d", ".bin", **{part: b"odd" for part in good})
+    with pytest.raises(ValueError, match="odd number of bytes"):
+        text.load_split(tmp_path / "d")
+    folder = write_domain(tmp_path / "e", ".bin", train=b"even", valid=b"even")
+    write_domain(folder, ".txt", test=b"text")
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        text.load_split(folder)
+
+
+def pile_lines(num=400, names=tuple(text.PILE)):
+    for i in range(num):
+        name = names[i % len(names)]
+        yield json.dumps({"text": f"{name} document {i} {i * i}", "meta": {"pile_set_name": name}}) + "\n"
+
+
+def test_prepare_deals_the_pile_out_by_label(tmp_path):
+    source = tmp_path / "val.jsonl"
+    lines = list(pile_lines(6400))
+    source.write_text(
+        "".join(lines + lines[:50]) + '{"text": "other", "meta": {"pile_set_name": "Books3"}}\n{"text": "no label"}\n'
+    )
+    sizes, labels = text.prepare(source, tmp_path / "btm")
+    assert labels["ArXiv"] in (400, 404) and labels["Books3"] == labels[""] == 1
+    assert list(sizes) == sorted(text.PILE.values()) and all(set(parts) == set(text.PARTS) for parts in sizes.values())
+    split = text.load_split(tmp_path / "btm" / "arxiv")
+    documents = [set(whole(getattr(split, part)).strip(b"\0").split(b"\0")) for part in text.PARTS]
+    assert sum(map(len, documents)) == len(set.union(*documents)) == 400  # equal documents are kept once
+    assert all(document.startswith(b"ArXiv document") for document in set.union(*documents))
+    source.write_text("".join(reversed(lines)))  # which part a document goes to depends on its contents alone
+    text.prepare(source, tmp_path / "again")
+    again = text.load_split(tmp_path / "again" / "arxiv")
+    for part in text.PARTS:
+        dealt = [sorted(whole(getattr(one, part)).split(b"\0")) for one in (split, again)]
+        assert dealt[0] == dealt[1]
+    assert not list((tmp_path / "btm").rglob(".*"))
+    source.write_text("".join(pile_lines(100, ("ArXiv 2", "Books3"))))
+    with pytest.raises(ValueError, match=r"no domain can be filled; found: ArXiv 2 \(50\), Books3 \(50\)"):
+        text.prepare(source, tmp_path / "btm")
+    source.write_text("".join(lines[:3000]) + "{")
+    with pytest.raises(ValueError, match="val.jsonl, line 3001"):
+        text.prepare(source, tmp_path / "btm")
+    assert text.load_split(tmp_path / "btm" / "arxiv").digest == split.digest  # what was there stays
+    assert not list((tmp_path / "btm").rglob(".*"))
+
+
+def test_prepare_makes_a_domain_of_anything(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(
+            "\n\n".join(f"note {i}, thought {j * i}, word {j + 1000 * i}" for j in range(60))
+        )
+    (folder / "photo.jpg").write_bytes(b"\0\1\2" * 100)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("secret " * 100)
+    sizes = text.prepare(folder, tmp_path / "btm", "notes")[0]["notes"]
+    assert sizes["train"] > 5 * sizes["test"] > sizes["dev"] > 0
+    split = text.load_split(tmp_path / "btm" / "notes")
+    assert b"\1\2" not in whole(split.train) and b"secret" not in whole(split.train) and b"thought" in whole(split.test)
+    with pytest.raises(ValueError, match="a domain named '../x'"):
+        text.prepare(folder, tmp_path / "btm", "../x")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        text.prepare(tmp_path / "none", tmp_path / "btm", "x")
+    (tmp_path / "val.jsonl.zst").write_bytes(b"packed")
+    with pytest.raises(ValueError, match="is packed; unpack it first"):
+        text.prepare(tmp_path / "val.jsonl.zst", tmp_path / "btm")

@@ -3,7 +3,10 @@
 ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
+BTM = (
+    "--num-layers 1 --d-model 16 --num-heads 2 --context 16 --steps 4 --branch-steps 2 --test-blocks 4 --dev-blocks 3"
+).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 
-SCRIPTS = {"adamoe.py": ADAMOE, "mowst.py": MOWST}
+SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "mowst.py": MOWST}
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes
