@@ -751,14 +751,14 @@ class Run:
             figure.savefig(file, format="png", dpi=130)
         say(f"\nwrote {self.out / name}.png")
 
-    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int = 0) -> None:
+    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int | None = 0) -> None:
         """--dry-run: what the whole run would take, from a few real steps on this device."""
         cost = measure_step(step, self.device)
         hours = cost["seconds"] * steps / 3600 / self.workers
         rows = [
             ["parameters", f"{count_parameters(model):,}"],
             ["training FLOPs", f"{cost['flops'] * steps:.2e}"],
-            ["bytes to download", f"{download_bytes:,}"],
+            ["bytes to download", "not known" if download_bytes is None else f"{download_bytes:,}"],
             ["peak memory of a step", f"{cost['memory'] / 2**20:,.0f} MiB"],
             ["training time", f"{hours:.3f} hours, {self.workers} arms at a time"],
         ]
