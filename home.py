@@ -567,7 +567,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 def oracle_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """The true probabilities as scores: what no model can beat."""
     data = load_data(config, seed, run)
-    return ranking(data.test.truth.numpy(), data.test, rare_and_frequent(data)[0])
+    return behavior.ranking(data.test.truth.numpy(), data.test, behavior.rare_and_frequent(data)[0])
 
 
 def cost(model: Ranker, data: behavior.Behavior, device: str) -> dict:
@@ -577,26 +577,8 @@ def cost(model: Ranker, data: behavior.Behavior, device: str) -> dict:
     return {"parameters": common.count_parameters(model.core), "flops": flops}
 
 
-def rare_and_frequent(data: behavior.Behavior) -> tuple[list[int], list[int]]:
-    """The three tasks with the fewest positive training labels, and the three with the most (half, if under six)."""
-    order, count = data.train.labels.float().mean(dim=0).argsort().tolist(), min(3, max(1, len(data.tasks) // 2))
-    return sorted(order[:count]), sorted(order[-count:])
-
-
-def ranking(scores: np.ndarray, part: behavior.Part, rare: list[int]) -> dict:
-    """AUC and GAUC of every task, None where the labels are constant, and their means over the other tasks."""
-    truth = (part.labels if part.truth is None else part.truth).numpy()
-    users, columns = part.users.numpy(), range(scores.shape[1])
-    auc = np.array([behavior.expected_auc(scores[:, t], truth[:, t]) for t in columns])
-    gauc = np.array([behavior.expected_auc(scores[:, t], truth[:, t], users) for t in columns])
-    mean = lambda values: float(np.nanmean(values)) if not np.isnan(values).all() else 0.5
-    plain = lambda values: [None if math.isnan(value) else value for value in values.tolist()]
-    means = {"mean_auc": mean(auc), "mean_gauc": mean(gauc), "rare_gauc": mean(gauc[rare])}
-    return {**means, "auc": plain(auc), "gauc": plain(gauc)}
-
-
 def statistics(level: Level, h: Tensor, g: Tensor, s: Tensor | None) -> dict[str, Tensor]:
-    """Sums over rows of one level's trace, to add up and hand to `diagnose`. h [batch, experts, d], g, s as in gates."""
+    """Sums over rows of a level's trace, to add up and hand to `diagnose`. h [batch, experts, d]; g, s as in gates."""
     h, g, s = h.float(), g.float(), torch.zeros_like(g, dtype=torch.float32) if s is None else s.float()
     own, total = level.own.to(g.device)[:, None], g + s
     sums = {
@@ -658,7 +640,7 @@ def summary(levels: list[dict], rare: list[int], frequent: list[int]) -> dict:
 def evaluate(model: Ranker, data: behavior.Behavior, part: behavior.Part, device: str) -> dict:
     """Ranking metrics and diagnostics of every row, and of every block of users by itself."""
     model.eval()
-    wiring, rare_frequent = model.core.wiring, rare_and_frequent(data)
+    wiring, rare_frequent = model.core.wiring, behavior.rare_and_frequent(data)
     one_user = bool((part.users == part.users[0]).all())
     block_of = (torch.arange(len(part.users)) if one_user else part.users.long()) % NUM_BLOCKS
     scores, totals, blocks = np.zeros(part.labels.shape, np.float32), None, []
@@ -675,10 +657,10 @@ def evaluate(model: Ranker, data: behavior.Behavior, part: behavior.Part, device
         totals = sums if totals is None else add(totals, sums)
         mine = behavior.Part(*(tensor if tensor is None else tensor[rows] for tensor in part))
         levels = [diagnose(level, of_level) for level, of_level in zip(wiring, sums)]
-        blocks.append(ranking(scores[rows.numpy()], mine, rare_frequent[0]) | summary(levels, *rare_frequent))
+        blocks.append(behavior.ranking(scores[rows.numpy()], mine, rare_frequent[0]) | summary(levels, *rare_frequent))
     levels = [diagnose(level, of_level) for level, of_level in zip(wiring, totals)]
     over_blocks = {key: [block[key] for block in blocks] for key, value in blocks[0].items() if np.isscalar(value)}
-    whole = ranking(scores, part, rare_frequent[0]) | summary(levels, *rare_frequent)
+    whole = behavior.ranking(scores, part, rare_frequent[0]) | summary(levels, *rare_frequent)
     return {**whole, "levels": levels, "blocks": over_blocks}
 
 
@@ -766,7 +748,8 @@ def judge(run: Run, results: Results) -> None:
     ):
         if has(id, *needed):
             margins = lead(results, arms)
-            text = f"AUC {show(margins['mean_auc'])}, GAUC {show(margins['mean_gauc'])} above the best of {', '.join(arms)}"
+            text = f"AUC {show(margins['mean_auc'])}, GAUC {show(margins['mean_gauc'])} above the best of "
+            text += ", ".join(arms)
             report(id, np.minimum(*margins.values()), text, **margins)
     if has("ladder", *LADDER):
         steps = {f"to {b}": of(a, "mean_auc") - of(b, "mean_auc") for a, b in itertools.pairwise(LADDER)}

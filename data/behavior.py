@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -146,6 +147,24 @@ def auc(scores: object, labels: object) -> float:
 def gauc(scores: object, labels: object, users: object) -> float:
     """Mean AUC within a user, weighted by the user's rows; users with one class only are left out."""
     return expected_auc(scores, labels, users)
+
+
+def rare_and_frequent(data: Behavior) -> tuple[list[int], list[int]]:
+    """The three tasks with the fewest positive training labels, and the three with the most (half, if under six)."""
+    order, count = data.train.labels.float().mean(dim=0).argsort().tolist(), min(3, max(1, len(data.tasks) // 2))
+    return sorted(order[:count]), sorted(order[-count:])
+
+
+def ranking(scores: np.ndarray, part: Part, rare: list[int]) -> dict:
+    """AUC and GAUC of every task, None where the labels are constant, and their means over the other tasks."""
+    truth = (part.labels if part.truth is None else part.truth).numpy()
+    users, columns = part.users.numpy(), range(scores.shape[1])
+    auc = np.array([expected_auc(scores[:, t], truth[:, t]) for t in columns])
+    gauc = np.array([expected_auc(scores[:, t], truth[:, t], users) for t in columns])
+    mean = lambda values: float(np.nanmean(values)) if not np.isnan(values).all() else 0.5
+    plain = lambda values: [None if np.isnan(value) else value for value in values.tolist()]
+    means = {"mean_auc": mean(auc), "mean_gauc": mean(gauc), "rare_gauc": mean(gauc[rare])}
+    return {**means, "auc": plain(auc), "gauc": plain(gauc)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -401,7 +420,7 @@ def _parse(paths: Sequence[Path], out: Path, hash_bits: int) -> dict:
     files = {(part, kind): open(out / f"{part}-{kind}", "wb") for part in rows for kind in ("ids", "labels", "users")}
     bar = tqdm(total=sum(path.stat().st_size for path in logs), unit="B", unit_scale=True, desc="logs", disable=None)
     try:
-        for path, log in ((path, log) for path in logs for log in _log_chunks(path, bar)):
+        for path, log in ((source, chunk) for source in logs for chunk in _log_chunks(source, bar)):
             play, duration = log["play_time_ms"], log["duration_ms"]
             with np.errstate(invalid="ignore"):
                 finish = (play >= duration) & (duration > 0)  # false where one is missing
@@ -479,7 +498,8 @@ def census(root: Path) -> Behavior:
     test_from = cuts[0] if len(cuts) == 2 else rows - rows // 10
     val_from = test_from - test_from // 10 if len(cuts) == 2 else rows - 2 * (rows // 10)
     if len(cuts) == 1:
-        note = f"only {next(filter(None, found)).name} is in {folder}: split 80/10/10 by position, not the benchmark's split"
+        name = next(filter(None, found)).name
+        note = f"only {name} is in {folder}: split 80/10/10 by position, which is not the benchmark's split"
     named = dict(zip(CENSUS_COLUMNS, columns))
     income, married = (np.array(named.pop(name)) for name in ("income", "marital_status"))
     for value in set(income.tolist()) - {"- 50000", "50000+"}:
@@ -491,10 +511,10 @@ def census(root: Path) -> Behavior:
         if name in MONEY:
             amount = _numbers([[cell] for cell in cells], (name,), folder)[:, 0]
             cells = np.ceil(2 * np.log2(1 + np.maximum(amount, 0))).astype(int).astype(str).tolist()
-        vocabulary: dict[str, int] = {}
-        _exact(cells[:val_from], vocabulary)
-        ids.append(np.array([vocabulary.get(cell, 0) for cell in cells], np.int32))  # 0: not seen in training
-        fields[name] = len(vocabulary) + 1
+        codes = _exact(cells, {})
+        known = codes[:val_from].max()  # numbered in order of appearance: what training has not shown lies above
+        ids.append(np.where(codes > known, 0, codes))
+        fields[name] = int(known) + 1
     ids = np.stack(ids, axis=1)
     digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
     arrays = [torch.from_numpy(array) for array in (ids, labels, np.zeros(rows, np.int32))]
@@ -507,15 +527,16 @@ def _census_columns(path: Path) -> list[list[str]]:
     opener: Callable = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
-            rows = [[cell.strip().removesuffix(".") for cell in line.split(",")] for line in file if line.strip()]
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
     for number, row in enumerate(rows, 1):
         if len(row) != len(CENSUS_COLUMNS):
             raise ValueError(f"{path}, line {number}: {len(row)} columns, {len(CENSUS_COLUMNS)} are expected")
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    return [list(column) for column in zip(*rows)]
+    *columns, income = map(list, zip(*rows))
+    return [*columns, [value.removesuffix(".") for value in income]]
 
 
 def load(name: str, root: Path, seed: int = 0, hash_bits: int = 20, **generator: int) -> Behavior:
@@ -552,7 +573,13 @@ def nominal(name: str, hash_bits: int = 20) -> Behavior:
         fields = dict.fromkeys(set(CENSUS_COLUMNS) - {"income", "marital_status", "instance_weight"}, 64)
     else:
         fields = {"user_id": users + 1, **dict.fromkeys((*USER_COLUMNS, *VIDEO_COLUMNS), 64), "video_id": 2**hash_bits}
-        fields |= {"author_id": 2 ** (hash_bits - 2), "music_id": 2 ** (hash_bits - 2), "duration": 26, "tab": 16}
+        fields |= {
+            "author_id": 2 ** (hash_bits - 2),
+            "music_id": 2 ** (hash_bits - 2),
+            "duration": 26,
+            "tab": 16,
+            "hour": 24,
+        }
     groups = CENSUS_GROUPS if name == "census" else GROUPS
     nothing = torch.zeros(1, dtype=torch.int32)  # expanded: no memory
     labels = nothing.to(torch.uint8).expand(rows, len(list(itertools.chain(*groups.values()))))
