@@ -35,7 +35,7 @@ sigmoid inside or outside their mixture; (b) whether gates read gated inputs, an
 input of the level-2 self gate; (d) depth, activation and number of experts; (e) whether the starred baselines are the
 paper's; (f) all of its tables; (g) the weights of GAUC. Here:
 1. The log is generated, so the true probability of each label is known: AUC is the expected one, free of label noise.
-2. Feature gates start at exactly 1 (B = 0); gates and self gates read the ungated input.
+2. Feature gates start at 1 (B = 0); gates and self gates read the ungated input.
 3. All arms of a seed share batches and the initial weights of their common parts: without this pairing the noise of
    the initial weights hides, even reverses, the steps of the ladder.
 4. Every arm has the same learning-rate grid (LR_GRID) and its own best rate on seeds 100-102; --grid shows it.

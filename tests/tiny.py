@@ -3,5 +3,8 @@
 ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
+HOME = (
+    "--rows 2500 --users 60 --items 80 --hidden 8 --width 8 --tower 4 --experts 3 --batch-size 64 --embedding 4"
+).split()
 
-SCRIPTS = {"adamoe.py": ADAMOE}
+SCRIPTS = {"adamoe.py": ADAMOE, "home.py": HOME}
