@@ -393,20 +393,11 @@ class MaskedExperts(nn.Module):
         super().__init__()
         self.wiring, self.layers = list(levels), nn.ModuleList()
         for i, (level, width) in enumerate(zip(levels, widths)):
-            layer = MaskedExpertLayer(
-                level.mask,
-                None if self_gates == "none" else level.own,
-                d_in=d_in,
-                widths=width,
-                expert_input=level.expert_input,
-                gate_input=level.gate_input,
-                family=level.family,
-                rank=(rank or max(2, d_in // 8)) if i < feature_gates else 0,
-                num_gates=num_gates,
-                norm=norm,
-                constant_self=self_gates == "constant",
-                seed=(seed, i),
-            )
+            reads = {key: getattr(level, key) for key in ("expert_input", "gate_input", "family")}
+            gates = {"rank": (rank or max(2, d_in // 8)) if i < feature_gates else 0, "num_gates": num_gates}
+            gates |= {"constant_self": self_gates == "constant"}
+            masked = (level.mask, None if self_gates == "none" else level.own)
+            layer = MaskedExpertLayer(*masked, d_in=d_in, widths=width, **reads, **gates, norm=norm, seed=(seed, i))
             self.layers.append(layer)
             d_in = width[-1]
         generator, num_tasks = stream(seed, 100), len(levels[-1].rows)
@@ -493,21 +484,11 @@ class Ranker(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.embedding = nn.Embedding(sum(sizes), config.embedding)
         nn.init.normal_(self.embedding.weight, std=0.05, generator=stream(seed, 200))
-        levels = masks_of(config, arm, data)
         hidden = config.hidden * (config.experts if arm.wiring == "shared-bottom" else 1)
-        num_dense = 0 if data.train.dense is None else data.train.dense.shape[1]
-        self.core = MaskedExperts(
-            levels,
-            len(sizes) * config.embedding + num_dense,
-            ((hidden, config.width), (config.width,)),
-            config.tower,
-            arm.norm,
-            arm.self_gates,
-            arm.feature_gates,
-            config.rank,
-            config.num_gates,
-            seed,
-        )
+        d_in = len(sizes) * config.embedding + (0 if data.train.dense is None else data.train.dense.shape[1])
+        widths, switches = ((hidden, config.width), (config.width,)), (arm.norm, arm.self_gates, arm.feature_gates)
+        shape = (d_in, widths, config.tower, *switches, config.rank, config.num_gates, seed)
+        self.core = MaskedExperts(masks_of(config, arm, data), *shape)
 
     def forward(self, ids: Tensor, dense: Tensor | None = None, trace: list | None = None) -> Tensor:
         v = self.embedding(ids + self.offsets).flatten(1)  # [batch, fields * embedding]
@@ -525,16 +506,12 @@ def load_data(config: Config, seed: int, run: Run) -> behavior.Behavior:
     return cached(config.data, run.data_dir, seed, config.hash_bits, **generated)
 
 
-def to_device(part: behavior.Part, device: str) -> behavior.Part:
-    return behavior.Part(*(tensor if tensor is None else tensor.to(device) for tensor in part))
-
-
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Train one arm for its epochs and measure it; arm@rate trains at another learning rate."""
     name, _, rate = arm.partition("@")
     data = load_data(config, seed, run)
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
-    train, steps_an_epoch = to_device(data.train, run.device), len(data.train.labels) // config.batch_size
+    train, steps_an_epoch = data.train.each(lambda t: t.to(run.device)), len(data.train.labels) // config.batch_size
     steps = config.epochs * steps_an_epoch
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
 
@@ -559,8 +536,8 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     result = evaluate(model, data, data.test, run.device)
     if data.val is not None:
-        keep = ("mean_auc", "mean_gauc")
-        result["val"] = {key: evaluate(model, data, data.val, run.device)[key] for key in keep}
+        val = evaluate(model, data, data.val, run.device)
+        result["val"] = {key: val[key] for key in ("mean_auc", "mean_gauc")}
     return result | cost(model, data, run.device)
 
 
@@ -572,7 +549,7 @@ def oracle_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 def cost(model: Ranker, data: behavior.Behavior, device: str) -> dict:
     """Parameters, and forward FLOPs of a row, of everything but the embeddings."""
-    batch = to_device(behavior.Part(*(t if t is None else t[:64] for t in data.test)), device)
+    batch = data.test.each(lambda t: t[:64].to(device))
     flops = common.count_flops(lambda: model(batch.ids, batch.dense))["Global"] / len(batch.ids)
     return {"parameters": common.count_parameters(model.core), "flops": flops}
 
@@ -647,15 +624,13 @@ def evaluate(model: Ranker, data: behavior.Behavior, part: behavior.Part, device
     for block in range(NUM_BLOCKS):
         rows, sums = (block_of == block).nonzero()[:, 0], None
         for chunk in rows.split(8192):
-            ids, dense = part.ids[chunk].to(device), None if part.dense is None else part.dense[chunk].to(device)
-            trace: list = []
-            scores[chunk.numpy()] = model(ids, dense, trace).float().cpu().numpy()
-            found = [statistics(level, *of_level) for level, of_level in zip(wiring, trace)]
-            sums = found if sums is None else add(sums, found)
+            batch, trace = part.each(lambda t, chunk=chunk: t[chunk].to(device)), []
+            scores[chunk.numpy()] = model(batch.ids, batch.dense, trace).float().cpu().numpy()
+            sums = add(sums, [statistics(level, *of_level) for level, of_level in zip(wiring, trace)])
         if sums is None:  # fewer users than blocks
             continue
-        totals = sums if totals is None else add(totals, sums)
-        mine = behavior.Part(*(tensor if tensor is None else tensor[rows] for tensor in part))
+        totals = add(totals, sums)
+        mine = part.each(lambda t, rows=rows: t[rows])
         levels = [diagnose(level, of_level) for level, of_level in zip(wiring, sums)]
         blocks.append(behavior.ranking(scores[rows.numpy()], mine, rare_frequent[0]) | summary(levels, *rare_frequent))
     levels = [diagnose(level, of_level) for level, of_level in zip(wiring, totals)]
@@ -664,8 +639,9 @@ def evaluate(model: Ranker, data: behavior.Behavior, part: behavior.Part, device
     return {**whole, "levels": levels, "blocks": over_blocks}
 
 
-def add(some: list[dict], more: list[dict]) -> list[dict]:
-    return [{name: a[name] + b[name] for name in a} for a, b in zip(some, more)]
+def add(some: list[dict] | None, more: list[dict]) -> list[dict]:
+    """Sums of two batches, level by level."""
+    return more if some is None else [{name: a[name] + b[name] for name in a} for a, b in zip(some, more)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -712,9 +688,8 @@ def judge(run: Run, results: Results) -> None:
     plain, starred = ([arm for arm in some if arm in results] for some in (PLAIN, STARRED))
 
     def report(id: str, margin: np.ndarray, text: str, **numbers: np.ndarray) -> None:
-        run.claim(
-            f"home.{id}", text, {"margin": margin.tolist(), **{k: v.tolist() for k, v in numbers.items()}}, margin
-        )
+        numbers = {name: by_seed.tolist() for name, by_seed in numbers.items()}
+        run.claim(f"home.{id}", text, {"margin": margin.tolist(), **numbers}, margin)
 
     def has(id: str, *arms: str) -> bool:
         absent = [arm for arm in arms if arm not in results]
@@ -742,24 +717,20 @@ def judge(run: Run, results: Results) -> None:
         text = "own experts' weight, frequent against rare: CGC {} and {}, HoME {} and {}".format(*own)
         text += f"; HoME's gates alone: gap {show(gate)}"
         report("underfitting", np.minimum(cgc, cgc - abs(home)), text, cgc_gap=cgc, home_gap=home, home_gate_gap=gate)
-    for id, arms, needed in (
-        ("beats_plain", plain, basic),
-        ("beats_starred", starred, ("mmoe-star", "ple-star", "home")),
-    ):
+    stars = ("mmoe-star", "ple-star", "home")
+    for id, arms, needed in (("beats_plain", plain, basic), ("beats_starred", starred, stars)):
         if has(id, *needed):
-            margins = lead(results, arms)
-            text = f"AUC {show(margins['mean_auc'])}, GAUC {show(margins['mean_gauc'])} above the best of "
-            text += ", ".join(arms)
-            report(id, np.minimum(*margins.values()), text, **margins)
+            auc, gauc = (margins := lead(results, arms)).values()
+            text = f"AUC {show(auc)}, GAUC {show(gauc)} above the best of {', '.join(arms)}"
+            report(id, np.minimum(auc, gauc), text, **margins)
     if has("ladder", *LADDER):
         steps = {f"to {b}": of(a, "mean_auc") - of(b, "mean_auc") for a, b in itertools.pairwise(LADDER)}
         text = "AUC lost at each step: " + ", ".join(f"{show(lost)} ({name})" for name, lost in steps.items())
         report("ladder", min(steps.values(), key=lambda lost: lost.mean()), text, **steps)
     if has("cost", "ple", "home"):
         spent = {arm: (results[arm][0]["parameters"], results[arm][0]["flops"]) for arm in [*plain, "home"]}
-        text = "; ".join(
-            f"{arm} {number:,} parameters, {flops / 1e3:.0f} kFLOP a row" for arm, (number, flops) in spent.items()
-        )
+        words = "{} {:,} parameters, {:.0f} kFLOP a row".format
+        text = "; ".join(words(arm, number, flops / 1e3) for arm, (number, flops) in spent.items())
         holds = all(mine <= ple for mine, ple in zip(spent["home"], spent["ple"]))
         run.claim("home.cost", text, {arm: list(numbers) for arm, numbers in spent.items()}, holds=holds)
 
@@ -788,10 +759,8 @@ def print_tables(config: Config, run: Run, results: Results, data: behavior.Beha
         levels = list(zip(masks_of(config, ARMS[arm], data), first[arm]["levels"]))
         for i, (level, found) in enumerate(levels if config.inspect else levels[-1:]):
             weight, two = np.array(found["gate"]) + np.array(found["self"]), "{:.2f}".format
-            rows = [
-                [row, *(two(weight[r, e]) if level.mask[r, e] else "." for e in range(len(level.experts)))]
-                for r, row in enumerate(level.rows)
-            ]
+            cells = [[two(w) if may else "." for w, may in zip(*row)] for row in zip(weight, level.mask)]
+            rows = [[name, *row] for name, row in zip(level.rows, cells)]
             if level.own.any():
                 for r, row in enumerate(rows):
                     row += [two(found["own_gate"][r]), two(sum(found["self"][r])), two(found["own_share"][r])]
@@ -803,14 +772,11 @@ def print_tables(config: Config, run: Run, results: Results, data: behavior.Beha
             header = ["weight of", *level.experts, *(["own: gate", "self", "share"] if level.own.any() else [])]
             run.table(f"{name}: mean weight (gate + self gate) of each expert, first seed", header, rows)
     if config.grid:
-        best = "val" if data.val is not None else "mean_auc"
-        score = lambda found: found["val"]["mean_auc"] if best == "val" else found[best]
-        rows = []
+        score, rows = (lambda found: found.get("val", found)["mean_auc"]), []
         for arm in (arm for arm in results if arm in ARMS):
             tried = [arm if rate == (config.lr or LR[arm]) else f"{arm}@{rate:g}" for rate in LR_GRID]
-            rows.append(
-                [arm, *(shown(np.array([score(found) for found in results[name]]), num_seeds) for name in tried)]
-            )
+            scores = [np.array([score(found) for found in results[name]]) for name in tried]
+            rows.append([arm, *(shown(by_seed, num_seeds) for by_seed in scores)])
         run.table("the learning-rate grid: mean AUC", ["arm", *(f"{rate:g}" for rate in LR_GRID)], rows)
 
 
@@ -864,17 +830,16 @@ def main(config: Config, run: Run) -> dict:
         data = load_data(config, run.seed, run)
     run.data = {data.name: data.digest}
     if config.loss_weights and len(config.loss_weights) != len(data.tasks):
-        raise ValueError(
-            f"{len(config.loss_weights)} loss_weights; the {len(data.tasks)} tasks are {', '.join(data.tasks)}"
-        )
+        number, tasks = len(config.loss_weights), ", ".join(data.tasks)
+        raise ValueError(f"{number} loss_weights; the {len(data.tasks)} tasks are {tasks}")
     steps = config.epochs * (len(data.train.labels) // config.batch_size)
     if not steps:
         raise ValueError(f"batch_size is {config.batch_size}; there are {len(data.train.labels)} rows to train on")
     if config.grid:
         arms += [f"{arm}@{rate:g}" for arm in arms for rate in LR_GRID if rate != (config.lr or LR[arm])]
     costly = "home" if "home" in arms else arms[0]
-    model, batch = Ranker(config, ARMS[costly], data, run.seed).to(run.device), slice(config.batch_size)
-    some = to_device(behavior.Part(*(tensor if tensor is None else tensor[batch] for tensor in data.train)), run.device)
+    model = Ranker(config, ARMS[costly], data, run.seed).to(run.device)
+    some = data.train.each(lambda t: t[: config.batch_size].to(run.device))
     step = lambda: multitask_loss(model(some.ids, some.dense), some.labels)[0].backward()
     if run.dry_run:
         print(data.note) if data.note else None

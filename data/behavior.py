@@ -44,6 +44,10 @@ class Part(NamedTuple):
     truth: Tensor | None = None  # [rows, tasks] fp32: true probabilities, where they are known
     dense: Tensor | None = None  # [rows, columns] fp32: raw numbers fed beside the embeddings
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
+        """The same part with every tensor changed: moved, or some of its rows."""
+        return Part(*(tensor if tensor is None else change(tensor) for tensor in self))
+
 
 class Behavior(NamedTuple):
     name: str
@@ -232,7 +236,7 @@ def synthetic(seed: int, rows: int = 120_000, users: int = 1000, items: int = 20
     digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
     arrays = [None if a is None else torch.from_numpy(a) for a in (ids, labels, user.astype(np.int32), truth, dense)]
     cut = rows - rows // 5
-    train, test = (Part(*(a if a is None else a[half] for a in arrays)) for half in (slice(cut), slice(cut, None)))
+    train, test = Part(*arrays).each(lambda t: t[:cut]), Part(*arrays).each(lambda t: t[cut:])
     fields = {name: size for name, (_, size) in columns.items()}
     return check(Behavior("synthetic", fields, GROUPS, train, None, test, digest))
 
@@ -519,7 +523,7 @@ def census(root: Path) -> Behavior:
     digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
     arrays = [torch.from_numpy(array) for array in (ids, labels, np.zeros(rows, np.int32))]
     bounds = [(0, val_from), (val_from, test_from), (test_from, rows)]
-    parts = [Part(*(array[low:high] for array in arrays)) for low, high in bounds]
+    parts = [Part(*arrays).each(lambda t, low=low, high=high: t[low:high]) for low, high in bounds]
     return check(Behavior("census", fields, CENSUS_GROUPS, *parts, digest, note))
 
 

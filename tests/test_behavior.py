@@ -141,7 +141,7 @@ def test_check_names_the_culprit():
         behavior.check(constant)
     with pytest.raises(ValueError, match="item has ids 0 to 1999; its table has 5 rows"):
         behavior.check(data._replace(fields=data.fields | {"item": 5}))
-    empty = behavior.Part(*(tensor if tensor is None else tensor[:0] for tensor in data.test))
+    empty = data.test.each(lambda tensor: tensor[:0])
     with pytest.raises(ValueError, match="the test part has no rows"):
         behavior.check(data._replace(test=empty))
     for value in (np.nan, 2, 0.5, -1):
