@@ -141,7 +141,7 @@ def wire(
 
 
 def check_groups(groups: dict[str, Sequence[str]], tasks: Sequence[str] | None = None) -> list[str]:
-    """The tasks in order. Raises ValueError naming an empty group, or a task in no group or in two."""
+    """The tasks in order. Raises ValueError naming an empty group, a task in no group or two, or a name used twice."""
     grouped = list(itertools.chain(*groups.values()))
     for group, members in groups.items():
         if not members:
@@ -149,6 +149,8 @@ def check_groups(groups: dict[str, Sequence[str]], tasks: Sequence[str] | None =
     for task in itertools.chain(grouped, tasks or ()):
         if grouped.count(task) != 1:
             raise ValueError(f"task {task!r} is in {grouped.count(task)} groups; it must be in exactly one")
+        if task in {"shared", *groups}:
+            raise ValueError(f"task {task!r} has the name of a group of experts; rename it")
     if tasks is not None and (unknown := set(grouped) - set(tasks)):
         raise ValueError(f"task {min(unknown)!r} is in a group but is no task; the tasks are {', '.join(tasks)}")
     return list(tasks or grouped)
@@ -196,14 +198,14 @@ def masks(
         may_use = {row: {row, "shared"} for row in groups} | {"shared": set(rows)}
         first = wire(rows, experts, may_use if hierarchy else everything(rows, rows), {row: row for row in rows})
         index, group_of = {row: i for i, row in enumerate(rows)}, {t: group for group in groups for t in groups[group]}
-        families = ["shared", *groups, *(f"own {task}" for task in tasks)]
+        families = ["shared", *groups, *tasks]
         common_to = lambda task: {"shared", group_of[task]} if hierarchy else {"shared", *groups}
-        reads = index | {f"own {task}": index[group_of[task]] for task in tasks}
+        reads = index | {task: index[group_of[task]] for task in tasks}
         second = wire(
             tasks,
             [family for family in families for _ in range(num_own)],
-            {task: {*common_to(task), f"own {task}"} for task in tasks},
-            {task: f"own {task}" for task in tasks},
+            {task: {*common_to(task), task} for task in tasks},
+            {task: task for task in tasks},
             reads,
             {task: [index[group_of[task]], index["shared"]] for task in tasks},
         )

@@ -213,8 +213,8 @@ def test_a_watch_task_has_no_path_from_inter_experts_but_the_meta_ones():
     model(torch.randn(30, 6, dtype=F64))[:, 0].square().sum().backward()  # task "view"
     level, grad = model.wiring[1], model.layers[1].weights[0].grad
     reached = {name: bool(grad[e].any()) for e, name in enumerate(level.experts)}
-    assert reached == {"shared": True, "watch": True, "inter": False, "own view": True,
-                       **{f"own {task}": False for task in TASKS[1:]}}  # fmt: skip
+    assert reached == {"shared": True, "watch": True, "inter": False, "view": True,
+                       **{task: False for task in TASKS[1:]}}  # fmt: skip
     meta = model.layers[0].weights[0].grad
     assert all(meta[e].any() for e in range(6))  # inter meta experts too, through the shared row
     assert model.w1.grad[0].any() and not model.w1.grad[1:].any()
@@ -500,6 +500,8 @@ def test_claims_whose_arms_did_not_run_say_which(tmp_path):
         ({"watch": ["view"], "inter": []}, None, "group 'inter' has no task"),
         ({"watch": ["view"], "inter": ["view", "like"]}, None, "task 'view' is in 2 groups"),
         ({"watch": ["view"]}, ["view", "like"], "task 'like' is in 0 groups"),
+        ({"watch": ["view", "shared"]}, None, "task 'shared' has the name of a group"),
+        ({"watch": ["view"], "like": ["watch"]}, None, "task 'watch' has the name of a group"),
         ({"watch": ["view", "lik"]}, ["view"], "task 'lik' is in a group but is no task"),
     ],
 )
