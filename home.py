@@ -262,7 +262,7 @@ class FeatureGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(len(self.mix), -1, x.shape[-1])  # [families, batch, d]
         gates = 2 * torch.sigmoid(rows[:, None] @ self.a @ self.b)  # [families, gates, batch, d]
-        share = (rows @ self.mix).softmax(dim=-1).transpose(1, 2)  # [families, gates, batch]
+        share = (self.mix.transpose(1, 2) @ rows.transpose(1, 2)).softmax(dim=1)  # [families, gates, batch]
         return (rows * (share[..., None] * gates).sum(dim=1)).view_as(x)
 
 
@@ -303,14 +303,13 @@ class MaskedExpertLayer(nn.Module):
             raise ValueError(f"row {int(mask.any(dim=1).long().argmin())} of the mask allows no expert; each needs one")
         if self_mask is not None and self_mask.shape != mask.shape:
             raise ValueError(f"mask is {list(mask.shape)}, self_mask {list(self_mask.shape)}; they must agree")
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64)
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("self_mask", self_mask, persistent=False)
-        for name, given in (
-            ("expert_input", zeros(self.num_experts) if expert_input is None else expert_input),
-            ("gate_input", zeros(num_rows, 1) if gate_input is None else gate_input),
-            ("family", zeros(self.num_experts) if family is None else family),
-        ):
+        first = lambda given, *shape: torch.zeros(shape, dtype=torch.int64) if given is None else given
+        wiring = {"mask": mask, "self_mask": self_mask, "expert_input": first(expert_input, self.num_experts)}
+        wiring |= {"gate_input": first(gate_input, num_rows, 1), "family": first(family, self.num_experts)}
+        if self_mask is not None:
+            wiring["alone"] = (self_mask.sum(dim=1) == 1)[:, None, None]  # [rows, 1, 1]
+            self.all_alone = bool(wiring["alone"].all())
+        for name, given in wiring.items():
             self.register_buffer(name, given, persistent=False)
         generator, sizes = stream(*seed, 0), [d_in, *widths]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -356,8 +355,8 @@ class MaskedExpertLayer(nn.Module):
         if self.constant_self is not None:
             return g, (self.constant_self[:, None] * own).expand_as(g)
         logits = torch.baddbmm(self.self_bias, pick(x, self.gate_input[:, 0]), self.self_weight)
-        alone = own.sum(dim=-1, keepdim=True) == 1
-        return g, torch.where(alone, logits.sigmoid().to(g.dtype) * own, masked_softmax(logits, own) * own)
+        s = logits.sigmoid().to(g.dtype) * own  # of a row with one own expert
+        return g, s if self.all_alone else torch.where(self.alone, s, masked_softmax(logits, own) * own)
 
     def forward(self, x: Tensor, trace: list | None = None) -> Tensor:
         h, (g, s) = self.experts(x), self.gates(x)
