@@ -536,6 +536,8 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     common.train(model, loss_fn, steps, batches=batches, optimizer=optimizer, schedule=schedule, clip=None, **options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     result = evaluate(model, data, data.test, run.device)
+    if rate:
+        del result["levels"]  # a file of the grid would be all gate matrices
     if data.val is not None:
         val = evaluate(model, data, data.val, run.device)
         result["val"] = {key: val[key] for key in ("mean_auc", "mean_gauc")}
@@ -583,19 +585,19 @@ def diagnose(level: Level, sums: dict[str, Tensor]) -> dict:
     mean = sums["sum"] / (count * d)
     gate, shared = sums["gate"] / count, level.mask.sum(dim=0) > 1  # [rows, experts], [experts]
     users = [occupancy(gate[level.mask[:, e], e]) if shared[e] else (1.0, 1.0) for e in range(len(shared))]
-    return {
-        "zero": (sums["zeros"].sum(dim=1) / (count * d)).tolist(),
-        "dead": (sums["zeros"] == count).double().mean(dim=1).tolist(),
-        "mean": mean.tolist(),
-        "std": (sums["square"] / (count * d) - mean.square()).clamp(min=0).sqrt().tolist(),
-        "gate": gate.tolist(),
-        "self": (sums["self"] / count).tolist(),
-        "own_gate": (gate * level.own).sum(dim=1).tolist(),
-        "own_share": (sums["share"] / count).tolist(),
-        "shared": shared.tolist(),
-        "occupancy": [largest for largest, _ in users],
-        "effective_users": [effective for _, effective in users],
+    found = {
+        "zero": sums["zeros"].sum(dim=1) / (count * d),
+        "dead": (sums["zeros"] == count).double().mean(dim=1),
+        "mean": mean,
+        "std": (sums["square"] / (count * d) - mean.square()).clamp(min=0).sqrt(),
+        "gate": gate,
+        "self": sums["self"] / count,
+        "own_gate": (gate * level.own).sum(dim=1),
+        "own_share": sums["share"] / count,
+        "occupancy": torch.tensor([largest for largest, _ in users], dtype=torch.float64),
+        "effective_users": torch.tensor([effective for _, effective in users], dtype=torch.float64),
     }
+    return {"shared": shared.tolist(), **{key: value.round(decimals=6).tolist() for key, value in found.items()}}
 
 
 def summary(levels: list[dict], rare: list[int], frequent: list[int]) -> dict:
