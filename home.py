@@ -235,7 +235,7 @@ def expert_norm_swish(z: Tensor, norm: nn.BatchNorm1d) -> Tensor:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension where mask is True; exactly 0, with zero gradient, elsewhere."""
+    """Softmax over the last dimension where mask is True; exactly 0, with zero gradient, elsewhere; 0 if nowhere."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim=-1).masked_fill(~mask, 0.0)
 
@@ -356,7 +356,7 @@ class MaskedExpertLayer(nn.Module):
             return g, (self.constant_self[:, None] * own).expand_as(g)
         logits = torch.baddbmm(self.self_bias, pick(x, self.gate_input[:, 0]), self.self_weight)
         s = logits.sigmoid().to(g.dtype) * own  # of a row with one own expert
-        return g, s if self.all_alone else torch.where(self.alone, s, masked_softmax(logits, own) * own)
+        return g, s if self.all_alone else torch.where(self.alone, s, masked_softmax(logits, own))
 
     def forward(self, x: Tensor, trace: list | None = None) -> Tensor:
         h, (g, s) = self.experts(x), self.gates(x)

@@ -110,6 +110,7 @@ def test_masked_softmax_is_exactly_zero_and_passes_no_gradient_outside():
     assert probs[0, 1] == 0
     probs.square().sum().backward()
     assert logits.grad[0, 1] == 0 and logits.grad[0, 0] != 0
+    assert not home.masked_softmax(logits, torch.zeros(1, 3, dtype=torch.bool)).any()  # nobody allowed: no NaN
     assert home.masked_softmax(torch.randn(2, 3).bfloat16(), torch.ones(2, 3, dtype=torch.bool)).dtype == torch.float32
 
 
@@ -138,6 +139,16 @@ def test_self_gate_worked_examples():
     g, s = layer.gates(x)
     near(s, [[[0.6456563062, 0.3543436938]]])
     near(layer(x) - (g @ numbers([1, 2], [3, -1])), [[[1.7086873875, 0.9369689187]]])
+
+
+def test_the_second_self_gate_reads_the_group_and_the_gate_reads_group_and_shared():
+    layer, x = core().layers[1], torch.randn(3, 8, 4, dtype=F64)  # inputs: watch, inter, shared
+    g, s = layer.gates(x)
+    for changed, gate_moves, self_moves in ((0, [0, 1], [0, 1]), (1, [2, 3, 4], [2, 3, 4]), (2, [0, 1, 2, 3, 4], [])):
+        other = x.clone()
+        other[changed] += 1
+        moved = [[r for r in range(5) if not torch.equal(a[r], b[r])] for a, b in zip((g, s), layer.gates(other))]
+        assert moved == [gate_moves, self_moves]
 
 
 def test_self_gate_keeps_own_experts_alive():
