@@ -103,6 +103,21 @@ def test_families_have_feature_gates_of_their_own():
         torch.testing.assert_close(several(x)[i], one(x[i]))
 
 
+def test_each_family_of_experts_reads_through_its_own_feature_gate():
+    model = core()
+    layer, x = model.layers[1].eval(), torch.randn(3, 8, 4, dtype=F64)
+    with torch.no_grad():
+        layer.feature_gate.b.normal_()
+    before = layer.experts(x)
+    for family in range(8):
+        with torch.no_grad():
+            layer.feature_gate.b[family] += 1
+        after = layer.experts(x)
+        moved = [e for e in range(8) if not torch.equal(before[:, e], after[:, e])]
+        assert moved == [family]
+        before = after
+
+
 def test_masked_softmax_is_exactly_zero_and_passes_no_gradient_outside():
     logits = numbers([1, 2, 3], requires_grad=True)
     probs = home.masked_softmax(logits, torch.tensor([[True, False, True]]))
@@ -372,6 +387,15 @@ def test_statistics_add_up_over_batches_and_respect_the_mask():
         assert all(1 / level.mask[:, e].sum() - 1e-6 <= whole["occupancy"][e] <= 1 for e in shared)
 
 
+def test_an_expert_of_a_group_counts_the_tasks_of_the_group_only():
+    level, g = home.masks("home", GROUPS)[1], torch.zeros(5, 1, 8)
+    g[:2, :, 1] = 0.5  # both watch tasks alike use the watch expert
+    g[2, :, 2] = 0.5  # one of three interactions uses the inter expert
+    found = home.diagnose(level, home.statistics(level, torch.ones(1, 8, 2), g + 1e-9, None))
+    assert found["effective_users"][1:3] == pytest.approx([1, 1 / 3], abs=1e-4)
+    assert found["occupancy"][1:3] == pytest.approx([0.5, 1], abs=1e-4)
+
+
 def test_summary_takes_the_worst():
     level = {"zero": [0.1, 0.6], "dead": [0.0, 0.2], "std": [1.0, 4.0], "effective_users": [0.9, 0.4, 0.1]}
     level |= {"shared": [True, True, False], "own_gate": [0.1, 0.2, 0.9], "own_share": [0.3, 0.2, 0.8]}
@@ -417,6 +441,16 @@ def test_learning_rates_are_the_arms_own(tmp_path, monkeypatch):
         home.train_arm(replace(TINY, lr=lr), arm, 0, tiny_run(tmp_path))
     assert rates == [home.LR["home"], 0.04, 0.25]
     assert set(home.LR.values()) <= set(home.LR_GRID) and set(home.LR) == set(home.ARMS)
+
+
+def test_an_arm_is_measured_on_the_test_part_with_the_weights_it_leaves(tmp_path):
+    run, data = tiny_run(tmp_path), behavior.synthetic(0, 2000, 60, 80)
+    result = home.train_arm(TINY, "cgc", 0, run)
+    model = home.Ranker(TINY, home.ARMS["cgc"], data, 0)
+    model.load_state_dict(common.load(run.path("cgc", 0, ".pt")))
+    with torch.no_grad():
+        scores = model.eval()(data.test.ids).numpy()
+    assert result["auc"] == pytest.approx(behavior.ranking(scores, data.test, [7])["auc"], abs=1e-6)
 
 
 def test_evaluation_does_not_train_and_blocks_make_up_the_whole(tmp_path):
