@@ -719,7 +719,7 @@ def judge(run: Run, results: Results) -> None:
         own = [show(of(arm, f"own_share_{tasks}")) for arm in ("cgc", "home") for tasks in ("frequent", "rare")]
         text = "own experts' weight, frequent against rare: CGC {} and {}, HoME {} and {}".format(*own)
         text += f"; HoME's gates alone: gap {show(gate)}"
-        report("underfitting", np.minimum(cgc, cgc - abs(home)), text, cgc_gap=cgc, home_gap=home, home_gate_gap=gate)
+        report("underfitting", cgc - abs(home), text, cgc_gap=cgc, home_gap=home, home_gate_gap=gate)
     stars = ("mmoe-star", "ple-star", "home")
     for id, arms, needed in (("beats_plain", plain, basic), ("beats_starred", starred, stars)):
         if has(id, *needed):

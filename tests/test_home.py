@@ -399,7 +399,9 @@ def test_an_expert_of_a_group_counts_the_tasks_of_the_group_only():
 def test_summary_takes_the_worst():
     level = {"zero": [0.1, 0.6], "dead": [0.0, 0.2], "std": [1.0, 4.0], "effective_users": [0.9, 0.4, 0.1]}
     level |= {"shared": [True, True, False], "own_gate": [0.1, 0.2, 0.9], "own_share": [0.3, 0.2, 0.8]}
-    found = home.summary([level], [0, 1], [2])
+    first = {"zero": [0.5, 0.0], "dead": [0.1, 0.0], "std": [1.0, 2.0]}
+    found = home.summary([first, level], [0, 1], [2])
+    assert home.summary([level | {"zero": [0.0], "std": [1.0]}, level], [0], [1])["evenness"] == 0.25
     assert found == {
         "zero": 0.6, "dead": 0.2, "evenness": 0.25, "effective_users": 0.4, "own_gate_rare": pytest.approx(0.15),
         "own_gate_frequent": 0.9, "own_share_rare": 0.25, "own_share_frequent": 0.8,
