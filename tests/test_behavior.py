@@ -191,7 +191,7 @@ def write_kuairand(root, version="1k", rows=600, change=lambda kind, row, i: row
         {"video_id": v, "author_id": 1000 + v // 3, "video_type": ["NORMAL", "AD"][v % 2], "upload_dt": "2022-04-01",
          "upload_type": "ShortImport", "visible_status": 1.0, "video_duration": [None, 8000.0][v % 2],
          "server_width": 720.0, "server_height": 1280.0, "music_id": 3_000_000_000 + v, "music_type": 9.0,
-         "tag": ["12,65", "8", None][v % 3]}
+         "tag": ["12,65", "8", None, "12"][v % 4]}
         for v in range(40)
     ]  # fmt: skip
     logs = []
@@ -234,7 +234,9 @@ def test_kuairand_from_both_logs_split_by_date(tmp_path):
     assert [len(part.labels) for part in (data.train, data.val, data.test)] == [len(part) for part in split]
     ids, labels, users = all_rows(data)
     assert users.tolist() == [int(row["user_id"]) for part in split for row in part]
-    for task, column in behavior.LABELS.items():
+    columns = "is_click long_view is_like is_profile_enter is_comment is_forward is_follow".split()
+    tasks = "effective_view long_view like profile comment forward follow".split()
+    for task, column in zip(tasks, columns):
         expected = [int(row[column]) for part in split for row in part]
         assert labels[:, data.tasks.index(task)].tolist() == expected, task
     finish = [int(row["play_time_ms"]) >= int(row["duration_ms"]) for part in split for row in part]
@@ -250,8 +252,8 @@ def test_kuairand_from_both_logs_split_by_date(tmp_path):
     streamer = [by_user[row["user_id"]] for row in flat]
     assert [value == 0 for value in column["is_live_streamer"].tolist()] == [s == 0 for s in streamer]  # -124
     assert [value == 0 for value in column["onehot_feat0"].tolist()] == [s == 0 for s in streamer]  # empty
-    tag = [(int(row["video_id"]) % 3) for row in flat]  # "12,65" counts as 12; an empty cell is id 0
-    assert {(kind, value) for kind, value in zip(tag, column["tag"].tolist())} == {(0, 1), (1, 2), (2, 0)}
+    tag = [int(row["video_id"]) % 4 for row in flat]  # "12,65" counts as 12; an empty cell is id 0
+    assert {(kind, value) for kind, value in zip(tag, column["tag"].tolist())} == {(0, 1), (1, 2), (2, 0), (3, 1)}
     one_author = {int(row["video_id"]) // 3: value for row, value in zip(flat, column["author_id"].tolist())}
     assert all(one_author[int(r["video_id"]) // 3] == a for r, a in zip(flat, column["author_id"].tolist()))
     assert "valid play" in data.note
