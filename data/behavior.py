@@ -391,7 +391,6 @@ def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
             (Path(temporary) / "meta.json").write_text(json.dumps(meta))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(temporary, folder)
-            Path(temporary).mkdir()  # what the context manager removes
     parts = []
     for part, rows in meta["rows"].items():
         if not rows:
