@@ -1006,7 +1006,7 @@ def run(
             names = [name for name in ("batch_size", "context", "d_model") if hasattr(small, name)]
             message = "out of GPU memory; lower " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
         usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
-        if not usage and isinstance(error, OSError):
+        if not usage and isinstance(error, OSError) and error.errno is not None:  # not a failed download
             message += "; what is done is kept, go on with --resume"
         print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2 if usage else 1)

@@ -150,6 +150,21 @@ GRAPHS = (
         citation=f"Rozemberczki, Sarkar 2021, Twitch Gamers; splits: {LINKX_CITATION}",
     ),
 )
+
+
+def kuairand(version: str, md5: str) -> File:
+    """Without the statistics file, 3 GB in KuaiRand-1K, and without the randomly exposed videos."""
+    stems = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08", "user_features", "video_features_basic")
+    return File(
+        url=f"https://zenodo.org/records/10439422/files/KuaiRand-{version}.tar.gz",
+        checksum=f"md5:{md5}",
+        unpack="tar",
+        members={f"KuaiRand-{version}/data/{stem}_{version.lower()}.csv": (None, None) for stem in stems},
+    )
+
+
+CENSUS_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/census-income-mld"
+KUAIRAND = {"licence": "CC BY-SA 4.0", "citation": "Gao et al., KuaiRand, CIKM 2022"}
 TABLE = (
     Dataset(
         name="enwik8",
@@ -158,6 +173,14 @@ TABLE = (
         citation="Matt Mahoney, Large Text Compression Benchmark",
     ),
     *GRAPHS,
+    Dataset("kuairand-1k", (kuairand("1K", "6b0b9c8222d67fcd4c676218edca3f1f"),), **KUAIRAND),
+    Dataset("kuairand-pure", (kuairand("Pure", "0820331067a3784d9691136f772b35a7"),), **KUAIRAND),
+    Dataset(
+        name="census",
+        files=tuple(File(f"{CENSUS_URL}/census-income.{part}.gz", limit=64 << 20) for part in ("data", "test")),
+        licence="CC BY 4.0",
+        citation="Census-Income (KDD), UCI Machine Learning Repository, 2000",
+    ),
 )
 DATASETS = {dataset.name: dataset for dataset in TABLE}
 

@@ -6,7 +6,10 @@ ADAMOE = (
 BTM = (
     "--num-layers 1 --d-model 16 --num-heads 2 --context 16 --steps 4 --branch-steps 2 --test-blocks 4 --dev-blocks 3"
 ).split()
+HOME = (
+    "--rows 2500 --users 60 --items 80 --hidden 8 --width 8 --tower 4 --experts 3 --batch-size 64 --embedding 4"
+).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 
-SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "mowst.py": MOWST}
+SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "home.py": HOME, "mowst.py": MOWST}
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes

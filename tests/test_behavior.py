@@ -1,0 +1,491 @@
+"""data/behavior.py: metrics against pairs counted one by one, readers on small files in the published formats."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import behavior, download
+from data.behavior import auc, expected_auc, gauc
+
+# --- metrics -------------------------------------------------------------------------------------------------
+
+
+def by_pairs(scores, truth):
+    """Every ordered pair of different rows, the first positive with p, the second negative with 1 - p."""
+    won = pairs = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if i != j:
+                weight = truth[i] * (1 - truth[j])
+                pairs += weight
+                won += weight * (float(scores[i] > scores[j]) + 0.5 * float(scores[i] == scores[j]))
+    return won / pairs if pairs else float("nan")
+
+
+def test_auc_worked_examples():
+    assert auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert auc([0.5, 0.5, 0.5, 0.9], [0, 1, 0, 1]) == 0.75  # ties count a half
+    assert expected_auc([0.1, 0.2, 0.3], [0.1, 0.5, 0.3]) == pytest.approx(0.6492537313, abs=1e-9)
+
+
+def test_one_class_is_nan_and_no_exception():
+    for labels in ([1, 1], [0, 0]):
+        assert np.isnan(auc([0.1, 0.2], labels))
+    assert np.isnan(auc([], [])) and np.isnan(expected_auc([0.3], [0.4])) and np.isnan(gauc([1, 2], [1, 0], [7, 8]))
+
+
+def test_gauc_worked_example_skips_users_of_one_class():
+    scores, labels, users = [0.1, 0.4, 0.35, 0.8, 0.9, 0.2, 0.3], [0, 0, 1, 1, 0, 1, 1], [5, 5, 5, 5, 9, 9, 2]
+    assert gauc(scores, labels, users) == 0.5  # (0.75 * 4 + 0 * 2) / 6
+
+
+def test_gauc_knows_neither_the_order_of_rows_nor_the_scale_of_a_user():
+    rng = np.random.default_rng(0)
+    scores, labels, users = rng.normal(size=300), rng.integers(2, size=300), rng.integers(20, size=300)
+    order, slope = rng.permutation(300), rng.uniform(0.5, 2, size=20)
+    expected = gauc(scores, labels, users)
+    assert gauc(scores[order], labels[order], users[order]) == pytest.approx(expected, abs=1e-12)
+    assert gauc(np.exp(slope[users] * scores) + users, labels, users) == pytest.approx(expected, abs=1e-12)
+
+
+def test_metrics_equal_counting_pairs():
+    rng = np.random.default_rng(1)
+    for rows in (2, 3, 7, 30):
+        for soft in (False, True):
+            scores = rng.integers(5, size=rows) / 4  # many ties
+            truth = rng.random(rows) if soft else rng.integers(2, size=rows).astype(float)
+            users = rng.integers(3, size=rows)
+            assert expected_auc(scores, truth) == pytest.approx(by_pairs(scores, truth), abs=1e-12, nan_ok=True)
+            of_user = [(by_pairs(scores[users == u], truth[users == u]), (users == u).sum()) for u in set(users)]
+            kept = [(value, count) for value, count in of_user if not np.isnan(value)]
+            expected = sum(v * n for v, n in kept) / sum(n for _, n in kept) if kept else float("nan")
+            assert expected_auc(scores, truth, users) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_expected_auc_is_the_mean_over_drawn_labels():
+    rng = np.random.default_rng(2)
+    scores, truth = rng.normal(size=400), rng.random(400)
+    drawn = np.mean([auc(scores, rng.random(400) < truth) for _ in range(300)])
+    assert drawn == pytest.approx(expected_auc(scores, truth), abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "scores, labels, message",
+    [
+        ([0.1, np.nan], [0, 1], "1 of 2 scores are NaN"),
+        ([0.1, 0.2], [0, np.nan], "row 1 holds nan"),
+        ([0.1, 0.2], [2, 1], "row 0 holds 2.0"),
+        ([0.1, 0.2], [0, 1, 1], "one column each"),
+    ],
+)
+def test_metrics_refuse_bad_columns(scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        auc(scores, labels)
+
+
+def test_ranking_leaves_constant_tasks_out_of_the_mean():
+    part = behavior.Part(torch.zeros(4, 1), torch.tensor([[0, 0], [0, 0], [1, 0], [1, 0]]), torch.zeros(4))
+    found = behavior.ranking(np.array([[0.1, 1], [0.4, 2], [0.35, 3], [0.8, 4]]), part, [0])
+    assert found["auc"] == [0.75, None] and found["mean_auc"] == 0.75 and found["mean_gauc"] == 0.75
+
+
+# --- the generated log ---------------------------------------------------------------------------------------
+
+
+def test_generated_rates_repeatability_and_truth():
+    data = behavior.synthetic(3, rows=40_000)
+    rates = data.train.truth.double().mean(dim=0)
+    assert rates.tolist() == pytest.approx(list(behavior.RATES.values()), rel=0.06)
+    assert data.train.labels.double().mean(dim=0).tolist() == pytest.approx(rates.tolist(), rel=0.2)
+    assert behavior.synthetic(3, rows=40_000).digest == data.digest != behavior.synthetic(4, rows=40_000).digest
+    assert data.tasks == tuple(behavior.RATES) and len(data.test.labels) == 8000
+    oracle = behavior.ranking(data.test.truth.numpy(), data.test, [7])
+    assert 0.84 < min(oracle["auc"]) and max(oracle["auc"]) < 0.96
+
+
+def test_generated_groups_disagree_about_duration():
+    data = behavior.synthetic(0, rows=40_000)
+    duration = data.train.ids[:, list(data.fields).index("duration")].double()
+    slope = [float(torch.corrcoef(torch.stack([duration, p.logit().double()]))[0, 1]) for p in data.train.truth.T]
+    assert min(slope[:3]) > 0.15 and max(slope[3:]) < -0.15
+
+
+def test_heavy_tail_columns_and_bad_sizes():
+    dense = behavior.synthetic(0, rows=2000, heavy_tail=2).train.dense
+    assert dense.shape == (1600, 2) and dense.min() > 0 and dense.max() > 5 * dense.median()
+    with pytest.raises(ValueError, match="users 0"):
+        behavior.synthetic(0, rows=100, users=0)
+
+
+def test_rare_and_frequent_tasks():
+    data = behavior.synthetic(0, rows=20_000)
+    assert behavior.rare_and_frequent(data) == ([5, 6, 7], [0, 1, 2])
+
+
+def test_check_names_the_culprit():
+    data = behavior.synthetic(0, rows=5000)
+    labels = data.train.labels.clone()
+    labels[:, 4] = 0
+    constant = data._replace(train=data.train._replace(labels=labels))
+    with pytest.raises(ValueError, match="'profile' cannot be learnt, every training label is 0"):
+        behavior.check(constant)
+    with pytest.raises(ValueError, match="item has ids 0 to 1999; its table has 5 rows"):
+        behavior.check(data._replace(fields=data.fields | {"item": 5}))
+    empty = data.test.each(lambda tensor: tensor[:0])
+    with pytest.raises(ValueError, match="the test part has no rows"):
+        behavior.check(data._replace(test=empty))
+    for value in (np.nan, 2, 0.5, -1):
+        with pytest.raises(ValueError, match=f"here: label 'b' is {float(value)} in row 1"):
+            behavior.as_labels(np.array([[0.0, 1], [1, value]]), ["a", "b"], "here")
+
+
+# --- KuaiRand ------------------------------------------------------------------------------------------------
+
+LOG = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+    "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab"
+).split(",")
+USER = (
+    "user_id,user_active_degree,is_lowactive_period,is_live_streamer,is_video_author,follow_user_num,"
+    "follow_user_num_range,fans_user_num,fans_user_num_range,friend_user_num,friend_user_num_range,register_days,"
+    "register_days_range," + ",".join(f"onehot_feat{i}" for i in range(18))
+).split(",")
+VIDEO = (
+    "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
+    "music_id,music_type,tag"
+).split(",")
+
+
+def write_csv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([["" if row.get(name) is None else row[name] for name in header] for row in rows])
+
+
+def write_kuairand(root, version="1k", rows=600, change=lambda kind, row, i: row, drop="", seed=0):
+    """The four files as published, random but for what a test changes: change(kind, row, i) -> row."""
+    rng = np.random.default_rng(seed)
+    name = {"1k": "1K", "pure": "Pure"}[version]
+    folder = root / f"kuairand-{version}" / f"KuaiRand-{name}" / "data"
+    users = [
+        {"user_id": 10 + u, "user_active_degree": ["full_active", "UNKNOWN"][u % 2], "is_lowactive_period": 0,
+         "is_live_streamer": [-124, 0, 1][u % 3], "is_video_author": u % 2, "follow_user_num": u,
+         "follow_user_num_range": "(10,50]", "fans_user_num": u, "fans_user_num_range": ["0", "[1,10)"][u % 2],
+         "friend_user_num": 0, "friend_user_num_range": "0", "register_days": 5, "register_days_range": "31-60",
+         **{f"onehot_feat{i}": [None, 0.0, 1.0][(u + i) % 3] for i in range(18)}}
+        for u in range(12)
+    ]  # fmt: skip
+    videos = [
+        {"video_id": v, "author_id": 1000 + v // 3, "video_type": ["NORMAL", "AD"][v % 2], "upload_dt": "2022-04-01",
+         "upload_type": "ShortImport", "visible_status": 1.0, "video_duration": [None, 8000.0][v % 2],
+         "server_width": 720.0, "server_height": 1280.0, "music_id": 3_000_000_000 + v, "music_type": 9.0,
+         "tag": ["12,65", "8", None, "12"][v % 4]}
+        for v in range(40)
+    ]  # fmt: skip
+    logs = []
+    for i in range(rows):
+        play, duration = int(rng.integers(0, 20_000)), int(rng.integers(1000, 20_000))
+        day = int(rng.integers(8, 39))  # 8 April to 8 May
+        logs.append(
+            {"user_id": 10 + int(rng.integers(12)), "video_id": int(rng.integers(40)),
+             "date": 20220400 + day if day <= 30 else 20220500 + day - 30, "hourmin": 100 * int(rng.integers(24)) + 30,
+             "time_ms": 1_650_000_000_000 + i, **{c: int(rng.random() < 0.4) for c in LOG[5:12]},
+             "play_time_ms": play, "duration_ms": duration, "profile_stay_time": 0, "comment_stay_time": 0,
+             "is_profile_enter": int(rng.random() < 0.4), "is_rand": 0, "tab": int(rng.integers(15))}
+        )  # fmt: skip
+    logs.sort(key=lambda row: row["date"])
+    early = [row for row in logs if row["date"] <= 20220421]
+    files = {
+        f"log_standard_4_08_to_4_21_{version}": (LOG, early, "log"),
+        f"log_standard_4_22_to_5_08_{version}": (LOG, logs[len(early) :], "log"),
+        f"user_features_{version}": (USER, users, "user"),
+        f"video_features_basic_{version}": (VIDEO, videos, "video"),
+    }
+    for stem, (header, content, kind) in files.items():
+        content = [change(kind, dict(row), i) for i, row in enumerate(content)]
+        write_csv(folder / f"{stem}.csv", [name for name in header if name != drop], content)
+    return folder
+
+
+def all_rows(data):
+    return [np.concatenate([getattr(part, kind).numpy() for part in (data.train, data.val, data.test)])
+            for kind in ("ids", "labels", "users")]  # fmt: skip
+
+
+def test_kuairand_from_both_logs_split_by_date(tmp_path):
+    folder = write_kuairand(tmp_path)
+    data = behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    rows = [row for part in ("4_08_to_4_21", "4_22_to_5_08")
+            for row in csv.DictReader(open(folder / f"log_standard_{part}_1k.csv"))]  # fmt: skip
+    split = [[row for row in rows if low <= int(row["date"]) <= high]
+             for low, high in ((0, 20220506), (20220507, 20220507), (20220508, 20220508))]  # fmt: skip
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [len(part) for part in split]
+    ids, labels, users = all_rows(data)
+    assert users.tolist() == [int(row["user_id"]) for part in split for row in part]
+    columns = "is_click long_view is_like is_profile_enter is_comment is_forward is_follow".split()
+    tasks = "effective_view long_view like profile comment forward follow".split()
+    for task, column in zip(tasks, columns):
+        expected = [int(row[column]) for part in split for row in part]
+        assert labels[:, data.tasks.index(task)].tolist() == expected, task
+    finish = [int(row["play_time_ms"]) >= int(row["duration_ms"]) for part in split for row in part]
+    assert labels[:, 2].tolist() == finish
+    column = dict(zip(data.fields, ids.T))
+    flat = [row for part in split for row in part]
+    assert column["tab"].tolist() == [1 + int(row["tab"]) for row in flat]
+    assert column["hour"].tolist() == [int(row["hourmin"]) // 100 for row in flat]
+    assert column["duration"].tolist() == [1 + int(np.log2(int(row["duration_ms"]))) for row in flat]
+    assert column["user_id"].tolist() == [1 + int(row["user_id"]) - 10 for row in flat]
+    assert all(column[name].max() < size for name, size in data.fields.items())
+    by_user = {u: (int(u) - 10) % 3 for u in {row["user_id"] for row in flat}}
+    streamer = [by_user[row["user_id"]] for row in flat]
+    assert [value == 0 for value in column["is_live_streamer"].tolist()] == [s == 0 for s in streamer]  # -124
+    assert [value == 0 for value in column["onehot_feat0"].tolist()] == [s == 0 for s in streamer]  # empty
+    tag = [int(row["video_id"]) % 4 for row in flat]  # "12,65" counts as 12; an empty cell is id 0
+    assert {(kind, value) for kind, value in zip(tag, column["tag"].tolist())} == {(0, 1), (1, 2), (2, 0), (3, 1)}
+    one_author = {int(row["video_id"]) // 3: value for row, value in zip(flat, column["author_id"].tolist())}
+    assert all(one_author[int(r["video_id"]) // 3] == a for r, a in zip(flat, column["author_id"].tolist()))
+    assert "valid play" in data.note
+
+
+def test_kuairand_reads_no_statistics_no_random_log_and_nothing_after_the_exposure(tmp_path):
+    folder = write_kuairand(tmp_path)
+    before = behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    for name in ("video_features_statistic_1k.csv", "log_random_4_22_to_5_08_1k.csv"):
+        (folder / name).write_text("poison\n")
+    other = tmp_path / "other"
+    after = lambda i: {
+        "play_time_ms": 7 + 10**5 * (i % 2),
+        "profile_stay_time": 7,
+        "comment_stay_time": 7,
+        "is_hate": 1,
+    }
+    write_kuairand(other, change=lambda kind, row, i: row | after(i) if kind == "log" else row)
+    changed = behavior.load("kuairand-1k", other, hash_bits=10)
+    assert np.array_equal(all_rows(before)[0], all_rows(changed)[0])  # inputs alike, only `finish` differs
+    fields = set(before.fields)
+    assert not fields & {"play_time_ms", "profile_stay_time", "comment_stay_time", *behavior.LABELS.values()}
+    members = download.DATASETS["kuairand-1k"].files[0].members
+    assert len(members) == 4 and not any("statistic" in name or "random" in name for name in members)
+
+
+def test_kuairand_pure_empty_cells_and_unknown_ids(tmp_path):
+    def change(kind, row, i):
+        if kind == "log" and i % 50 == 0:
+            row |= {"duration_ms": "", "time_ms": ""}
+        if kind == "log" and i % 50 == 1:
+            row |= {"duration_ms": 0, "video_id": 999_999, "user_id": 5}
+        return row
+
+    write_kuairand(tmp_path, "pure", change=change)
+    data = behavior.load("kuairand-pure", tmp_path, hash_bits=10)
+    ids, labels, users = all_rows(data)
+    column = dict(zip(data.fields, ids.T))
+    odd = column["duration"] == 0
+    assert odd.sum() == 24 or odd.sum() == 25 or odd.sum() == 26
+    assert not labels[odd, 2].any() and f"{odd.sum()} rows without duration" in data.note
+    stranger = users == 5
+    assert stranger.any() and not column["user_id"][stranger].any() and not column["author_id"][stranger].any()
+    assert column["video_id"][stranger].all()  # the id itself is hashed, known or not
+
+
+def test_kuairand_cache_is_used_and_noticed_when_stale(tmp_path, monkeypatch):
+    folder = write_kuairand(tmp_path)
+    first = behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    monkeypatch.setattr(behavior, "_parse", lambda *_: pytest.fail("the cache was not used"))
+    assert behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest == first.digest
+    monkeypatch.undo()
+    other = behavior.load("kuairand-1k", tmp_path, hash_bits=9)
+    assert other.fields["video_id"] == 512 and other.fields["author_id"] == 128
+    log = folder / "log_standard_4_22_to_5_08_1k.csv"
+    log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")  # one row of the test day fewer
+    assert len(behavior.load("kuairand-1k", tmp_path, hash_bits=9).test.labels) == len(first.test.labels) - 1
+    meta = tmp_path / "kuairand-1k" / "parsed" / "meta.json"
+    meta.write_text("{ torn")
+    assert len(behavior.load("kuairand-1k", tmp_path, hash_bits=9).test.labels) == len(first.test.labels) - 1
+    assert sorted(path.name for path in meta.parent.parent.iterdir()) == ["KuaiRand-1K", "parsed"]
+
+
+def test_hash_keeps_ids_apart_and_inside_the_table():
+    ids = np.arange(2000.0)
+    hashed = behavior._hash(ids, 20)
+    assert hashed.min() >= 1 and hashed.max() < 2**20 and len(set(hashed.tolist())) > 1990
+    assert behavior._hash(np.array([np.nan, 3e9]), 8)[0] == 0
+
+
+def poison(kind_wanted, **cells):
+    return lambda kind, row, i: row | cells if kind == kind_wanted and i == 3 else row
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"drop": "is_like"}, r"4_08_to_4_21_1k.csv: column 'is_like' is missing"),
+        ({"drop": "onehot_feat7"}, r"user_features_1k.csv: column 'onehot_feat7' is missing"),
+        ({"drop": "tag"}, r"video_features_basic_1k.csv: column 'tag' is missing"),
+        ({"change": poison("log", is_like="")}, "label 'like' is nan in row 3"),
+        ({"change": poison("log", is_follow=2)}, "label 'follow' is 2.0 in row 3"),
+        ({"change": poison("log", long_view="yes")}, "4_08_to_4_21_1k.csv: could not convert string to float: 'yes'"),
+        ({"change": poison("log", tab=99)}, "tab gives id 100; its table has 16 rows"),
+        ({"change": poison("log", user_id="")}, "column 'user_id' has an empty cell"),
+        ({"change": lambda kind, row, i: row | {"is_forward": 0}}, "task 'forward' cannot be learnt"),
+        ({"change": lambda kind, row, i: row | {"date": 20220410}}, "the val part has no rows"),
+    ],
+)  # fmt: skip
+def test_kuairand_mistakes_name_the_culprit(tmp_path, options, message):
+    write_kuairand(tmp_path, rows=200, **options)
+    with pytest.raises(ValueError, match=message):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    assert not list((tmp_path / "kuairand-1k").glob(".parsed-*"))
+
+
+def test_kuairand_torn_row_names_the_file(tmp_path):
+    folder = write_kuairand(tmp_path, rows=100)
+    for name, message in (("log_standard_4_22_to_5_08_1k", "a row has 3 cells"), ("video_features_basic_1k", "cells")):
+        path = folder / f"{name}.csv"
+        whole = path.read_text()
+        path.write_text(whole + "1,2,3\n")
+        with pytest.raises(ValueError, match=f"{name}.csv: .*{message}"):
+            behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+        path.write_text(whole)
+
+
+def test_kuairand_archive_with_a_wrong_md5_is_one_line(tmp_path):
+    archive = tmp_path / "kuairand-1k" / "KuaiRand-1K.tar.gz"
+    archive.parent.mkdir()
+    archive.write_bytes(b"not the archive")
+    with pytest.raises(download.DownloadError, match="md5 .* not 6b0b9c8222d67fcd4c676218edca3f1f.*delete it first"):
+        behavior.load("kuairand-1k", tmp_path)
+
+
+def test_kuairand_from_an_archive_put_there_by_hand(tmp_path, monkeypatch):
+    folder = write_kuairand(tmp_path / "made")
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as tar:
+        tar.add(folder.parent, arcname="KuaiRand-1K")
+        tar.addfile(tarfile.TarInfo("KuaiRand-1K/data/video_features_statistic_1k.csv"))
+    root = tmp_path / "root"
+    (root / "kuairand-1k").mkdir(parents=True)
+    (root / "kuairand-1k" / "KuaiRand-1K.tar.gz").write_bytes(raw.getvalue())
+    row = download.DATASETS["kuairand-1k"]
+    file = replace(row.files[0], checksum="md5:" + hashlib.md5(raw.getvalue()).hexdigest())
+    monkeypatch.setitem(download.DATASETS, "kuairand-1k", replace(row, files=(file,)))
+    assert not behavior.is_here("kuairand-1k", root)
+    data = behavior.load("kuairand-1k", root, hash_bits=10)
+    assert behavior.is_here("kuairand-1k", root) and len(data.train.labels) > 400
+    assert not list(root.rglob("*statistic*"))
+
+
+def test_published_checksums_and_unknown_names(tmp_path):
+    pure = download.DATASETS["kuairand-pure"].files[0]
+    assert pure.checksum == "md5:0820331067a3784d9691136f772b35a7" and pure.url.endswith("KuaiRand-Pure.tar.gz")
+    with pytest.raises(ValueError, match="data is 'kuairand'; allowed: synthetic, kuairand-1k"):
+        behavior.load("kuairand", tmp_path)
+    with pytest.raises(ValueError, match="hash_bits is 40"):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=40)
+
+
+# --- Census-Income -------------------------------------------------------------------------------------------
+
+
+def census_lines(rows, seed=0, change=lambda cells, i: cells):
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(rows):
+        cells = [str(rng.integers(4)) for _ in behavior.CENSUS_COLUMNS]
+        named = dict(zip(behavior.CENSUS_COLUMNS, cells))
+        named["marital_status"] = ["Never married", "Divorced", "Married-civilian spouse present"][rng.integers(3)]
+        named |= {"income": ["- 50000.", "50000+."][int(rng.random() < 0.2)], "citizenship": "Native- Born in U S "}
+        named |= {"instance_weight": "1032.38", "dividends": str(int(10 ** rng.uniform(0, 4))), "migration_msa": "?"}
+        lines.append(", ".join(change(list(named.values()), i)))
+    return "\n".join(lines) + "\n"
+
+
+def write_census(root, parts=("data", "test"), zipped=True, **options):
+    (root / "census").mkdir(exist_ok=True)
+    for seed, part in enumerate(parts):
+        text = census_lines(200 - 80 * seed, seed, **options)
+        path = root / "census" / f"census-income.{part}{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+
+
+def test_census_benchmark_split_and_labels(tmp_path):
+    write_census(tmp_path)
+    data = behavior.load("census", tmp_path)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [180, 20, 120] and not data.note
+    assert data.tasks == ("over_50k", "never_married") and len(data.fields) == 39
+    assert not set(data.fields) & {"income", "marital_status", "instance_weight"}
+    lines = census_lines(200, 0).splitlines()
+    assert data.train.labels[:, 0].tolist() == [int(line.endswith("50000+.")) for line in lines[:180]]
+    assert data.val.labels[:, 1].tolist() == [int("Never married" in line) for line in lines[180:]]
+    assert data.fields["migration_msa"] == 2 and data.fields["age"] == 5
+    again = tmp_path / "plain"
+    again.mkdir()
+    write_census(again, zipped=False)
+    assert behavior.load("census", again).digest == data.digest
+
+
+def test_census_values_not_seen_in_training_are_id_0_and_money_is_in_half_octaves(tmp_path):
+    write_census(tmp_path, change=lambda cells, i: ["77" if i >= 185 else "30", *cells[1:]])
+    data = behavior.load("census", tmp_path)
+    age = list(data.fields).index("age")
+    assert data.fields["age"] == 2 and data.val.ids[:, age].tolist() == [1] * 5 + [0] * 15
+    money = list(data.fields).index("dividends")
+    amounts = [int(line.split(", ")[18]) for line in census_lines(200, 0).splitlines()[:180]]
+    octave = {a: int(np.ceil(2 * np.log2(1 + a))) for a in amounts}
+    ids = dict(zip(amounts, data.train.ids[:, money].tolist()))
+    for a, b in combinations(amounts[:40], 2):
+        assert (ids[a] == ids[b]) == (octave[a] == octave[b])
+
+
+def test_census_with_one_file_says_so(tmp_path):
+    write_census(tmp_path, ("test",))
+    data = behavior.load("census", tmp_path)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [160, 20, 20]
+    assert "only census-income.test.gz" in data.note and "not the benchmark's split" in data.note
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda cells, i: cells[:-1] if i == 4 else cells, "census-income.data.gz, line 5: 41 columns, 42"),
+        (lambda cells, i: [*cells[:-1], "rich"], "column 'income' holds 'rich'"),
+        (lambda cells, i: [*cells[:-1], "- 50000."], "'over_50k' cannot be learnt"),
+        (lambda cells, i: [*cells[:18], "many", *cells[19:]], "'many'.*dividends"),
+    ],
+)
+def test_census_mistakes_name_the_culprit(tmp_path, change, message):
+    write_census(tmp_path, change=change)
+    with pytest.raises(ValueError, match=message):
+        behavior.load("census", tmp_path)
+
+
+def test_census_damaged_file(tmp_path):
+    write_census(tmp_path)
+    path = tmp_path / "census" / "census-income.data.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="census-income.data.gz is damaged"):
+        behavior.load("census", tmp_path)
+
+
+def test_nominal_sizes_need_no_file(tmp_path):
+    for name in ("kuairand-1k", "kuairand-pure", "census"):
+        data = behavior.nominal(name)
+        assert not behavior.is_here(name, tmp_path) and "not here yet" in data.note
+        assert data.train.ids.shape[1] == len(data.fields) and data.train.labels.shape[1] == len(data.tasks)
+    assert list(behavior.nominal("kuairand-1k").fields).count("video_id") == 1
+    write_kuairand(tmp_path, rows=300)
+    real = behavior.load("kuairand-1k", tmp_path)
+    assert set(real.fields) == set(behavior.nominal("kuairand-1k").fields)
+    assert json.loads((Path(tmp_path) / "kuairand-1k" / "parsed" / "meta.json").read_text())["fields"] == real.fields
