@@ -1,0 +1,928 @@
+"""DOCSTRING"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from common import Claim, Run
+from data import images
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "generated"  # generated, cifar100, cifar10, or a folder in the binary format of CIFAR
+    pair: str = "resnet14-resnet8x0.5"  # teacher-student; full: any two of resnet8 14 20 32 56 110 8x4 32x4
+    teacher_file: str = ""  # weights of a teacher trained before (arms/teacher-seedN.pt of another run)
+    arms: tuple[str, ...] = ()  # students to train, comma-separated; none: those the required claims need
+    alpha: float = 1.0  # weight of the logit loss, times what the arm's paper gives; official README
+    temperature: float = 2.0  # of the binary losses; official default
+    kd_temperature: float = 4.0  # of the softmax losses; official default
+    aux: str = "linear"  # auxiliary head of dhkd: linear or mlp; linear for teacher and student of one family
+    align: str = "whole"  # gradient alignment of dhkd-ga: whole vector (official) or backbone
+    lr: float = 0.25  # peak, of every student; full: official code
+    teacher_lr: float = 0.25  # peak, of the teacher
+    head_lr_mult: float = 1.0  # learning rate of the heads, times lr: a control
+    clip: float | None = None  # gradient norm; a control, not in the paper
+    batch_size: int = 64  # images a step; official code
+    epochs: int = 10  # passes over the training images; full: official code
+    steps: int | None = None  # stop earlier: steps of every training, schedule included
+    milestones: tuple[float, ...] = ()  # shares of the run at which lr falls tenfold; none: warm-up and cosine
+    warmup: int = 30  # steps, with cosine only
+    momentum: float = 0.9  # of SGD; official code
+    weight_decay: float = 5e-4  # on all parameters; official code
+    stem_stride: int = 2  # 2 halves the image at once: four times less work
+    augment: bool = False  # random crop and mirroring, which needs the teacher at every step
+    train_per_class: int = 80  # training images a class; full: 0, all
+    val_per_class: int = 40  # images a class for choosing settings; full: 0, the paper chooses none
+    test_per_class: int = 100  # generated test images a class
+    probe_every: int = 20  # steps between comparisons of the two losses' gradients
+    test_every: int = 0  # epochs between looks at the test set, for the best epoch beside the last; 0: once, at the end
+    tune: bool = False  # run the tuning grid on the validation images and stop; use seeds from 100 on
+
+
+SMALL = Config()
+FULL = replace(
+    SMALL,
+    data="cifar100",
+    pair="resnet56-resnet20",
+    lr=0.05,
+    teacher_lr=0.05,
+    epochs=240,
+    milestones=(150 / 240, 180 / 240, 210 / 240),
+    stem_stride=1,
+    augment=True,
+    train_per_class=0,
+    val_per_class=0,
+    probe_every=500,
+    test_every=1,
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Both [N, K], in fp32 or better; the teacher's without gradient. Raises ValueError for other shapes or T <= 0."""
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        shapes = f"student_logits are {list(student_logits.shape)}, teacher_logits {list(teacher_logits.shape)}"
+        raise ValueError(f"{shapes}; both must be [batch, classes], alike")
+    if not T > 0:
+        raise ValueError(f"T is {T}; a temperature above 0 is needed")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
+
+
+def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, T: float = 2.0) -> Tensor:
+    """BinaryKL: every class a coin of its own, KL(sigmoid(t/T) || sigmoid(s/T)), T^2, summed over classes.
+
+    student_logits, teacher_logits [N, K] -> 0-dim, mean over the batch. d/ds = T/N (sigmoid(s/T) - sigmoid(t/T)).
+    No clamp: logsigmoid is exact where a clamped logarithm of a sigmoid is infinite or dead.
+    """
+    s, t = check_logits(student_logits, teacher_logits, T)
+    b = torch.sigmoid(t / T)
+    on = b * (F.logsigmoid(t / T) - F.logsigmoid(s / T))
+    off = torch.sigmoid(-t / T) * (F.logsigmoid(-t / T) - F.logsigmoid(-s / T))
+    return T * T * (on + off).sum() / len(s)
+
+
+def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, T: float = 2.0) -> Tensor:
+    """BinaryKL-Norm: BinaryKL after subtracting the teacher's logit from both sides, so its target is 1/2 everywhere.
+
+    student_logits, teacher_logits [N, K] -> 0-dim. Equals T^2/N sum log cosh((s - t)/2T): a smooth Huber regression of
+    logits, (s - t)^2 / 8 when they are near, a gradient of at most T/2N when they are far.
+    """
+    s, t = check_logits(student_logits, teacher_logits, T)
+    d = (s - t) / T
+    return T * T * (-0.5 * (F.logsigmoid(d) + F.logsigmoid(-d)) - math.log(2)).sum() / len(s)
+
+
+class DualHead(nn.Module):
+    """A student with a second head on the same features: the main one for labels, the auxiliary one for the teacher.
+
+    x -> (main_logits, aux_logits) [N, num_classes] in training mode; main_logits alone in eval mode, where the
+    auxiliary head is not even computed.
+
+    student   any module with `features(x) -> [N, D]`, and `fc`, its Linear(D, num_classes), which becomes the main head
+    kind      "linear": Linear(D, num_classes); "mlp": Linear, Dropout, BatchNorm, ReLU, Linear with 200 hidden units
+    Raises ValueError for an unknown kind, a student without features or fc, or an fc of another width.
+    """
+
+    def __init__(self, student: nn.Module, num_classes: int, kind: str = "linear"):
+        super().__init__()
+        fc = getattr(student, "fc", None)
+        if not callable(getattr(student, "features", None)) or not isinstance(fc, nn.Linear):
+            raise ValueError(f"{type(student).__name__} needs features(x) -> [N, D] and fc, a Linear(D, {num_classes})")
+        if fc.out_features != num_classes:
+            raise ValueError(f"the student's fc has {fc.out_features} outputs; num_classes is {num_classes}")
+        self.student = student
+        if kind == "linear":
+            self.aux: nn.Module = nn.Linear(fc.in_features, num_classes)
+        elif kind == "mlp":
+            hidden = [nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, num_classes)]
+            self.aux = nn.Sequential(nn.Linear(fc.in_features, 200), *hidden)
+        else:
+            raise ValueError(f"the auxiliary head is {kind!r}; allowed: 'linear', 'mlp'")
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.student.features(x)  # [N, D]
+        main_logits = self.student.fc(h)
+        return (main_logits, self.aux(h)) if self.training else main_logits
+
+
+def align_gradients(reference: Tensor, other: Tensor, shared: Tensor | None = None) -> Tensor:
+    """The step for both losses: reference + other, after other gave up what points against reference.
+
+    reference, other  [P] flat gradients of cross-entropy and of the logit loss
+    shared            [P] bool: look at these entries only, and leave the others as they are. The official code looks
+                      at all of them (None); heads are disjoint, so its projection also lengthens the main head's step
+    """
+    if reference.shape != other.shape or reference.dim() != 1:
+        raise ValueError(f"gradients are {list(reference.shape)} and {list(other.shape)}; two flat vectors are needed")
+    against = reference if shared is None else reference * shared
+    coefficient = (other @ against) / (against @ against).clamp_min(torch.finfo(other.dtype).tiny)
+    return reference + other - coefficient.clamp(max=0) * against
+
+
+def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """d loss / d parameters as one vector [P]; zeros where loss does not depend on one. The graph stays."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def gradient_agreement(
+    first: Tensor, second: Tensor, backbone: Sequence[Tensor], head: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do two losses pull the same way? Cosine in the backbone, cosine in the head, share of its class rows in conflict.
+
+    first, second  0-dim losses of one graph; backbone: parameters; head: the weight [K, D] of the classifier
+    """
+    a, b = (flat_gradient(loss, [*backbone, head]) for loss in (first, second))
+    split = [a.numel() - head.numel(), head.numel()]
+    (a_backbone, a_head), (b_backbone, b_head) = a.split(split), b.split(split)
+    rows = (a_head.view_as(head) * b_head.view_as(head)).sum(dim=1) < 0  # [K]
+    cosine = lambda x, y: F.cosine_similarity(x, y, dim=0)
+    return cosine(a_backbone, b_backbone), cosine(a_head, b_head), rows.float().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Baselines
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, T: float = 4.0) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch (Hinton et al. 2015)."""
+    s, t = check_logits(student_logits, teacher_logits, T)
+    return T * T * F.kl_div(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), reduction="batchmean", log_target=True)
+
+
+def mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Sum over classes of (s - t)^2 / 8, mean over the batch: what BinaryKL-Norm is for small differences."""
+    s, t = check_logits(student_logits, teacher_logits, 1.0)
+    return (s - t).square().sum() / (8 * len(s))
+
+
+def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, y: Tensor, T: float = 4.0, beta: float = 2.0) -> Tensor:
+    """Decoupled KD (Zhao et al. 2022): KL of target against the rest, plus beta times KL within the rest."""
+    s, t = check_logits(student_logits, teacher_logits, T)
+    is_rest = torch.ones_like(s, dtype=torch.bool).scatter_(1, y[:, None], False)
+
+    def parts(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = (z / T).log_softmax(dim=-1)
+        rest = z[is_rest].view(len(z), -1)  # [N, K - 1]
+        return torch.cat([z.gather(1, y[:, None]), rest.logsumexp(-1, keepdim=True)], dim=1), rest.log_softmax(-1)
+
+    (s_target, s_rest), (t_target, t_rest) = parts(s), parts(t)
+    kl = lambda s, t: F.kl_div(s, t, reduction="batchmean", log_target=True)
+    return T * T * (kl(s_target, t_target) + beta * kl(s_rest, t_rest))
+
+
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, T: float = 4.0) -> Tensor:
+    """DIST (Huang et al. 2022): 1 - correlation of softmax outputs over classes, plus the same over the batch; T^2."""
+    s, t = check_logits(student_logits, teacher_logits, T)
+    p, q = (s / T).softmax(dim=-1), (t / T).softmax(dim=-1)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
+
+    return T * T * (distance(p, q) + distance(p.T, q.T))
+
+
+def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, T: float = 2.0) -> Tensor:
+    """Logit standardisation (Sun et al. 2024): KD after each row of logits is brought to mean 0 and deviation 1."""
+    s, t = check_logits(student_logits, teacher_logits, T)
+    standard = lambda z: (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
+    return kd_loss(standard(s), standard(t), T)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models: the CIFAR family of residual networks (He et al. 2016, section 4.2)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1, self.norm2, self.shortcut = nn.BatchNorm2d(width), nn.BatchNorm2d(width), nn.Identity()
+        if stride > 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """x [N, 3, height, width] -> logits [N, num_classes]; features(x) -> [N, widths[-1]].
+
+    depth 6n + 2: three stages of n blocks. widths: of the stem and the stages. Raises ValueError for another depth.
+    """
+
+    def __init__(self, depth: int, widths: Sequence[int], num_classes: int, stem_stride: int = 1):
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth is {depth}; 6n + 2 is needed: 8, 14, 20, ...")
+        stem, *stages = widths
+        self.conv = nn.Conv2d(3, stem, 3, stem_stride, padding=1, bias=False)
+        self.norm, blocks, width_in = nn.BatchNorm2d(stem), [], stem
+        for stage, width in enumerate(stages):
+            for i in range((depth - 2) // 6):
+                blocks.append(BasicBlock(width_in, width, stride=2 if stage and not i else 1))
+                width_in = width
+        self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(width_in, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.blocks(F.relu(self.norm(self.conv(x)))).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+WIDTHS = {"": (16, 16, 32, 64), "x4": (32, 64, 128, 256), "x0.5": (8, 8, 16, 32)}
+MODELS = {  # name: (depth, widths)
+    f"resnet{depth}{suffix}": (depth, WIDTHS[suffix])
+    for suffix, depths in (("", (8, 14, 20, 32, 56, 110)), ("x4", (8, 32)), ("x0.5", (8,)))
+    for depth in depths
+}
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """What build() makes from this seed, whatever was drawn before: an extra head does not change the others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def make_model(name: str, num_classes: int, stem_stride: int, seed: int) -> ResNet:
+    return seeded(seed, lambda: ResNet(*MODELS[name], num_classes, stem_stride))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The experiment: one teacher, and as every arm a student on the same batches, steps and schedule
+# ---------------------------------------------------------------------------------------------------------------
+
+LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
+    "kd": lambda s, t, y, config: kd_loss(s, t, config.kd_temperature),
+    "bkl": lambda s, t, y, config: binary_kl_loss(s, t, config.temperature),
+    "bkln": lambda s, t, y, config: binary_kl_norm_loss(s, t, config.temperature),
+    "mse": lambda s, t, y, config: mse_loss(s, t),
+    "dkd": lambda s, t, y, config: dkd_loss(s, t, y, config.kd_temperature),
+    "dist": lambda s, t, y, config: dist_loss(s, t, config.kd_temperature),
+    "lskd": lambda s, t, y, config: lskd_loss(s, t, config.temperature),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    loss: str = ""  # a key of LOGIT_LOSSES
+    ce: float = 1.0  # weight of cross-entropy
+    weight: float = 1.0  # of the logit loss as published, times alpha
+    aux: str = ""  # auxiliary head; "": one head for both losses
+    align: bool = False
+    ramp: float = 0.0  # share of the run over which the logit loss comes in
+    alpha: float = 1.0
+    lr: float = 0.0
+    head_lr_mult: float = 1.0
+    clip: float | None = None
+
+
+DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
+LR_GRID, ALPHA_GRID = (0.1, 0.25, 0.5), (0.1, 0.3, 1.0)  # the same for every arm
+TUNED: dict[str, tuple[float, float]] = {}
+NUM_BLOCKS = 10  # of the test set, of the probes: what a run of one seed takes its standard error over
+
+
+def base_arms(config: Config) -> dict[str, Arm]:
+    arms = {
+        "ce": Arm(),
+        "kd": Arm("kd"),
+        "bkl": Arm("bkl", ce=0.0),
+        "ce+bkl": Arm("bkl"),
+        "dual-bkl": Arm("bkl", aux="linear"),
+        "dhkd": Arm("bkln", aux=config.aux),
+        "bkln": Arm("bkln", ce=0.0),
+        "ce+bkln": Arm("bkln"),
+        "dhkd-mlp": Arm("bkln", aux="mlp"),
+        "dhkd-ga": Arm("bkln", aux=config.aux, align=True),
+        "dual-mse": Arm("mse", aux="linear"),
+        "kd-crd": Arm("kd", ce=0.1, weight=0.9),  # the weights of the public tables
+        "dkd": Arm("dkd", ramp=20 / 240),
+        "dist": Arm("dist", weight=2.0),
+        "lskd": Arm("lskd", ce=0.1, weight=9.0),
+    }
+    own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
+    return {name: replace(arm, **own) for name, arm in arms.items()}
+
+
+def grid_arms(config: Config, names: Sequence[str]) -> dict[str, Arm]:
+    """Every point of the grid; without a logit loss alpha has no meaning, so it is not varied."""
+    arms, grid = base_arms(config), {}
+    for name in names:
+        for lr in LR_GRID:
+            for alpha in ALPHA_GRID if arms[name].loss else (config.alpha,):
+                grid[f"{name}@lr{lr:g}-alpha{alpha:g}"] = replace(arms[name], lr=lr, alpha=alpha)
+    return grid
+
+
+def all_arms(config: Config) -> dict[str, Arm]:
+    """Base arms; controls that slow the head or bound the step; the sweeps; every arm at its own best settings."""
+    arms = base = base_arms(config)
+    for name in ("ce+bkl", "dual-bkl"):
+        arms = arms | {f"{name}@head-lr0.2": replace(base[name], head_lr_mult=0.2)}
+        arms = arms | {f"{name}@clip1": replace(base[name], clip=1.0)}
+    if config.data == "generated":  # settings of the small scale
+        for name in ("ce", "bkl", "ce+bkl", "dual-bkl"):
+            arms = arms | {f"{name}@lr{lr:g}": replace(base[name], lr=lr) for lr in SWEEP_LR}
+        for name in ("bkl", "ce+bkl", "dual-bkl"):
+            arms = arms | {f"{name}@alpha{alpha:g}": replace(base[name], alpha=alpha) for alpha in SWEEP_ALPHA}
+        for name in ("bkln", "ce+bkln", "dhkd"):
+            arms = arms | {f"{name}@lr0.5": replace(base[name], lr=0.5)}
+        arms = arms | {f"{name}@tuned": replace(base[name], lr=lr, alpha=a) for name, (lr, a) in TUNED.items()}
+    return arms | (grid_arms(config, list(base)) if config.tune else {})
+
+
+SWEEP_LR, SWEEP_ALPHA = (0.02, 0.1, 0.5), (0.1, 0.3, 3.0)
+
+
+def chosen_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    """The arms of this run. Raises ValueError for a name that does not exist."""
+    arms = all_arms(config)
+    for name in config.arms:
+        if name not in arms:
+            near = difflib.get_close_matches(name, arms, n=1, cutoff=0)[0]
+            raise ValueError(f"--arms: there is no arm {name!r}; the nearest is {near!r}, all: {', '.join(arms)}")
+    if config.tune:
+        return grid_arms(config, config.arms or list(base_arms(config)))
+    names = config.arms or (arms if ablate else DEFAULT)
+    return {name: arms[name] for name in names}
+
+
+def load_images(config: Config, seed: int, run: Run) -> images.ImageSet:
+    if config.data == "generated":
+        return images.fine_grained(seed, config.train_per_class, config.val_per_class, config.test_per_class)
+    return images.load(config.data, run.data_dir, config.train_per_class, config.val_per_class)
+
+
+def num_steps(config: Config, data: images.ImageSet) -> int:
+    return config.steps or config.epochs * (len(data.train_y) // config.batch_size)
+
+
+def batch_maker(data: images.ImageSet, config: Config, seed: int) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    """step -> (x, y, index of each image): the same for every arm, drawn an epoch at a time, cut out on the device."""
+    size, count, device = config.batch_size, len(data.train_y), data.train_y.device
+    plan: dict[int, list[Tensor]] = {}
+
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, place = divmod(step, count // size)  # the last, smaller batch of an epoch is dropped
+        if epoch not in plan:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order = torch.randperm(count, generator=generator)
+            shift = torch.randint(0, 9, (count, 2), generator=generator)
+            mirrored = torch.rand(count, generator=generator) < 0.5
+            plan.clear()
+            plan[epoch] = [drawn.to(device) for drawn in (order, shift, mirrored)]
+        index, shift, mirrored = (drawn[place * size : (place + 1) * size] for drawn in plan[epoch])
+        x = data.train_x[index]
+        if config.augment:
+            x = images.augment(x, shift, mirrored)
+        return data.prepare(x), data.train_y[index], index
+
+    return batches
+
+
+def fit(
+    model: nn.Module, loss_fn: Callable, data: images.ImageSet, config: Config, arm: Arm, seed: int, **options
+) -> None:
+    """common.train with the SGD of the official code and the schedule of the scale."""
+    steps, device = num_steps(config, data), data.train_y.device
+    is_head = lambda name: "fc" in name.split(".") or name.startswith("aux.")
+    backbone, heads = ([p for n, p in model.named_parameters() if is_head(n) == wanted] for wanted in (False, True))
+    groups = [{"params": backbone, "lr": arm.lr}, {"params": heads, "lr": arm.lr * arm.head_lr_mult}]
+    fused = True if device.type == "cuda" else None
+    sgd = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    schedule = common.cosine(steps, min(config.warmup, steps // 5), final=0.0)
+    if config.milestones:
+        schedule = common.milestones([round(share * steps) for share in config.milestones])
+    torch.manual_seed(seed)  # for the dropout of the mlp head
+    options |= {"optimizer": sgd, "schedule": schedule, "clip": arm.clip}
+    common.train(model, loss_fn, steps, batches=batch_maker(data, config, seed), **options)
+
+
+def prepare(model: nn.Module, run: Run) -> nn.Module:
+    """Onto the run's device, in the memory layout its convolutions are fastest in."""
+    model = model.to(run.device)
+    if run.device == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    if run.compile:
+        torch._functorch.config.donated_buffer = False  # two losses walk one graph
+        model.compile(mode="reduce-overhead" if run.device == "cuda" else "default")  # CUDA graphs
+    return model
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, data: images.ImageSet, run: Run) -> Tensor:
+    """Logits of the main head, [N, K] fp32, in eval mode."""
+    was_training = model.training
+    model.eval()
+    with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
+        logits = torch.cat([model(data.prepare(part)).float() for part in x.split(500)])
+    model.train(was_training)
+    return logits
+
+
+def test_every_epoch(
+    model: nn.Module, data: images.ImageSet, config: Config, arm: str, seed: int, run: Run
+) -> Callable[[int], None] | None:
+    """An on_step for common.train that keeps the test accuracy of every test_every epochs in a file."""
+    if not config.test_every or config.tune:
+        return None
+    path, per_epoch = run.path(arm, seed, ".epochs.json"), len(data.train_y) // config.batch_size
+    path.unlink(missing_ok=not run.path(arm, seed, ".ckpt").exists())
+
+    def on_step(step: int) -> None:
+        epoch, place = divmod(step + 1, per_epoch)
+        if place == 0 and epoch % config.test_every == 0:
+            seen = common.read_json(path) if path.exists() else {}
+            accuracy = (predict(model, data.test_x, data, run).argmax(-1) == data.test_y).float().mean()
+            common.write_json(path, seen | {str(epoch): 100 * float(accuracy)})
+
+    return on_step
+
+
+def train_teacher(config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Cross-entropy alone; or the weights of teacher_file. Without augmentation its logits are worked out once."""
+    data = load_images(config, seed, run).to(run.device)
+    name = config.pair.split("-")[0]
+    model = make_model(name, data.num_classes, config.stem_stride, seed)
+    if config.teacher_file:
+        try:
+            model.load_state_dict(common.load(config.teacher_file))
+        except (RuntimeError, AttributeError, TypeError) as error:
+            wanted = f"a {name} with {data.num_classes} classes and stem stride {config.stem_stride}"
+            raise ValueError(f"--teacher-file {config.teacher_file} does not hold the weights of {wanted}") from error
+    model = prepare(model, run)
+    if not config.teacher_file:
+        cross_entropy = lambda batch, step: (F.cross_entropy(model(batch[0]).float(), batch[1]), {})
+        on_step = test_every_epoch(model, data, config, arm, seed, run)
+        options = run.train_options(arm, seed) | {"on_step": on_step}
+        fit(model, cross_entropy, data, config, Arm(lr=config.teacher_lr), seed, **options)
+    common.save(run.path(arm, seed, ".pt"), model.state_dict())
+    if not config.augment:
+        common.save(run.path(arm, seed, "-logits.pt"), predict(model, data.train_x, data, run).cpu())
+    return accuracies(model, data, config, arm, seed, run)
+
+
+def teacher_seed(config: Config, seed: int, run: Run) -> int:
+    """Generated images differ by seed, and so do their teachers; on photographs one teacher serves all seeds."""
+    return seed if config.data == "generated" else run.seed
+
+
+def load_teacher(config: Config, seed: int, data: images.ImageSet, run: Run) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, index of each image) -> teacher logits [N, K], without gradient, the teacher frozen in eval mode."""
+    seed = teacher_seed(config, seed, run)
+    if not config.augment:
+        table = common.load(run.path("teacher", seed, "-logits.pt")).to(run.device)
+        return lambda x, index: table[index]
+    model = make_model(config.pair.split("-")[0], data.num_classes, config.stem_stride, seed)
+    model.load_state_dict(common.load(run.path("teacher", seed, ".pt")))
+    model = prepare(model, run).eval().requires_grad_(False)
+
+    def answer(x: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return answer
+
+
+def make_student(config: Config, arm: Arm, num_classes: int, seed: int) -> tuple[nn.Module, ResNet]:
+    """(what is trained, the plain student inside): the same but for a second head."""
+    student = make_model(config.pair.split("-")[1], num_classes, config.stem_stride, seed)
+    if not arm.aux:
+        return student, student
+    return seeded(seed + 1_000_000, lambda: DualHead(student, num_classes, arm.aux)), student
+
+
+def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
+    settings, data = all_arms(config)[arm], load_images(config, seed, run).to(run.device)
+    model, student = make_student(config, settings, data.num_classes, seed)
+    model, steps = prepare(model, run), num_steps(config, data)
+    teacher = load_teacher(config, seed, data, run) if settings.loss else None
+    backbone = [p for name, p in student.named_parameters() if not name.startswith("fc.")]
+    has_both = bool(settings.loss and settings.ce)
+
+    def loss_fn(batch: tuple[Tensor, Tensor, Tensor], step: int) -> tuple[Tensor | tuple[Tensor, Tensor], dict]:
+        x, y, index = batch
+        outputs = model(x)
+        main, second = outputs if settings.aux else (outputs, outputs)
+        ce = settings.ce * F.cross_entropy(main.float(), y)
+        if teacher is None:
+            return ce, {}
+        come_in = min(1.0, step / (settings.ramp * steps)) if settings.ramp else 1.0
+        logit = LOGIT_LOSSES[settings.loss](second, teacher(x, index), y, config)
+        logit = come_in * settings.alpha * settings.weight * logit
+        values = {"ce": ce.detach(), "logit": logit.detach()}
+        if has_both and step % config.probe_every == 0:
+            found = gradient_agreement(ce, logit, backbone, student.fc.weight)
+            values |= dict(zip(PROBES, found[:1] if settings.aux else found))
+        return (ce, logit) if settings.align else ce + logit, values
+
+    options = run.train_options(arm, seed) | {"on_step": test_every_epoch(model, data, config, arm, seed, run)}
+    if settings.align:
+        options["backward"] = aligned_backward(model, backbone if config.align == "backbone" else None)
+    fit(model, loss_fn, data, config, settings, seed, **options)
+    result = accuracies(model, data, config, arm, seed, run)
+    if config.tune:
+        return result
+    common.save(run.path(arm, seed, ".pt"), student.state_dict())  # what is deployed: no auxiliary head
+    logged = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()]
+    probes = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in logged]
+    result["probes"] = [probe for probe in probes if probe[0] % config.probe_every == 0] if has_both else []
+    return result | inference(model, student, settings, data, config, seed, run)
+
+
+PROBES = ("cos_backbone", "cos_head", "rows_in_conflict")
+
+
+def aligned_backward(model: nn.Module, shared: Sequence[Tensor] | None) -> Callable[[tuple[Tensor, Tensor]], None]:
+    """A backward for common.train: gradients of (cross-entropy, logit loss), aligned, into the parameters."""
+    parameters = list(model.parameters())
+    chosen = None if shared is None else {id(p) for p in shared}
+
+    def backward(losses: tuple[Tensor, Tensor]) -> None:
+        mask = None
+        if chosen is not None:
+            mask = torch.cat([torch.full_like(p, id(p) in chosen, dtype=torch.bool).flatten() for p in parameters])
+        merged = align_gradients(*(flat_gradient(loss, parameters) for loss in losses), mask)
+        for p, gradient in zip(parameters, merged.split([p.numel() for p in parameters])):
+            p.grad = gradient.view_as(p)
+
+    return backward
+
+
+def accuracies(model: nn.Module, data: images.ImageSet, config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Top-1 in percent: of the validation images where there are some; of the test images unless settings are sought."""
+    found = {}
+    if len(data.val_y):
+        found["val_accuracy"] = 100 * float(
+            (predict(model, data.val_x, data, run).argmax(-1) == data.val_y).float().mean()
+        )
+    if not config.tune:
+        correct = 100 * (predict(model, data.test_x, data, run).argmax(-1) == data.test_y).double()
+        blocks = [float(part.mean()) for part in correct.tensor_split(NUM_BLOCKS)]
+        found |= {"accuracy": float(correct.mean()), "accuracy_blocks": blocks}
+        if run.path(arm, seed, ".epochs.json").exists():
+            found["best_accuracy"] = max(common.read_json(run.path(arm, seed, ".epochs.json")).values())
+    return found
+
+
+@torch.no_grad()
+def inference(
+    model: nn.Module, student: ResNet, arm: Arm, data: images.ImageSet, config: Config, seed: int, run: Run
+) -> dict:
+    """The exported weights in a plain student beside the model that was trained; what its head learnt."""
+    plain = make_model(config.pair.split("-")[1], data.num_classes, config.stem_stride, seed + 1)
+    plain.load_state_dict({name: value.cpu() for name, value in student.state_dict().items()})
+    plain = plain.to(run.device).eval()
+    model.eval()
+    x, one = data.prepare(data.test_x[:100]), data.prepare(data.test_x[:1])
+    features = torch.cat([student.features(data.prepare(part)) for part in data.train_x[:5000].split(500)])
+    y, aux = data.train_y[: len(features)], {}
+    if arm.aux:
+        test = torch.cat([student.features(data.prepare(part)) for part in data.test_x.split(500)])
+        aux["aux_accuracy"] = 100 * float((model.aux(test).argmax(-1) == data.test_y).float().mean())
+    return aux | {
+        "export_difference": float((plain(x) - model.forward(x)).abs().max()),
+        "parameters": common.count_parameters(plain),
+        "training_parameters": common.count_parameters(model),
+        "flops": common.count_flops(lambda: plain(one))["Global"],
+        "train_accuracy": 100 * float((student.fc(features).argmax(-1) == y).float().mean()),
+        **neural_collapse(features, y, student.fc.weight),
+    }
+
+
+def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor) -> dict[str, float]:
+    """How far a classifier is on its way to neural collapse (Papyan et al. 2020); both are 0 at its end.
+
+    features [N, D], labels [N] of K classes, weight [K, D] -> "scatter": tr(within-class covariance, times the
+    pseudo-inverse of the between-class one) / K; "etf_distance": Frobenius distance of the normalised Gram matrix of
+    the centred class rows to that of a simplex equiangular tight frame, which needs D >= K - 1 to be reachable.
+    """
+    h, w, num_classes = features.double().cpu(), weight.detach().double().cpu(), len(weight)
+    member = F.one_hot(labels.cpu(), num_classes).double()  # [N, K]
+    means = member.T @ h / member.sum(dim=0).clamp(min=1)[:, None]  # [K, D]
+    within, between = h - means[labels.cpu()], means - means.mean(dim=0)
+    scatter = torch.trace(within.T @ within / len(h) @ torch.linalg.pinv(between.T @ between / num_classes))
+    w = w - w.mean(dim=0)
+    gram, simplex = w @ w.T, torch.eye(num_classes, dtype=w.dtype) - 1 / num_classes
+    distance = torch.linalg.norm(gram / torch.linalg.norm(gram) - simplex / torch.linalg.norm(simplex))
+    return {"scatter": float(scatter) / num_classes, "etf_distance": float(distance)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------------------------
+
+CONFLICT = "one head: the gradients of both losses agree more in the backbone than in the classifier, by over 0.1"
+COLLAPSE = "cross-entropy + BinaryKL on one head is worse than either alone"
+RECOVER = "a head for each loss is better than one head for both"
+EXPORT = "the auxiliary head costs nothing at inference: the plain student gives the same logits at the same size"
+UNREAD = "not verified"
+CLAIMS = [
+    Claim("dhkd.conflict", CONFLICT, UNREAD, required=True),
+    Claim("dhkd.one_head_collapse", COLLAPSE, UNREAD),
+    Claim("dhkd.two_heads_recover", RECOVER, UNREAD, required=True),
+    Claim("dhkd.beats_ce", "DHKD beats cross-entropy alone, each at its best settings", UNREAD),
+    Claim("dhkd.beats_kd", "DHKD beats softmax distillation, each at its best settings", UNREAD),
+    Claim("dhkd.export", EXPORT, "by design", required=True),
+]
+
+Results = dict[str, list[dict]]  # {arm: [one result a seed]}
+
+
+def values(results: Results, arm: str, key: str = "accuracy") -> np.ndarray:
+    return np.array([result[key] for result in results[arm]])  # [seeds]
+
+
+def scores(results: Results, arm: str) -> np.ndarray:
+    """What margins are taken over: one accuracy a seed; with a single seed, one a block of the test images."""
+    return np.array(results[arm][0]["accuracy_blocks"]) if len(results[arm]) == 1 else values(results, arm)
+
+
+def shown(margin: np.ndarray, run: Run, digits: int = 1) -> str:
+    return common.show(margin if len(run.seeds) > 1 else [margin.mean()], digits)
+
+
+def judge(config: Config, run: Run, results: Results) -> None:
+    """From measurements to claim rows; a claim whose arms are not in this run stays unmeasured."""
+    ahead = lambda better, arm: scores(results, better) - scores(results, arm)
+    have = lambda *arms: set(arms) <= set(results)
+    mean = lambda arm: f"{values(results, arm).mean():.1f}"
+
+    def report(id: str, margin: np.ndarray, text: str, *arms: str) -> None:
+        numbers = {arm: values(results, arm).tolist() for arm in arms}
+        run.claim(f"dhkd.{id}", text, {"margin": margin.tolist(), **numbers}, margin)
+
+    if have("ce+bkl"):
+        probes = [np.array(result["probes"])[:, 1:] for result in results["ce+bkl"]]  # [probes, 3]
+        blocks = np.array_split(probes[0], min(NUM_BLOCKS, len(probes[0]))) if len(probes) == 1 else probes
+        backbone, head, rows = np.array([block.mean(axis=0) for block in blocks]).T
+        text = f"cosine {shown(backbone, run, 2)} in the backbone, {shown(head, run, 2)} in the classifier, "
+        text += f"{100 * rows.mean():.0f} % of whose class rows are in conflict"
+        gap = backbone - head - 0.1
+        found = {"margin": gap, "cos_backbone": backbone, "cos_head": head, "rows_in_conflict": rows}
+        run.claim("dhkd.conflict", text, {name: value.tolist() for name, value in found.items()}, gap)
+    if have("ce", "bkl", "ce+bkl"):
+        worse = min(("ce", "bkl"), key=lambda arm: values(results, arm).mean())
+        margin = ahead(worse, "ce+bkl")
+        text = f"one head {mean('ce+bkl')}, {shown(margin, run)} points below the worse of CE {mean('ce')}, BinaryKL "
+        text += f"{mean('bkl')} (negative: above)"
+        if have("bkln@lr0.5", "ce+bkln@lr0.5"):
+            text += f"; BinaryKL-Norm at lr 0.5: one head {mean('ce+bkln@lr0.5')}, alone {mean('bkln@lr0.5')}"
+        report("one_head_collapse", margin, text, "ce", "bkl", "ce+bkl")
+    if have("ce+bkl", "dual-bkl"):
+        margin = ahead("dual-bkl", "ce+bkl")
+        text = f"two heads {mean('dual-bkl')}, one {mean('ce+bkl')}: {shown(margin, run)} points"
+        for suffix, words in CONTROLS.items():
+            if have(f"dual-bkl@{suffix}", f"ce+bkl@{suffix}"):
+                text += f"; {words} {shown(ahead(f'dual-bkl@{suffix}', f'ce+bkl@{suffix}'), run)}"
+        report("two_heads_recover", margin, text, "dual-bkl", "ce+bkl")
+    for id, rival in (("beats_ce", "ce"), ("beats_kd", "kd")):
+        tuned = "" if run.scale == "full" else "@tuned"  # the paper's settings are published, ours were sought
+        ours, theirs = f"dhkd{tuned}", f"{rival}{tuned}"
+        if have(ours, theirs):
+            margin = ahead(ours, theirs)
+            text = f"dhkd {mean(ours)}, {rival} {mean(theirs)}: {shown(margin, run)} points"
+            if have(f"dhkd-mlp{tuned}"):
+                text += f"; with an mlp head {shown(ahead(f'dhkd-mlp{tuned}', theirs), run)}"
+            report(id, margin, text, ours, theirs)
+    dual = [arm for arm in results if "aux_accuracy" in results[arm][0]]
+    if dual:
+        difference = max(values(results, arm, "export_difference").max() for arm in dual)
+        sizes, costs = (
+            {int(v) for arm in results for v in values(results, arm, key)} for key in ("parameters", "flops")
+        )
+        text = f"largest difference of logits {difference:g} in {len(dual)} arms; {min(sizes):,} parameters, "
+        text += f"{min(costs):,} FLOPs an image, as with one head"
+        found = {"difference": difference, "parameters": sorted(sizes), "flops": sorted(costs)}
+        run.claim("dhkd.export", text, found, holds=difference == 0 and len(sizes) == len(costs) == 1)
+
+
+CONTROLS = {
+    "head-lr0.2": "head slowed to a fifth",
+    "clip1": "gradient clipped at 1",
+    "tuned": "each at its best settings",
+}
+
+
+def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> None:
+    teacher = results["teacher"]
+    rows = [["teacher", "", "", common.show(values(results, "teacher"), 1), "", ""]]
+    has_best = "best_accuracy" in teacher[0]
+    for name, arm in arms.items():
+        found = results[name]
+        second = common.show(values(results, name, "aux_accuracy"), 1) if arm.aux else ""
+        rows.append([name, f"{arm.lr:g}", f"{arm.alpha:g}" if arm.loss else "", common.show(values(results, name), 1)])
+        rows[-1] += [common.show(values(results, name, "train_accuracy"), 1), second]
+        if has_best:
+            rows[-1].append(common.show([result["best_accuracy"] for result in found], 1))
+    header = ["arm", "lr", "alpha", "test", "train", "auxiliary head"] + ["best epoch"] * has_best
+    if has_best:
+        rows[0].append(common.show(values(results, "teacher", "best_accuracy"), 1))
+    run.table(f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s)", header, rows)
+
+    shown_arms = [name for name in arms if "@" not in name and results[name][0]["probes"]]
+    rows = []
+    for name in shown_arms:
+        probes = np.mean([result["probes"] for result in results[name]], axis=0)  # [probes, step and cosines]
+        for i, title in enumerate(("backbone", "classifier", "class rows in conflict")[: probes.shape[1] - 1]):
+            quarters = [part[:, 1 + i].mean() for part in np.array_split(probes, 4) if len(part)]
+            rows.append([f"{name}: {title}", *(f"{value:.2f}" for value in quarters)])
+    if rows:
+        header = ["", *("1st quarter", "2nd", "3rd", "4th")[: len(rows[0]) - 1]]
+        run.table("cosine of the gradients of cross-entropy and logit loss, over the run", header, rows)
+    rows = [
+        [name, *(common.show(values(results, name, key), 3) for key in COLLAPSE_KEYS)]
+        for name in arms
+        if "@" not in name
+    ]
+    run.table("neural collapse of the main head (0: complete)", ["", "within / between", "distance to ETF"], rows)
+
+
+COLLAPSE_KEYS = ("scatter", "etf_distance")
+
+
+def print_grid(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> None:
+    """The tuning grid, and the best point of every arm in the form of TUNED."""
+    rows, best = [], {}
+    for name in dict.fromkeys(full_name.split("@")[0] for full_name in arms):
+        points = {full_name: arm for full_name, arm in arms.items() if full_name.split("@")[0] == name}
+        mean = {point: values(results, point, "val_accuracy").mean() for point in points}
+        top = max(mean, key=mean.get)
+        best[name] = (points[top].lr, points[top].alpha)
+        for point, arm in points.items():
+            alpha, mark = f"{arm.alpha:g}" if arm.loss else "", "best" if point == top else ""
+            rows.append([name, f"{arm.lr:g}", alpha, common.show(values(results, point, "val_accuracy"), 1), mark])
+    run.table(f"validation top-1, {len(run.seeds)} seed(s)", ["arm", "lr", "alpha", "top-1", ""], rows)
+    print(f"\nTUNED = {best}")
+
+
+def draw(config: Config, run: Run, results: Results) -> None:
+    def cosines(ax) -> None:
+        series = {}
+        for arm, title in (("ce+bkl", "one head"), ("dual-bkl", "two heads")):
+            if arm in results and results[arm][0]["probes"]:
+                steps, *found = np.mean([result["probes"] for result in results[arm]], axis=0).T
+                for part, value in zip(("backbone", "classifier"), found):
+                    series[f"{title}: {part}"] = (steps, value)
+        common.lines(ax, series, xlabel="step", ylabel="cosine", title="do the two losses pull the same way?")
+
+    def sweep(ax, field: str) -> None:
+        series, arms = {}, all_arms(config)
+        for title, name in SWEPT.items():
+            points = {}
+            for arm_name in results:
+                arm = arms.get(arm_name)
+                base = arms[name]
+                if arm is not None and replace(arm, **{field: getattr(base, field)}) == base and arm.loss:
+                    points[getattr(arm, field)] = values(results, arm_name).mean()
+            if len(points) > 1:
+                series[title] = tuple(zip(*sorted(points.items())))
+        titles = {"lr": "learning rate", "alpha": "alpha, the weight of the logit loss"}
+        common.lines(ax, series, xlabel=titles[field], ylabel="test top-1, %", title=f"accuracy against {field}")
+        ax.set_xscale("log")
+
+    panels = [cosines]
+    if run.ablate and config.data == "generated":
+        panels += [lambda ax: sweep(ax, "lr"), lambda ax: sweep(ax, "alpha")]
+    else:
+        heights = {arm: values(results, arm).mean() for arm in results if "@" not in arm}
+        panels += [lambda ax: common.bars(ax, heights, ylabel="test top-1, %", title="accuracy")]
+    run.plot("dual_head_kd", panels)
+
+
+SWEPT = {"CE alone": "ce", "BinaryKL alone": "bkl", "one head for both": "ce+bkl", "two heads": "dual-bkl"}
+
+# ---------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuse impossible settings before anything is read or written."""
+    names = config.pair.split("-")
+    for name in names:
+        if name not in MODELS or len(names) != 2:
+            raise ValueError(f"pair is {config.pair!r}; needed: teacher-student, each one of {', '.join(MODELS)}")
+    for name in ("temperature", "kd_temperature", "lr", "teacher_lr", "head_lr_mult", "clip"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; a number above 0 is needed")
+    for name in ("alpha", "warmup", "momentum", "weight_decay", "test_every", "train_per_class", "val_per_class"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; 0 or more is needed")
+    for name in ("batch_size", "epochs", "steps", "stem_stride", "probe_every"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
+    if config.batch_size < 2:
+        raise ValueError(f"batch_size is {config.batch_size}; batch normalisation needs at least 2")
+    if config.aux not in ("linear", "mlp"):
+        raise ValueError(f"aux is {config.aux!r}; dhkd needs an auxiliary head: 'linear' or 'mlp'")
+    if config.align not in ("whole", "backbone"):
+        raise ValueError(f"align is {config.align!r}; allowed: 'whole', 'backbone'")
+    if not all(0 < share < 1 for share in config.milestones):
+        raise ValueError(f"milestones are {config.milestones}; shares of the run between 0 and 1 are needed")
+    if config.tune and not config.val_per_class:
+        raise ValueError("--tune chooses on validation images, and val_per_class is 0; give e.g. --val-per-class 50")
+
+
+def sizes_of(config: Config, run: Run) -> images.ImageSet:
+    """For --dry-run: blank images of the right number and shape; nothing is downloaded."""
+    if config.data not in images.FILES:
+        return load_images(config, run.seed, run)
+    classes, x = (100 if config.data == "cifar100" else 10), torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8)
+    y, one = torch.arange(50_000) % classes, torch.ones(3, 1, 1)
+    return images.ImageSet(config.data, x, y, x[:0], y[:0], x[:10_000], y[:10_000], classes, one, one)
+
+
+def main(config: Config, run: Run) -> dict:
+    check(config)
+    arms = chosen_arms(config, run.ablate)
+    unique = {}  # settings that stand under two names are trained once
+    for name, arm in arms.items():
+        unique.setdefault(arm, name)
+    seeds = run.seeds if config.data == "generated" else run.seeds[:1]
+    data = sizes_of(config, run) if run.dry_run else load_images(config, run.seed, run)
+    if len(data.train_y) < config.batch_size:
+        raise ValueError(f"{len(data.train_y)} training images are less than one batch of {config.batch_size}")
+    steps = num_steps(config, data)
+    student = prepare(make_student(config, Arm(), data.num_classes, run.seed)[0], run)
+    teacher = prepare(make_model(config.pair.split("-")[0], data.num_classes, config.stem_stride, run.seed), run)
+    x = data.to(run.device).prepare(data.train_x[: config.batch_size].to(run.device))
+    step = lambda: (student(x).sum() + (teacher(x).sum() if config.augment else 0)).backward()
+    if run.dry_run:
+        held = (run.data_dir / config.data / images.download.MARKER).exists()
+        size = 0 if config.data not in images.FILES or held else images.download.DATASETS[config.data].size
+        run.estimate(student, step, steps * (len(unique) * len(run.seeds) + 3 * len(seeds)), size)
+        return {}
+    for seed in seeds:
+        loaded = load_images(config, seed, run)
+        run.data[loaded.name] = loaded.digest
+    if config.teacher_file:
+        run.data["teacher"] = common.sha256(config.teacher_file)[:12]
+    cost = [common.measure_step(work, run.device)["seconds"] for work in (lambda: teacher(x).sum().backward(), step)]
+    rounds = [math.ceil(n / run.workers) for n in (len(seeds), len(unique) * len(run.seeds))]  # jobs in turn
+    seconds = 1.3 * steps * (rounds[0] * cost[0] * (not config.teacher_file) + rounds[1] * cost[1])
+    run.header(f"{data.name} {data.digest}, {config.pair}, {steps} steps", seconds)
+    del data, loaded, student, teacher, x
+
+    taught = run.map_arms(train_teacher, [(config, "teacher", seed) for seed in seeds])
+    found = run.measure(train_student, config, list(unique.values()))
+    results = {name: found[unique[arm]] for name, arm in arms.items()}
+    if config.tune:
+        print_grid(config, run, results, arms)
+        return {"arms": results}
+    print_tables(config, run, results | {"teacher": taught}, arms)
+    judge(config, run, results)
+    draw(config, run, results)
+    return {"arms": results | {"teacher": taught}}
+
+
+if __name__ == "__main__":
+    common.run(main, SMALL, FULL, CLAIMS)
