@@ -307,6 +307,13 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
     "dist": lambda s, t, y, config: dist_loss(s, t, config.kd_temperature),
     "lskd": lambda s, t, y, config: lskd_loss(s, t, config.temperature),
 }
+DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
+SWEPT = {"ce": "CE alone", "bkl": "BinaryKL alone", "ce+bkl": "one head for both", "dual-bkl": "two heads"}
+SWEEP = {"lr": (0.02, 0.1, 0.25), "alpha": (0.1, 0.3, 3.0)}
+GRID = {"lr": (0.1, 0.25, 0.5), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
+TUNED: dict[str, tuple[float, float]] = {}  # arm: (lr, alpha), the best of GRID on seeds 100 and 101
+NUM_BLOCKS = 10  # of the test images, of the probes: what a run of one seed takes its standard error over
+PROBES = ("cos_backbone", "cos_head", "rows_in_conflict")
 
 
 @dataclass(frozen=True)
@@ -323,62 +330,46 @@ class Arm:
     clip: float | None = None
 
 
-DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
-LR_GRID, ALPHA_GRID = (0.1, 0.25, 0.5), (0.1, 0.3, 1.0)  # the same for every arm
-TUNED: dict[str, tuple[float, float]] = {}
-NUM_BLOCKS = 10  # of the test set, of the probes: what a run of one seed takes its standard error over
-
-
-def base_arms(config: Config) -> dict[str, Arm]:
-    arms = {
-        "ce": Arm(),
-        "kd": Arm("kd"),
-        "bkl": Arm("bkl", ce=0.0),
-        "ce+bkl": Arm("bkl"),
-        "dual-bkl": Arm("bkl", aux="linear"),
-        "dhkd": Arm("bkln", aux=config.aux),
-        "bkln": Arm("bkln", ce=0.0),
-        "ce+bkln": Arm("bkln"),
-        "dhkd-mlp": Arm("bkln", aux="mlp"),
-        "dhkd-ga": Arm("bkln", aux=config.aux, align=True),
-        "dual-mse": Arm("mse", aux="linear"),
-        "kd-crd": Arm("kd", ce=0.1, weight=0.9),  # the weights of the public tables
-        "dkd": Arm("dkd", ramp=20 / 240),
-        "dist": Arm("dist", weight=2.0),
-        "lskd": Arm("lskd", ce=0.1, weight=9.0),
-    }
-    own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
-    return {name: replace(arm, **own) for name, arm in arms.items()}
-
-
-def grid_arms(config: Config, names: Sequence[str]) -> dict[str, Arm]:
-    """Every point of the grid; without a logit loss alpha has no meaning, so it is not varied."""
-    arms, grid = base_arms(config), {}
-    for name in names:
-        for lr in LR_GRID:
-            for alpha in ALPHA_GRID if arms[name].loss else (config.alpha,):
-                grid[f"{name}@lr{lr:g}-alpha{alpha:g}"] = replace(arms[name], lr=lr, alpha=alpha)
-    return grid
-
-
 def all_arms(config: Config) -> dict[str, Arm]:
-    """Base arms; controls that slow the head or bound the step; the sweeps; every arm at its own best settings."""
-    arms = base = base_arms(config)
-    for name in ("ce+bkl", "dual-bkl"):
-        arms = arms | {f"{name}@head-lr0.2": replace(base[name], head_lr_mult=0.2)}
-        arms = arms | {f"{name}@clip1": replace(base[name], clip=1.0)}
+    """Methods; controls that slow the head or bound the step; sweeps; every method at its best settings; the grid."""
+    own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
+    methods = {
+        "ce": Arm(**own | {"alpha": 0.0}),
+        "kd": Arm("kd", **own),
+        "bkl": Arm("bkl", ce=0.0, **own),
+        "ce+bkl": Arm("bkl", **own),
+        "dual-bkl": Arm("bkl", aux="linear", **own),
+        "dhkd": Arm("bkln", aux=config.aux, **own),
+        "bkln": Arm("bkln", ce=0.0, **own),
+        "ce+bkln": Arm("bkln", **own),
+        "dhkd-mlp": Arm("bkln", aux="mlp", **own),
+        "dhkd-ga": Arm("bkln", aux=config.aux, align=True, **own),
+        "dual-mse": Arm("mse", aux="linear", **own),
+        "kd-crd": Arm("kd", ce=0.1, weight=0.9, **own),  # the weights behind the public tables
+        "dkd": Arm("dkd", ramp=20 / 240, **own),
+        "dist": Arm("dist", weight=2.0, **own),
+        "lskd": Arm("lskd", ce=0.1, weight=9.0, **own),
+    }
+
+    def vary(suffix: str, names: Sequence[str], **changes: float) -> dict[str, Arm]:
+        varied = {f"{name}@{suffix}": replace(methods[name], **changes) for name in names}
+        return {name: arm if arm.loss else replace(arm, alpha=0.0) for name, arm in varied.items()}
+
+    arms, one_and_two = dict(methods), ("ce+bkl", "dual-bkl")
+    arms |= vary("head-lr0.2", one_and_two, head_lr_mult=0.2) | vary("clip1", one_and_two, clip=1.0)
     if config.data == "generated":  # settings of the small scale
-        for name in ("ce", "bkl", "ce+bkl", "dual-bkl"):
-            arms = arms | {f"{name}@lr{lr:g}": replace(base[name], lr=lr) for lr in SWEEP_LR}
-        for name in ("bkl", "ce+bkl", "dual-bkl"):
-            arms = arms | {f"{name}@alpha{alpha:g}": replace(base[name], alpha=alpha) for alpha in SWEEP_ALPHA}
-        for name in ("bkln", "ce+bkln", "dhkd"):
-            arms = arms | {f"{name}@lr0.5": replace(base[name], lr=0.5)}
-        arms = arms | {f"{name}@tuned": replace(base[name], lr=lr, alpha=a) for name, (lr, a) in TUNED.items()}
-    return arms | (grid_arms(config, list(base)) if config.tune else {})
-
-
-SWEEP_LR, SWEEP_ALPHA = (0.02, 0.1, 0.5), (0.1, 0.3, 3.0)
+        for field, points in SWEEP.items():
+            for value in points:
+                arms |= vary(
+                    f"{field}{value:g}", [name for name in SWEPT if field != "alpha" or name != "ce"], **{field: value}
+                )
+        for name, (lr, alpha) in TUNED.items():
+            arms |= vary("tuned", [name], lr=lr, alpha=alpha)
+    if config.tune:
+        for lr in GRID["lr"]:
+            for alpha in GRID["alpha"]:
+                arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
+    return arms
 
 
 def chosen_arms(config: Config, ablate: bool) -> dict[str, Arm]:
@@ -389,9 +380,9 @@ def chosen_arms(config: Config, ablate: bool) -> dict[str, Arm]:
             near = difflib.get_close_matches(name, arms, n=1, cutoff=0)[0]
             raise ValueError(f"--arms: there is no arm {name!r}; the nearest is {near!r}, all: {', '.join(arms)}")
     if config.tune:
-        return grid_arms(config, config.arms or list(base_arms(config)))
-    names = config.arms or (arms if ablate else DEFAULT)
-    return {name: arms[name] for name in names}
+        names = config.arms or [name for name in arms if "@" not in name]
+        return {name: arm for name, arm in arms.items() if "-alpha" in name and name.split("@")[0] in names}
+    return {name: arms[name] for name in config.arms or (arms if ablate else DEFAULT)}
 
 
 def load_images(config: Config, seed: int, run: Run) -> images.ImageSet:
@@ -406,8 +397,7 @@ def num_steps(config: Config, data: images.ImageSet) -> int:
 
 def batch_maker(data: images.ImageSet, config: Config, seed: int) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
     """step -> (x, y, index of each image): the same for every arm, drawn an epoch at a time, cut out on the device."""
-    size, count, device = config.batch_size, len(data.train_y), data.train_y.device
-    plan: dict[int, list[Tensor]] = {}
+    size, count, plan = config.batch_size, len(data.train_y), {}
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, place = divmod(step, count // size)  # the last, smaller batch of an epoch is dropped
@@ -417,32 +407,38 @@ def batch_maker(data: images.ImageSet, config: Config, seed: int) -> Callable[[i
             shift = torch.randint(0, 9, (count, 2), generator=generator)
             mirrored = torch.rand(count, generator=generator) < 0.5
             plan.clear()
-            plan[epoch] = [drawn.to(device) for drawn in (order, shift, mirrored)]
+            plan[epoch] = [drawn.to(data.train_y.device) for drawn in (order, shift, mirrored)]
         index, shift, mirrored = (drawn[place * size : (place + 1) * size] for drawn in plan[epoch])
         x = data.train_x[index]
-        if config.augment:
-            x = images.augment(x, shift, mirrored)
+        x = images.augment(x, shift, mirrored) if config.augment else x
         return data.prepare(x), data.train_y[index], index
 
     return batches
 
 
-def fit(
-    model: nn.Module, loss_fn: Callable, data: images.ImageSet, config: Config, arm: Arm, seed: int, **options
-) -> None:
-    """common.train with the SGD of the official code and the schedule of the scale."""
-    steps, device = num_steps(config, data), data.train_y.device
+def fit(model: nn.Module, loss_fn: Callable, data: images.ImageSet, config: Config, arm: Arm, *job, **options) -> None:
+    """common.train with the SGD of the official code and the schedule of the scale. job: (arm's name, seed, run)."""
+    steps, (name, seed, run) = num_steps(config, data), job
     is_head = lambda name: "fc" in name.split(".") or name.startswith("aux.")
     backbone, heads = ([p for n, p in model.named_parameters() if is_head(n) == wanted] for wanted in (False, True))
     groups = [{"params": backbone, "lr": arm.lr}, {"params": heads, "lr": arm.lr * arm.head_lr_mult}]
-    fused = True if device.type == "cuda" else None
+    fused = True if run.device == "cuda" else None
     sgd = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
     schedule = common.cosine(steps, min(config.warmup, steps // 5), final=0.0)
     if config.milestones:
         schedule = common.milestones([round(share * steps) for share in config.milestones])
+    tested, per_epoch = run.path(name, seed, ".epochs.json"), len(data.train_y) // config.batch_size
+
+    def test(step: int) -> None:
+        epoch, place = divmod(step + 1, per_epoch)
+        if config.test_every and not config.tune and place == 0 and epoch % config.test_every == 0:
+            seen = common.read_json(tested) if epoch > config.test_every and tested.exists() else {}
+            common.write_json(tested, seen | {str(epoch): top1(model, data.test_x, data.test_y, data, run).mean()})
+
     torch.manual_seed(seed)  # for the dropout of the mlp head
-    options |= {"optimizer": sgd, "schedule": schedule, "clip": arm.clip}
-    common.train(model, loss_fn, steps, batches=batch_maker(data, config, seed), **options)
+    options |= {"optimizer": sgd, "schedule": schedule, "clip": arm.clip, "on_step": test}
+    batches = batch_maker(data, config, seed)
+    common.train(model, loss_fn, steps, batches=batches, **run.train_options(name, seed), **options)
 
 
 def prepare(model: nn.Module, run: Run) -> nn.Module:
@@ -451,8 +447,8 @@ def prepare(model: nn.Module, run: Run) -> nn.Module:
     if run.device == "cuda":
         model = model.to(memory_format=torch.channels_last)
     if run.compile:
-        torch._functorch.config.donated_buffer = False  # two losses walk one graph
-        model.compile(mode="reduce-overhead" if run.device == "cuda" else "default")  # CUDA graphs
+        torch._functorch.config.donated_buffer = False  # gradients of two losses are taken from one graph
+        model.compile(mode="reduce-overhead" if run.device == "cuda" else "default")  # the former: CUDA graphs
     return model
 
 
@@ -467,29 +463,28 @@ def predict(model: nn.Module, x: Tensor, data: images.ImageSet, run: Run) -> Ten
     return logits
 
 
-def test_every_epoch(
-    model: nn.Module, data: images.ImageSet, config: Config, arm: str, seed: int, run: Run
-) -> Callable[[int], None] | None:
-    """An on_step for common.train that keeps the test accuracy of every test_every epochs in a file."""
-    if not config.test_every or config.tune:
-        return None
-    path, per_epoch = run.path(arm, seed, ".epochs.json"), len(data.train_y) // config.batch_size
-    path.unlink(missing_ok=not run.path(arm, seed, ".ckpt").exists())
+def top1(model: nn.Module, x: Tensor, y: Tensor, data: images.ImageSet, run: Run) -> np.ndarray:
+    """[N] 100 where the image is classified rightly, else 0."""
+    return 100.0 * (predict(model, x, data, run).argmax(-1) == y).cpu().numpy()
 
-    def on_step(step: int) -> None:
-        epoch, place = divmod(step + 1, per_epoch)
-        if place == 0 and epoch % config.test_every == 0:
-            seen = common.read_json(path) if path.exists() else {}
-            accuracy = (predict(model, data.test_x, data, run).argmax(-1) == data.test_y).float().mean()
-            common.write_json(path, seen | {str(epoch): 100 * float(accuracy)})
 
-    return on_step
+def accuracies(model: nn.Module, data: images.ImageSet, config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Percent right of the validation images, if there are any; of the test images, unless settings are sought."""
+    found = {}
+    if len(data.val_y):
+        found["val_accuracy"] = top1(model, data.val_x, data.val_y, data, run).mean()
+    if not config.tune:
+        right = top1(model, data.test_x, data.test_y, data, run)
+        blocks = [part.mean() for part in np.array_split(right, NUM_BLOCKS)]
+        found |= {"accuracy": right.mean(), "accuracy_blocks": blocks}
+        if run.path(arm, seed, ".epochs.json").exists():
+            found["best_accuracy"] = max(common.read_json(run.path(arm, seed, ".epochs.json")).values())
+    return found
 
 
 def train_teacher(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """Cross-entropy alone; or the weights of teacher_file. Without augmentation its logits are worked out once."""
-    data = load_images(config, seed, run).to(run.device)
-    name = config.pair.split("-")[0]
+    """Cross-entropy alone, or the weights of teacher_file. Without augmentation its logits are worked out once."""
+    data, name = load_images(config, seed, run).to(run.device), config.pair.split("-")[0]
     model = make_model(name, data.num_classes, config.stem_stride, seed)
     if config.teacher_file:
         try:
@@ -500,43 +495,30 @@ def train_teacher(config: Config, arm: str, seed: int, run: Run) -> dict:
     model = prepare(model, run)
     if not config.teacher_file:
         cross_entropy = lambda batch, step: (F.cross_entropy(model(batch[0]).float(), batch[1]), {})
-        on_step = test_every_epoch(model, data, config, arm, seed, run)
-        options = run.train_options(arm, seed) | {"on_step": on_step}
-        fit(model, cross_entropy, data, config, Arm(lr=config.teacher_lr), seed, **options)
+        fit(model, cross_entropy, data, config, Arm(lr=config.teacher_lr), arm, seed, run)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     if not config.augment:
         common.save(run.path(arm, seed, "-logits.pt"), predict(model, data.train_x, data, run).cpu())
     return accuracies(model, data, config, arm, seed, run)
 
 
-def teacher_seed(config: Config, seed: int, run: Run) -> int:
-    """Generated images differ by seed, and so do their teachers; on photographs one teacher serves all seeds."""
-    return seed if config.data == "generated" else run.seed
-
-
 def load_teacher(config: Config, seed: int, data: images.ImageSet, run: Run) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, index of each image) -> teacher logits [N, K], without gradient, the teacher frozen in eval mode."""
-    seed = teacher_seed(config, seed, run)
+    """(x, index of each image) -> teacher logits [N, K]; the teacher is frozen, in eval mode."""
+    seed = seed if config.data == "generated" else run.seed  # on photographs one teacher serves all seeds
     if not config.augment:
         table = common.load(run.path("teacher", seed, "-logits.pt")).to(run.device)
         return lambda x, index: table[index]
     model = make_model(config.pair.split("-")[0], data.num_classes, config.stem_stride, seed)
     model.load_state_dict(common.load(run.path("teacher", seed, ".pt")))
     model = prepare(model, run).eval().requires_grad_(False)
-
-    def answer(x: Tensor, index: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(x)
-
-    return answer
+    return lambda x, index: model(x)
 
 
 def make_student(config: Config, arm: Arm, num_classes: int, seed: int) -> tuple[nn.Module, ResNet]:
-    """(what is trained, the plain student inside): the same but for a second head."""
+    """(what is trained, the plain student inside it): one and the same without a second head."""
     student = make_model(config.pair.split("-")[1], num_classes, config.stem_stride, seed)
-    if not arm.aux:
-        return student, student
-    return seeded(seed + 1_000_000, lambda: DualHead(student, num_classes, arm.aux)), student
+    dual = lambda: DualHead(student, num_classes, arm.aux)
+    return (seeded(seed + 1_000_000, dual) if arm.aux else student), student
 
 
 def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -545,7 +527,7 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
     model, steps = prepare(model, run), num_steps(config, data)
     teacher = load_teacher(config, seed, data, run) if settings.loss else None
     backbone = [p for name, p in student.named_parameters() if not name.startswith("fc.")]
-    has_both = bool(settings.loss and settings.ce)
+    probed = bool(settings.loss and settings.ce and not config.tune)
 
     def loss_fn(batch: tuple[Tensor, Tensor, Tensor], step: int) -> tuple[Tensor | tuple[Tensor, Tensor], dict]:
         x, y, index = batch
@@ -558,91 +540,67 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
         logit = LOGIT_LOSSES[settings.loss](second, teacher(x, index), y, config)
         logit = come_in * settings.alpha * settings.weight * logit
         values = {"ce": ce.detach(), "logit": logit.detach()}
-        if has_both and step % config.probe_every == 0:
+        if probed and step % config.probe_every == 0:
             found = gradient_agreement(ce, logit, backbone, student.fc.weight)
             values |= dict(zip(PROBES, found[:1] if settings.aux else found))
         return (ce, logit) if settings.align else ce + logit, values
 
-    options = run.train_options(arm, seed) | {"on_step": test_every_epoch(model, data, config, arm, seed, run)}
-    if settings.align:
-        options["backward"] = aligned_backward(model, backbone if config.align == "backbone" else None)
-    fit(model, loss_fn, data, config, settings, seed, **options)
+    backward = aligned_backward(model, backbone if config.align == "backbone" else None) if settings.align else None
+    fit(model, loss_fn, data, config, settings, arm, seed, run, backward=backward)
     result = accuracies(model, data, config, arm, seed, run)
     if config.tune:
         return result
     common.save(run.path(arm, seed, ".pt"), student.state_dict())  # what is deployed: no auxiliary head
-    logged = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()]
-    probes = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in logged]
-    result["probes"] = [probe for probe in probes if probe[0] % config.probe_every == 0] if has_both else []
+    lines = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()] if probed else []
+    lines = [line for line in lines if line["step"] % config.probe_every == 0]
+    result["probes"] = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in lines]
     return result | inference(model, student, settings, data, config, seed, run)
 
 
-PROBES = ("cos_backbone", "cos_head", "rows_in_conflict")
-
-
-def aligned_backward(model: nn.Module, shared: Sequence[Tensor] | None) -> Callable[[tuple[Tensor, Tensor]], None]:
+def aligned_backward(model: nn.Module, backbone: Sequence[Tensor] | None) -> Callable[[tuple[Tensor, Tensor]], None]:
     """A backward for common.train: gradients of (cross-entropy, logit loss), aligned, into the parameters."""
-    parameters = list(model.parameters())
-    chosen = None if shared is None else {id(p) for p in shared}
+    parameters, shared = list(model.parameters()), None
+    if backbone is not None:
+        inside = {id(p) for p in backbone}
+        shared = torch.cat([torch.full_like(p, id(p) in inside, dtype=torch.bool).flatten() for p in parameters])
 
     def backward(losses: tuple[Tensor, Tensor]) -> None:
-        mask = None
-        if chosen is not None:
-            mask = torch.cat([torch.full_like(p, id(p) in chosen, dtype=torch.bool).flatten() for p in parameters])
-        merged = align_gradients(*(flat_gradient(loss, parameters) for loss in losses), mask)
+        merged = align_gradients(*(flat_gradient(loss, parameters) for loss in losses), shared)
         for p, gradient in zip(parameters, merged.split([p.numel() for p in parameters])):
             p.grad = gradient.view_as(p)
 
     return backward
 
 
-def accuracies(model: nn.Module, data: images.ImageSet, config: Config, arm: str, seed: int, run: Run) -> dict:
-    """Top-1 in percent: of the validation images where there are some; of the test images unless settings are sought."""
-    found = {}
-    if len(data.val_y):
-        found["val_accuracy"] = 100 * float(
-            (predict(model, data.val_x, data, run).argmax(-1) == data.val_y).float().mean()
-        )
-    if not config.tune:
-        correct = 100 * (predict(model, data.test_x, data, run).argmax(-1) == data.test_y).double()
-        blocks = [float(part.mean()) for part in correct.tensor_split(NUM_BLOCKS)]
-        found |= {"accuracy": float(correct.mean()), "accuracy_blocks": blocks}
-        if run.path(arm, seed, ".epochs.json").exists():
-            found["best_accuracy"] = max(common.read_json(run.path(arm, seed, ".epochs.json")).values())
-    return found
-
-
 @torch.no_grad()
 def inference(
     model: nn.Module, student: ResNet, arm: Arm, data: images.ImageSet, config: Config, seed: int, run: Run
 ) -> dict:
-    """The exported weights in a plain student beside the model that was trained; what its head learnt."""
+    """The exported weights in a plain student beside the model that was trained; what the heads learnt."""
     plain = make_model(config.pair.split("-")[1], data.num_classes, config.stem_stride, seed + 1)
     plain.load_state_dict({name: value.cpu() for name, value in student.state_dict().items()})
-    plain = plain.to(run.device).eval()
-    model.eval()
+    plain, model = plain.to(run.device).eval(), model.eval()
     x, one = data.prepare(data.test_x[:100]), data.prepare(data.test_x[:1])
-    features = torch.cat([student.features(data.prepare(part)) for part in data.train_x[:5000].split(500)])
-    y, aux = data.train_y[: len(features)], {}
-    if arm.aux:
-        test = torch.cat([student.features(data.prepare(part)) for part in data.test_x.split(500)])
-        aux["aux_accuracy"] = 100 * float((model.aux(test).argmax(-1) == data.test_y).float().mean())
-    return aux | {
+    features = lambda x: torch.cat([student.features(data.prepare(part)) for part in x.split(500)])
+    seen, y = features(data.train_x[:5000]), data.train_y[:5000]
+    percent = lambda head, h, y: 100 * float((head(h).argmax(-1) == y).float().mean())
+    return {
         "export_difference": float((plain(x) - model.forward(x)).abs().max()),
         "parameters": common.count_parameters(plain),
         "training_parameters": common.count_parameters(model),
         "flops": common.count_flops(lambda: plain(one))["Global"],
-        "train_accuracy": 100 * float((student.fc(features).argmax(-1) == y).float().mean()),
-        **neural_collapse(features, y, student.fc.weight),
+        "train_accuracy": percent(student.fc, seen, y),
+        **({"aux_accuracy": percent(model.aux, features(data.test_x), data.test_y)} if arm.aux else {}),
+        **neural_collapse(seen, y, student.fc.weight),
     }
 
 
 def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor) -> dict[str, float]:
     """How far a classifier is on its way to neural collapse (Papyan et al. 2020); both are 0 at its end.
 
-    features [N, D], labels [N] of K classes, weight [K, D] -> "scatter": tr(within-class covariance, times the
-    pseudo-inverse of the between-class one) / K; "etf_distance": Frobenius distance of the normalised Gram matrix of
-    the centred class rows to that of a simplex equiangular tight frame, which needs D >= K - 1 to be reachable.
+    features [N, D], labels [N] of K classes, weight [K, D] -> "scatter": trace of the within-class covariance times
+    the pseudo-inverse of the between-class one, over K; "etf_distance": Frobenius distance of the normalised Gram
+    matrix of the centred class rows from that of a simplex equiangular tight frame (reachable if D >= K - 1).
     """
     h, w, num_classes = features.double().cpu(), weight.detach().double().cpu(), len(weight)
     member = F.one_hot(labels.cpu(), num_classes).double()  # [N, K]
@@ -660,18 +618,22 @@ def neural_collapse(features: Tensor, labels: Tensor, weight: Tensor) -> dict[st
 # ---------------------------------------------------------------------------------------------------------------
 
 CONFLICT = "one head: the gradients of both losses agree more in the backbone than in the classifier, by over 0.1"
-COLLAPSE = "cross-entropy + BinaryKL on one head is worse than either alone"
-RECOVER = "a head for each loss is better than one head for both"
 EXPORT = "the auxiliary head costs nothing at inference: the plain student gives the same logits at the same size"
 UNREAD = "not verified"
 CLAIMS = [
     Claim("dhkd.conflict", CONFLICT, UNREAD, required=True),
-    Claim("dhkd.one_head_collapse", COLLAPSE, UNREAD),
-    Claim("dhkd.two_heads_recover", RECOVER, UNREAD, required=True),
+    Claim("dhkd.one_head_collapse", "cross-entropy + BinaryKL on one head is worse than either alone", UNREAD),
+    Claim("dhkd.two_heads_recover", "a head for each loss is better than one head for both", UNREAD, required=True),
     Claim("dhkd.beats_ce", "DHKD beats cross-entropy alone, each at its best settings", UNREAD),
     Claim("dhkd.beats_kd", "DHKD beats softmax distillation, each at its best settings", UNREAD),
     Claim("dhkd.export", EXPORT, "by design", required=True),
 ]
+CONTROLS = {
+    "lr0.1": "at lr 0.1",
+    "head-lr0.2": "head slowed to a fifth",
+    "clip1": "gradient clipped",
+    "tuned": "each tuned",
+}
 
 Results = dict[str, list[dict]]  # {arm: [one result a seed]}
 
@@ -685,159 +647,135 @@ def scores(results: Results, arm: str) -> np.ndarray:
     return np.array(results[arm][0]["accuracy_blocks"]) if len(results[arm]) == 1 else values(results, arm)
 
 
-def shown(margin: np.ndarray, run: Run, digits: int = 1) -> str:
-    return common.show(margin if len(run.seeds) > 1 else [margin.mean()], digits)
-
-
 def judge(config: Config, run: Run, results: Results) -> None:
     """From measurements to claim rows; a claim whose arms are not in this run stays unmeasured."""
-    ahead = lambda better, arm: scores(results, better) - scores(results, arm)
     have = lambda *arms: set(arms) <= set(results)
     mean = lambda arm: f"{values(results, arm).mean():.1f}"
+    ahead = lambda better, arm: scores(results, better) - scores(results, arm)
+    shown = lambda margin, digits=1: common.show(margin if len(run.seeds) > 1 else [margin.mean()], digits)
 
-    def report(id: str, margin: np.ndarray, text: str, *arms: str) -> None:
-        numbers = {arm: values(results, arm).tolist() for arm in arms}
-        run.claim(f"dhkd.{id}", text, {"margin": margin.tolist(), **numbers}, margin)
+    def report(id: str, text: str, better: str, worse: str) -> None:
+        """The claim that one arm is ahead of another; {} in text becomes the margin."""
+        margin = ahead(better, worse)
+        numbers = {"margin": margin, better: values(results, better), worse: values(results, worse)}
+        numbers = {name: by_seed.tolist() for name, by_seed in numbers.items()}
+        run.claim(f"dhkd.{id}", text.format(shown(margin)), numbers, margin)
 
     if have("ce+bkl"):
-        probes = [np.array(result["probes"])[:, 1:] for result in results["ce+bkl"]]  # [probes, 3]
+        probes = [np.array(result["probes"])[:, 1:] for result in results["ce+bkl"]]  # [probes, 3] a seed
         blocks = np.array_split(probes[0], min(NUM_BLOCKS, len(probes[0]))) if len(probes) == 1 else probes
-        backbone, head, rows = np.array([block.mean(axis=0) for block in blocks]).T
-        text = f"cosine {shown(backbone, run, 2)} in the backbone, {shown(head, run, 2)} in the classifier, "
+        found = dict(zip(PROBES, np.array([block.mean(axis=0) for block in blocks]).T))
+        backbone, head, rows = found.values()
+        text = f"cosine {shown(backbone, 2)} in the backbone, {shown(head, 2)} in the classifier, "
         text += f"{100 * rows.mean():.0f} % of whose class rows are in conflict"
-        gap = backbone - head - 0.1
-        found = {"margin": gap, "cos_backbone": backbone, "cos_head": head, "rows_in_conflict": rows}
-        run.claim("dhkd.conflict", text, {name: value.tolist() for name, value in found.items()}, gap)
+        margin = backbone - head - 0.1
+        run.claim("dhkd.conflict", text, {name: value.tolist() for name, value in found.items()}, margin)
     if have("ce", "bkl", "ce+bkl"):
-        worse = min(("ce", "bkl"), key=lambda arm: values(results, arm).mean())
-        margin = ahead(worse, "ce+bkl")
-        text = f"one head {mean('ce+bkl')}, {shown(margin, run)} points below the worse of CE {mean('ce')}, BinaryKL "
-        text += f"{mean('bkl')} (negative: above)"
-        if have("bkln@lr0.5", "ce+bkln@lr0.5"):
-            text += f"; BinaryKL-Norm at lr 0.5: one head {mean('ce+bkln@lr0.5')}, alone {mean('bkln@lr0.5')}"
-        report("one_head_collapse", margin, text, "ce", "bkl", "ce+bkl")
+        alone = min(("ce", "bkl"), key=lambda arm: values(results, arm).mean())
+        text = f"one head {mean('ce+bkl')}, CE alone {mean('ce')}, BinaryKL alone {mean('bkl')}: {{}} points below both"
+        report("one_head_collapse", text + " (negative: above one)", alone, "ce+bkl")
     if have("ce+bkl", "dual-bkl"):
-        margin = ahead("dual-bkl", "ce+bkl")
-        text = f"two heads {mean('dual-bkl')}, one {mean('ce+bkl')}: {shown(margin, run)} points"
+        text = f"two heads {mean('dual-bkl')}, one {mean('ce+bkl')}: {{}} points"
         for suffix, words in CONTROLS.items():
             if have(f"dual-bkl@{suffix}", f"ce+bkl@{suffix}"):
-                text += f"; {words} {shown(ahead(f'dual-bkl@{suffix}', f'ce+bkl@{suffix}'), run)}"
-        report("two_heads_recover", margin, text, "dual-bkl", "ce+bkl")
+                text += f"; {words} {shown(ahead(f'dual-bkl@{suffix}', f'ce+bkl@{suffix}'))}"
+        report("two_heads_recover", text, "dual-bkl", "ce+bkl")
+    tuned = (
+        "" if run.scale == "full" else "@tuned"
+    )  # the paper's settings are published, those of the small scale sought
     for id, rival in (("beats_ce", "ce"), ("beats_kd", "kd")):
-        tuned = "" if run.scale == "full" else "@tuned"  # the paper's settings are published, ours were sought
-        ours, theirs = f"dhkd{tuned}", f"{rival}{tuned}"
-        if have(ours, theirs):
-            margin = ahead(ours, theirs)
-            text = f"dhkd {mean(ours)}, {rival} {mean(theirs)}: {shown(margin, run)} points"
+        if have(f"dhkd{tuned}", f"{rival}{tuned}"):
+            text = f"dhkd {mean(f'dhkd{tuned}')}, {rival} {mean(f'{rival}{tuned}')}: {{}} points"
             if have(f"dhkd-mlp{tuned}"):
-                text += f"; with an mlp head {shown(ahead(f'dhkd-mlp{tuned}', theirs), run)}"
-            report(id, margin, text, ours, theirs)
+                text += f"; with an mlp head {shown(ahead(f'dhkd-mlp{tuned}', f'{rival}{tuned}'))}"
+            report(id, text, f"dhkd{tuned}", f"{rival}{tuned}")
     dual = [arm for arm in results if "aux_accuracy" in results[arm][0]]
     if dual:
         difference = max(values(results, arm, "export_difference").max() for arm in dual)
-        sizes, costs = (
-            {int(v) for arm in results for v in values(results, arm, key)} for key in ("parameters", "flops")
-        )
-        text = f"largest difference of logits {difference:g} in {len(dual)} arms; {min(sizes):,} parameters, "
-        text += f"{min(costs):,} FLOPs an image, as with one head"
-        found = {"difference": difference, "parameters": sorted(sizes), "flops": sorted(costs)}
-        run.claim("dhkd.export", text, found, holds=difference == 0 and len(sizes) == len(costs) == 1)
-
-
-CONTROLS = {
-    "head-lr0.2": "head slowed to a fifth",
-    "clip1": "gradient clipped at 1",
-    "tuned": "each at its best settings",
-}
+        students = [result for arm in results.values() for result in arm if "flops" in result]
+        sizes, costs = (sorted({result[key] for result in students}) for key in ("parameters", "flops"))
+        text = f"logits differ by {difference:g} in {len(dual)} arms; {sizes[0]:,} parameters and {costs[0]:,} FLOPs "
+        found = {"difference": difference, "parameters": sizes, "flops": costs}
+        same = difference == 0 and len(sizes) == len(costs) == 1
+        run.claim("dhkd.export", text + "an image, as with one head", found, holds=same)
 
 
 def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> None:
-    teacher = results["teacher"]
-    rows = [["teacher", "", "", common.show(values(results, "teacher"), 1), "", ""]]
-    has_best = "best_accuracy" in teacher[0]
-    for name, arm in arms.items():
-        found = results[name]
-        second = common.show(values(results, name, "aux_accuracy"), 1) if arm.aux else ""
-        rows.append([name, f"{arm.lr:g}", f"{arm.alpha:g}" if arm.loss else "", common.show(values(results, name), 1)])
-        rows[-1] += [common.show(values(results, name, "train_accuracy"), 1), second]
-        if has_best:
-            rows[-1].append(common.show([result["best_accuracy"] for result in found], 1))
-    header = ["arm", "lr", "alpha", "test", "train", "auxiliary head"] + ["best epoch"] * has_best
-    if has_best:
-        rows[0].append(common.show(values(results, "teacher", "best_accuracy"), 1))
-    run.table(f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s)", header, rows)
-
-    shown_arms = [name for name in arms if "@" not in name and results[name][0]["probes"]]
+    columns = {
+        "accuracy": "test",
+        "best_accuracy": "best epoch",
+        "train_accuracy": "train",
+        "aux_accuracy": "auxiliary head",
+    }
+    columns = {key: title for key, title in columns.items() if any(key in found[0] for found in results.values())}
+    show = lambda arm, key, digits=1: common.show(values(results, arm, key), digits) if key in results[arm][0] else ""
     rows = []
-    for name in shown_arms:
+    for name in results:
+        arm = arms.get(name, Arm(lr=config.teacher_lr))
+        settings = [f"{arm.lr:g}", f"{arm.alpha:g}" if arm.loss else ""]
+        rows.append([name, *settings, *(show(name, key) for key in columns)])
+    title = f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s), {config.data} images"
+    run.table(title, ["arm", "lr", "alpha", *columns.values()], rows)
+    methods, rows = [name for name in arms if "@" not in name], []
+    for name in methods:
         probes = np.mean([result["probes"] for result in results[name]], axis=0)  # [probes, step and cosines]
-        for i, title in enumerate(("backbone", "classifier", "class rows in conflict")[: probes.shape[1] - 1]):
-            quarters = [part[:, 1 + i].mean() for part in np.array_split(probes, 4) if len(part)]
-            rows.append([f"{name}: {title}", *(f"{value:.2f}" for value in quarters)])
+        for i, part in enumerate(("backbone", "classifier", "class rows in conflict")[: probes.shape[-1] - 1]):
+            quarters = [quarter[:, 1 + i].mean() for quarter in np.array_split(probes, min(4, len(probes)))]
+            rows.append([f"{name}: {part}", *(f"{value:.2f}" for value in quarters)])
     if rows:
         header = ["", *("1st quarter", "2nd", "3rd", "4th")[: len(rows[0]) - 1]]
         run.table("cosine of the gradients of cross-entropy and logit loss, over the run", header, rows)
-    rows = [
-        [name, *(common.show(values(results, name, key), 3) for key in COLLAPSE_KEYS)]
-        for name in arms
-        if "@" not in name
-    ]
+    rows = [[name, *(show(name, key, 3) for key in ("scatter", "etf_distance"))] for name in methods]
     run.table("neural collapse of the main head (0: complete)", ["", "within / between", "distance to ETF"], rows)
 
 
-COLLAPSE_KEYS = ("scatter", "etf_distance")
-
-
-def print_grid(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> None:
-    """The tuning grid, and the best point of every arm in the form of TUNED."""
+def print_grid(run: Run, results: Results, arms: dict[str, Arm]) -> None:
+    """Validation accuracy over the grid, and the best point of every method in the form of TUNED."""
     rows, best = [], {}
-    for name in dict.fromkeys(full_name.split("@")[0] for full_name in arms):
-        points = {full_name: arm for full_name, arm in arms.items() if full_name.split("@")[0] == name}
-        mean = {point: values(results, point, "val_accuracy").mean() for point in points}
-        top = max(mean, key=mean.get)
-        best[name] = (points[top].lr, points[top].alpha)
-        for point, arm in points.items():
-            alpha, mark = f"{arm.alpha:g}" if arm.loss else "", "best" if point == top else ""
-            rows.append([name, f"{arm.lr:g}", alpha, common.show(values(results, point, "val_accuracy"), 1), mark])
-    run.table(f"validation top-1, {len(run.seeds)} seed(s)", ["arm", "lr", "alpha", "top-1", ""], rows)
+    for name in dict.fromkeys(point.split("@")[0] for point in arms):
+        mean = {}
+        for lr in GRID["lr"]:
+            points = [f"{name}@lr{lr:g}-alpha{alpha:g}" for alpha in GRID["alpha"]]
+            mean |= {point: values(results, point, "val_accuracy").mean() for point in points}
+            rows.append(
+                [name, f"{lr:g}", *(common.show(values(results, point, "val_accuracy"), 1) for point in points)]
+            )
+        top = arms[max(mean, key=mean.get)]
+        best[name] = (top.lr, top.alpha)
+    header = ["arm", "lr", *(f"alpha {alpha:g}" for alpha in GRID["alpha"])]
+    run.table(f"validation top-1, {len(run.seeds)} seed(s); without a teacher alpha means nothing", header, rows)
     print(f"\nTUNED = {best}")
 
 
-def draw(config: Config, run: Run, results: Results) -> None:
+def draw(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> None:
     def cosines(ax) -> None:
         series = {}
-        for arm, title in (("ce+bkl", "one head"), ("dual-bkl", "two heads")):
-            if arm in results and results[arm][0]["probes"]:
-                steps, *found = np.mean([result["probes"] for result in results[arm]], axis=0).T
-                for part, value in zip(("backbone", "classifier"), found):
-                    series[f"{title}: {part}"] = (steps, value)
+        for arm in ("ce+bkl", "dual-bkl"):
+            for part, i in (("backbone", 1), ("classifier", 2)):
+                probes = np.mean([result["probes"] for result in results.get(arm, [])] or [[[]]], axis=0)
+                if probes.shape[1] > i:
+                    series[f"{SWEPT[arm]}: {part}"] = (probes[:, 0], probes[:, i])
         common.lines(ax, series, xlabel="step", ylabel="cosine", title="do the two losses pull the same way?")
 
     def sweep(ax, field: str) -> None:
-        series, arms = {}, all_arms(config)
-        for title, name in SWEPT.items():
-            points = {}
-            for arm_name in results:
-                arm = arms.get(arm_name)
-                base = arms[name]
-                if arm is not None and replace(arm, **{field: getattr(base, field)}) == base and arm.loss:
-                    points[getattr(arm, field)] = values(results, arm_name).mean()
-            if len(points) > 1:
-                series[title] = tuple(zip(*sorted(points.items())))
-        titles = {"lr": "learning rate", "alpha": "alpha, the weight of the logit loss"}
-        common.lines(ax, series, xlabel=titles[field], ylabel="test top-1, %", title=f"accuracy against {field}")
+        series = {}
+        for name, title in SWEPT.items():
+            near = [
+                n
+                for n, arm in arms.items()
+                if name in arms and replace(arm, **{field: 0}) == replace(arms[name], **{field: 0})
+            ]
+            points = sorted({getattr(arms[n], field): values(results, n).mean() for n in near}.items())
+            series |= {title: tuple(zip(*points))} if len(points) > 1 else {}
+        common.lines(ax, series, xlabel=field, ylabel="test top-1, %", title=f"accuracy against {field}")
         ax.set_xscale("log")
 
-    panels = [cosines]
-    if run.ablate and config.data == "generated":
-        panels += [lambda ax: sweep(ax, "lr"), lambda ax: sweep(ax, "alpha")]
-    else:
-        heights = {arm: values(results, arm).mean() for arm in results if "@" not in arm}
-        panels += [lambda ax: common.bars(ax, heights, ylabel="test top-1, %", title="accuracy")]
-    run.plot("dual_head_kd", panels)
+    def heights(ax) -> None:
+        common.bars(ax, {arm: values(results, arm).mean() for arm in results if "@" not in arm}, ylabel="test top-1, %")
 
+    swept = [lambda ax, field=field: sweep(ax, field) for field in SWEEP]
+    run.plot("dual_head_kd", [cosines, *(swept if run.ablate and config.data == "generated" else [heights])])
 
-SWEPT = {"CE alone": "ce", "BinaryKL alone": "bkl", "one head for both": "ce+bkl", "two heads": "dual-bkl"}
 
 # ---------------------------------------------------------------------------------------------------------------
 # main
@@ -847,33 +785,29 @@ SWEPT = {"CE alone": "ce", "BinaryKL alone": "bkl", "one head for both": "ce+bkl
 def check(config: Config) -> None:
     """Refuse impossible settings before anything is read or written."""
     names = config.pair.split("-")
-    for name in names:
-        if name not in MODELS or len(names) != 2:
-            raise ValueError(f"pair is {config.pair!r}; needed: teacher-student, each one of {', '.join(MODELS)}")
-    for name in ("temperature", "kd_temperature", "lr", "teacher_lr", "head_lr_mult", "clip"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
+    if len(names) != 2 or not set(names) <= set(MODELS):
+        raise ValueError(f"pair is {config.pair!r}; needed: teacher-student, each one of {', '.join(MODELS)}")
+    above_zero = ("temperature", "kd_temperature", "lr", "teacher_lr", "head_lr_mult", "clip")
+    at_least_one = ("epochs", "steps", "stem_stride", "probe_every", "test_per_class")
+    not_negative = ("alpha", "warmup", "momentum", "weight_decay", "test_every", "train_per_class", "val_per_class")
+    for name, value in vars(config).items():
+        if name in above_zero and value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; a number above 0 is needed")
-    for name in ("alpha", "warmup", "momentum", "weight_decay", "test_every", "train_per_class", "val_per_class"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; 0 or more is needed")
-    for name in ("batch_size", "epochs", "steps", "stem_stride", "probe_every"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
+        if (name in at_least_one and value is not None and value < 1) or (name in not_negative and not value >= 0):
+            raise ValueError(f"{name} is {value}; at least {int(name in at_least_one)} is needed")
     if config.batch_size < 2:
-        raise ValueError(f"batch_size is {config.batch_size}; batch normalisation needs at least 2")
-    if config.aux not in ("linear", "mlp"):
-        raise ValueError(f"aux is {config.aux!r}; dhkd needs an auxiliary head: 'linear' or 'mlp'")
-    if config.align not in ("whole", "backbone"):
-        raise ValueError(f"align is {config.align!r}; allowed: 'whole', 'backbone'")
+        raise ValueError(f"batch_size is {config.batch_size}; batch normalisation needs at least 2 images")
+    if config.aux not in ("linear", "mlp") or config.align not in ("whole", "backbone"):
+        text = f"aux is {config.aux!r}, align {config.align!r}"
+        raise ValueError(f"{text}; dhkd needs an auxiliary head, linear or mlp, and align whole or backbone")
     if not all(0 < share < 1 for share in config.milestones):
         raise ValueError(f"milestones are {config.milestones}; shares of the run between 0 and 1 are needed")
     if config.tune and not config.val_per_class:
         raise ValueError("--tune chooses on validation images, and val_per_class is 0; give e.g. --val-per-class 50")
 
 
-def sizes_of(config: Config, run: Run) -> images.ImageSet:
-    """For --dry-run: blank images of the right number and shape; nothing is downloaded."""
+def blank_images(config: Config, run: Run) -> images.ImageSet:
+    """For --dry-run: the right number and shape without a download."""
     if config.data not in images.FILES:
         return load_images(config, run.seed, run)
     classes, x = (100 if config.data == "cifar100" else 10), torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8)
@@ -883,45 +817,47 @@ def sizes_of(config: Config, run: Run) -> images.ImageSet:
 
 def main(config: Config, run: Run) -> dict:
     check(config)
-    arms = chosen_arms(config, run.ablate)
-    unique = {}  # settings that stand under two names are trained once
-    for name, arm in arms.items():
+    arms, unique = chosen_arms(config, run.ablate), {}
+    for name, arm in arms.items():  # settings that stand under two names are trained once
         unique.setdefault(arm, name)
-    seeds = run.seeds if config.data == "generated" else run.seeds[:1]
-    data = sizes_of(config, run) if run.dry_run else load_images(config, run.seed, run)
+    seeds = run.seeds if config.data == "generated" else run.seeds[:1]  # of teachers
+    data = blank_images(config, run) if run.dry_run else load_images(config, run.seed, run)
     if len(data.train_y) < config.batch_size:
         raise ValueError(f"{len(data.train_y)} training images are less than one batch of {config.batch_size}")
-    steps = num_steps(config, data)
+    steps, x = num_steps(config, data), batch_maker(data, config, 0)(0)[0].to(run.device)
     student = prepare(make_student(config, Arm(), data.num_classes, run.seed)[0], run)
     teacher = prepare(make_model(config.pair.split("-")[0], data.num_classes, config.stem_stride, run.seed), run)
-    x = data.to(run.device).prepare(data.train_x[: config.batch_size].to(run.device))
-    step = lambda: (student(x).sum() + (teacher(x).sum() if config.augment else 0)).backward()
+
+    def student_step() -> None:
+        if config.augment:
+            predict(teacher, data.train_x[: config.batch_size].to(run.device), data.to(run.device), run)
+        student(x).sum().backward()
+
     if run.dry_run:
-        held = (run.data_dir / config.data / images.download.MARKER).exists()
-        size = 0 if config.data not in images.FILES or held else images.download.DATASETS[config.data].size
-        run.estimate(student, step, steps * (len(unique) * len(run.seeds) + 3 * len(seeds)), size)
+        there = (run.data_dir / config.data / images.download.MARKER).exists()
+        size = 0 if config.data not in images.FILES or there else images.download.DATASETS[config.data].size
+        run.estimate(student, student_step, steps * (len(unique) * len(run.seeds) + 3 * len(seeds)), size)
         return {}
-    for seed in seeds:
-        loaded = load_images(config, seed, run)
-        run.data[loaded.name] = loaded.digest
+    run.data = {loaded.name: loaded.digest for loaded in (load_images(config, seed, run) for seed in seeds)}
     if config.teacher_file:
         run.data["teacher"] = common.sha256(config.teacher_file)[:12]
-    cost = [common.measure_step(work, run.device)["seconds"] for work in (lambda: teacher(x).sum().backward(), step)]
+    cost = [
+        common.measure_step(step, run.device)["seconds"] for step in (lambda: teacher(x).sum().backward(), student_step)
+    ]
     rounds = [math.ceil(n / run.workers) for n in (len(seeds), len(unique) * len(run.seeds))]  # jobs in turn
     seconds = 1.3 * steps * (rounds[0] * cost[0] * (not config.teacher_file) + rounds[1] * cost[1])
     run.header(f"{data.name} {data.digest}, {config.pair}, {steps} steps", seconds)
-    del data, loaded, student, teacher, x
 
-    taught = run.map_arms(train_teacher, [(config, "teacher", seed) for seed in seeds])
+    taught = {"teacher": run.map_arms(train_teacher, [(config, "teacher", seed) for seed in seeds])}
     found = run.measure(train_student, config, list(unique.values()))
     results = {name: found[unique[arm]] for name, arm in arms.items()}
     if config.tune:
-        print_grid(config, run, results, arms)
+        print_grid(run, results, arms)
         return {"arms": results}
-    print_tables(config, run, results | {"teacher": taught}, arms)
+    print_tables(config, run, taught | results, arms)
     judge(config, run, results)
-    draw(config, run, results)
-    return {"arms": results | {"teacher": taught}}
+    draw(config, run, results, arms)
+    return {"arms": taught | results}
 
 
 if __name__ == "__main__":

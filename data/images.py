@@ -103,7 +103,7 @@ def fine_grained(
 
 
 def _pick(x: Tensor, rows: Tensor, columns: Tensor, mirrored: Tensor) -> Tensor:
-    """x [N, C, ...], rows [N, height], columns [N, width], mirrored [N] bool -> [N, C, height, width], channels last."""
+    """x [N, C, ...], rows [N, height], columns [N, width], mirrored [N] bool -> [N, C, height, width], permuted."""
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -184,7 +184,8 @@ def _hold_out(y: Tensor, num_classes: int, train_per_class: int, val_per_class: 
     order, count = y.argsort(stable=True), torch.bincount(y, minlength=num_classes)
     place = torch.empty_like(y)  # how many of its class stand before an image
     place[order] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
-    if train_per_class + val_per_class + (train_per_class == 0) > int(count.min()):
+    needed = train_per_class + val_per_class + (train_per_class == 0 and val_per_class > 0)
+    if needed > int(count.min()):
         asked = f"train_per_class is {train_per_class}, val_per_class {val_per_class}"
         raise ValueError(f"{asked}; the smallest class has {int(count.min())} images")
     held_out = place >= (count - val_per_class)[y]

@@ -4,4 +4,8 @@ ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
 
-SCRIPTS = {"adamoe.py": ADAMOE}
+DUAL_HEAD_KD = (
+    "--epochs 1 --train-per-class 4 --val-per-class 1 --test-per-class 2 --batch-size 40 --probe-every 2 --lr 0.05"
+).split()
+
+SCRIPTS = {"adamoe.py": ADAMOE, "dual_head_kd.py": DUAL_HEAD_KD}
