@@ -1,6 +1,7 @@
 """DOCSTRING"""
 
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -310,7 +311,7 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
 DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
 SWEPT = {"ce": "CE alone", "bkl": "BinaryKL alone", "ce+bkl": "one head for both", "dual-bkl": "two heads"}
 SWEEP = {"lr": (0.02, 0.1, 0.25), "alpha": (0.1, 0.3, 3.0)}
-GRID = {"lr": (0.1, 0.25, 0.5), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
+GRID = {"lr": (0.25, 0.5, 1.0), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
 TUNED: dict[str, tuple[float, float]] = {}  # arm: (lr, alpha), the best of GRID on seeds 100 and 101
 NUM_BLOCKS = 10  # of the test images, of the probes: what a run of one seed takes its standard error over
 PROBES = ("cos_backbone", "cos_head", "rows_in_conflict")
@@ -352,6 +353,8 @@ def all_arms(config: Config) -> dict[str, Arm]:
     }
 
     def vary(suffix: str, names: Sequence[str], **changes: float) -> dict[str, Arm]:
+        """Without a teacher alpha means nothing, and stays 0."""
+        names = [name for name in names if methods[name].loss or set(changes) != {"alpha"}]
         varied = {f"{name}@{suffix}": replace(methods[name], **changes) for name in names}
         return {name: arm if arm.loss else replace(arm, alpha=0.0) for name, arm in varied.items()}
 
@@ -360,15 +363,11 @@ def all_arms(config: Config) -> dict[str, Arm]:
     if config.data == "generated":  # settings of the small scale
         for field, points in SWEEP.items():
             for value in points:
-                arms |= vary(
-                    f"{field}{value:g}", [name for name in SWEPT if field != "alpha" or name != "ce"], **{field: value}
-                )
+                arms |= vary(f"{field}{value:g}", list(SWEPT), **{field: value})
         for name, (lr, alpha) in TUNED.items():
             arms |= vary("tuned", [name], lr=lr, alpha=alpha)
-    if config.tune:
-        for lr in GRID["lr"]:
-            for alpha in GRID["alpha"]:
-                arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
+    for lr, alpha in itertools.product(*GRID.values()) if config.tune else ():
+        arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
     return arms
 
 
@@ -447,7 +446,6 @@ def prepare(model: nn.Module, run: Run) -> nn.Module:
     if run.device == "cuda":
         model = model.to(memory_format=torch.channels_last)
     if run.compile:
-        torch._functorch.config.donated_buffer = False  # gradients of two losses are taken from one graph
         model.compile(mode="reduce-overhead" if run.device == "cuda" else "default")  # the former: CUDA graphs
     return model
 
@@ -531,7 +529,9 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
 
     def loss_fn(batch: tuple[Tensor, Tensor, Tensor], step: int) -> tuple[Tensor | tuple[Tensor, Tensor], dict]:
         x, y, index = batch
-        outputs = model(x)
+        probing = probed and step % config.probe_every == 0
+        # Gradients of two losses walk one graph twice, which a compiled one may refuse.
+        outputs = model.forward(x) if probing or settings.align else model(x)
         main, second = outputs if settings.aux else (outputs, outputs)
         ce = settings.ce * F.cross_entropy(main.float(), y)
         if teacher is None:
@@ -540,7 +540,7 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
         logit = LOGIT_LOSSES[settings.loss](second, teacher(x, index), y, config)
         logit = come_in * settings.alpha * settings.weight * logit
         values = {"ce": ce.detach(), "logit": logit.detach()}
-        if probed and step % config.probe_every == 0:
+        if probing:
             found = gradient_agreement(ce, logit, backbone, student.fc.weight)
             values |= dict(zip(PROBES, found[:1] if settings.aux else found))
         return (ce, logit) if settings.align else ce + logit, values
