@@ -691,7 +691,7 @@ def judge(config: Config, run: Run, results: Results) -> None:
             report(id, text, f"dhkd{tuned}", f"{rival}{tuned}")
     dual = [arm for arm in results if "aux_accuracy" in results[arm][0]]
     if dual:
-        difference = max(values(results, arm, "export_difference").max() for arm in dual)
+        difference = max(result["export_difference"] for arm in dual for result in results[arm])
         students = [result for arm in results.values() for result in arm if "flops" in result]
         sizes, costs = (sorted({result[key] for result in students}) for key in ("parameters", "flops"))
         text = f"logits differ by {difference:g} in {len(dual)} arms; {sizes[0]:,} parameters and {costs[0]:,} FLOPs "
