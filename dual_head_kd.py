@@ -670,7 +670,7 @@ def judge(config: Config, run: Run, results: Results) -> None:
         run.claim("dhkd.conflict", text, {name: value.tolist() for name, value in found.items()}, margin)
     if have("ce", "bkl", "ce+bkl"):
         alone = min(("ce", "bkl"), key=lambda arm: values(results, arm).mean())
-        text = f"one head {mean('ce+bkl')}, CE alone {mean('ce')}, BinaryKL alone {mean('bkl')}: {{}} points below the worse"
+        text = f"one head {mean('ce+bkl')}, CE {mean('ce')}, BinaryKL alone {mean('bkl')}: {{}} points below the worse"
         if have("bkln@lr0.5", "ce+bkln@lr0.5"):
             norm, norm_alone = mean("ce+bkln@lr0.5"), mean("bkln@lr0.5")
             text += f" (BinaryKL-Norm at lr 0.5: {norm}, alone {norm_alone})"
@@ -712,7 +712,7 @@ def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm
     title = f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s), {config.data} images"
     run.table(title, ["arm", "lr", "alpha", *columns.values()], rows)
     methods, rows = [name for name in arms if "@" not in name], []
-    for name in methods:
+    for name in (name for name in methods if results[name][0]["probes"]):
         probes = np.mean([result["probes"] for result in results[name]], axis=0)  # [probes, step and cosines]
         for i, part in enumerate(("backbone", "classifier", "class rows in conflict")[: probes.shape[-1] - 1]):
             quarters = [quarter[:, 1 + i].mean() for quarter in np.array_split(probes, min(4, len(probes)))]

@@ -435,20 +435,20 @@ def test_arms_train_on_the_loss_their_name_says(tmp_path):
         "lskd": 0.1 * ce + 9 * dhkd.lskd_loss(s, t, 2.0),
     }
     assert set(expected) | {"dhkd-mlp", "dhkd-ga"} == {name for name in dhkd.all_arms(TINY) if "@" not in name}
-    for arm, loss in expected.items():
+    for arm, loss in ((arm, loss.item()) for arm, loss in expected.items()):
         dhkd.train_student(replace(TINY, steps=1), arm, 0, run)
         logged = json.loads(run.path(arm, 0, ".jsonl").read_text().splitlines()[0])
-        assert logged["loss"] == pytest.approx(float(loss), rel=1e-5), arm
+        assert logged["loss"] == pytest.approx(loss, rel=1e-5), arm
 
 
 def test_gradient_alignment_changes_the_run_only_where_losses_disagree(tmp_path, monkeypatch):
-    def final(arm, **changes):
-        return trained(tmp_path, replace(TINY, **changes), arm)[1]["conv.weight"]
+    def final(arm, **changes):  # few steps: rounding grows tenfold at each
+        return trained(tmp_path, replace(TINY, steps=5, **changes), arm)[1]["conv.weight"]
 
     plain, whole, backbone = final("dhkd"), final("dhkd-ga"), final("dhkd-ga", align="backbone")
     assert not torch.equal(whole, plain) and not torch.equal(whole, backbone)
     monkeypatch.setattr(dhkd, "align_gradients", lambda first, second, shared: first + second)
-    torch.testing.assert_close(final("dhkd-ga"), plain, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(final("dhkd-ga"), plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -591,9 +591,9 @@ def test_tuning_reads_validation_images_only(command_line, tmp_path, monkeypatch
 
 def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
     write_cifar100(tmp_path / "photos", train=[i % 5 for i in range(60)], test=[i % 5 for i in range(20)])
-    flags = ["--full", "--data", "photos", "--pair", "resnet8-resnet8", "--epochs", 2, "--batch-size", 20]
-    flags += ["--probe-every", 2, "--workers", 1]
-    done = command_line(dhkd, *flags)
+    flags = ["--full", "--data", "photos", "--pair", "resnet8x0.5-resnet8x0.5", "--epochs", 2]
+    flags += ["--batch-size", 20, "--stem-stride", 2, "--probe-every", 2, "--workers", 1]
+    done = command_line(dhkd, *flags, "--arms", "ce,kd,bkl,ce+bkl,dual-bkl,dhkd")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "dual_head_kd-full"
     report = json.loads((out / "results.json").read_text())
