@@ -312,7 +312,7 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
 }
 DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
 SWEPT = {"ce": "CE alone", "bkl": "BinaryKL alone", "ce+bkl": "one head for both", "dual-bkl": "two heads"}
-SWEEP = {"lr": (0.02, 0.1, 0.25, 0.5), "alpha": (0.1, 0.3, 3.0)}
+SWEEP = {"lr": (0.1, 0.25, 0.5), "alpha": (0.1, 0.3, 3.0)}
 GRID = {"lr": (0.25, 0.5, 1.0), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
 TUNED: dict[str, tuple[float, float]] = {}  # arm: (lr, alpha), the best of GRID on seeds 100 and 101
 NUM_BLOCKS = 10  # of the test images, of the probes: what a run of one seed takes its standard error over
@@ -582,16 +582,16 @@ def inference(
     """The exported weights in a plain student beside the model that was trained; what the heads learnt."""
     plain = make_model(config.pair.split("-")[1], data.num_classes, config.stem_stride, seed + 1)
     plain.load_state_dict({name: value.cpu() for name, value in student.state_dict().items()})
-    plain, model = plain.to(run.device).eval(), model.eval()
+    plain, model = prepare(plain, run).eval(), model.eval()
     x, one = data.prepare(data.test_x[:100]), data.prepare(data.test_x[:1])
     features = lambda x: torch.cat([student.features(data.prepare(part)) for part in x.split(500)])
     seen, y = features(data.train_x[:5000]), data.train_y[:5000]
     percent = lambda head, h, y: 100 * float((head(h).argmax(-1) == y).float().mean())
     return {
-        "export_difference": float((plain(x) - model.forward(x)).abs().max()),
+        "export_difference": float((plain.forward(x) - model.forward(x)).abs().max()),
         "parameters": common.count_parameters(plain),
         "training_parameters": common.count_parameters(model),
-        "flops": common.count_flops(lambda: plain(one))["Global"],
+        "flops": common.count_flops(lambda: plain.forward(one))["Global"],
         "train_accuracy": percent(student.fc, seen, y),
         **({"aux_accuracy": percent(model.aux, features(data.test_x), data.test_y)} if arm.aux else {}),
         **neural_collapse(seen, y, student.fc.weight),
