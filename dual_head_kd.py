@@ -32,9 +32,7 @@ class Config:
     kd_temperature: float = 4.0  # of the softmax losses; official default
     aux: str = "linear"  # auxiliary head of dhkd: linear or mlp; linear for teacher and student of one family
     align: str = "whole"  # gradient alignment of dhkd-ga: whole vector (official) or backbone
-    lr: float = (
-        0.35  # peak, of every student: where the gap of one and two heads shows on seeds 100-103; full: official
-    )
+    lr: float = 0.35  # peak, of every student; small: see Differences, 4; full: official code
     teacher_lr: float = 0.25  # peak, of the teacher
     head_lr_mult: float = 1.0  # learning rate of the heads, times lr: a control
     clip: float | None = None  # gradient norm; a control, not in the paper
