@@ -269,6 +269,7 @@ def test_feature_maps_halve_twice():
     model, sizes = dhkd.make_model("resnet20", 10, 1, 0), []
     for block in model.blocks:
         block.register_forward_hook(lambda module, given, out: sizes.append(tuple(out.shape[1:])))
+    assert dhkd.ResNet(8, (4, 4, 4, 4), 3)(torch.randn(2, 3, 8, 8)).shape == (2, 3)  # strides without new widths
     h = model.features(torch.randn(2, 3, 32, 32))
     assert sizes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3 and h.shape == (2, 64)
     torch.testing.assert_close(model(torch.ones(2, 3, 32, 32)), model.fc(model.features(torch.ones(2, 3, 32, 32))))
@@ -371,15 +372,19 @@ def test_learning_rate_falls_at_the_milestones_of_the_paper(monkeypatch, tmp_pat
     assert (backbone["lr"], heads["lr"]) == (0.05, pytest.approx(0.01)) and len(heads["params"]) == 2
     assert backbone["momentum"] == 0.9 and backbone["weight_decay"] == heads["weight_decay"] == 5e-4
     assert seen["clip"] is None
+    dual = dhkd.make_student(TINY, dhkd.Arm(aux="mlp"), 50, 0)[0]
+    dhkd.fit(dual, None, data, config, arm, "dhkd", 0, make_run(tmp_path))
+    heads = seen["optimizer"].param_groups[1]["params"]
+    assert {id(p) for p in heads} == {id(p) for p in (*dual.student.fc.parameters(), *dual.aux.parameters())}
 
 
 def test_batches_are_a_shuffled_partition_of_the_training_images_the_same_for_every_arm():
     data = images.fine_grained(0, 2, 1, 1)
     config = replace(TINY, batch_size=30)  # 3 steps an epoch, 10 images left over
     batches = dhkd.batch_maker(data, config, 0)
-    for epoch in range(2):
-        index = torch.cat([batches(3 * epoch + i)[2] for i in range(3)])
-        assert len(set(index.tolist())) == 90 and index.max() < 100
+    orders = [torch.cat([batches(3 * epoch + i)[2] for i in range(3)]) for epoch in range(2)]
+    assert all(len(set(order.tolist())) == 90 and order.max() < 100 for order in orders)
+    assert not torch.equal(*orders)
     x, y, index = batches(4)
     again = dhkd.batch_maker(data, config, 0)(4)
     assert torch.equal(x, data.train_x[index]) and torch.equal(y, data.train_y[index]) and torch.equal(x, again[0])
