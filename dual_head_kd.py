@@ -547,7 +547,12 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
         return (ce, logit) if settings.align else ce + logit, values
 
     backward = aligned_backward(model, backbone if config.align == "backbone" else None) if settings.align else None
-    fit(model, loss_fn, data, config, settings, arm, seed, run, backward=backward)
+    try:
+        fit(model, loss_fn, data, config, settings, arm, seed, run, backward=backward)
+    except common.NonFiniteLoss:
+        if config.tune:  # a point of the grid that diverges has lost, and the others go on
+            return {"val_accuracy": 0.0}
+        raise
     result = accuracies(model, data, config, arm, seed, run)
     if config.tune:
         return result

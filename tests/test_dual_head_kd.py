@@ -585,12 +585,13 @@ def test_tuning_reads_validation_images_only(command_line, tmp_path, monkeypatch
     blank = lambda data: data._replace(test_x=torch.full_like(data.test_x, math.nan))
     monkeypatch.setattr(dhkd, "load_images", lambda *given: blank(load(*given)))
     monkeypatch.setattr(dhkd, "inference", refuse)
-    monkeypatch.setattr(dhkd, "GRID", {"lr": (0.1, 0.2), "alpha": (0.3, 1.0)})
+    monkeypatch.setattr(dhkd, "GRID", {"lr": (0.1, 1e30), "alpha": (0.3, 1.0)})
     done = command_line(dhkd, *DUAL_HEAD_KD, "--tune", "--arms", "ce,kd", "--workers", 1, "--seed", 100)
     assert done.returncode == 0, done.stderr
     assert "validation top-1" in done.stdout and "TUNED = {'ce': (" in done.stdout
     arms = json.loads((tmp_path / "runs" / "dual_head_kd-small" / "results.json").read_text())["results"]["arms"]
     assert len(arms) == 8 and arms["ce@lr0.1-alpha0.3"] == arms["ce@lr0.1-alpha1"]
+    assert arms["kd@lr1e+30-alpha1"] == [{"val_accuracy": 0.0}] and "TUNED = {'ce': (0.1, " in done.stdout
     assert all(set(result) == {"val_accuracy"} for found in arms.values() for result in found)
 
 
