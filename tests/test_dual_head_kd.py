@@ -488,8 +488,8 @@ def test_arms_are_what_their_names_say():
     assert set(dhkd.chosen_arms(dhkd.SMALL, ablate=False)) == set(dhkd.DEFAULT)
     assert {"ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd", "dhkd-mlp", "dhkd-ga", "dual-mse"} < set(dhkd.TUNED)
     for name, (lr, alpha) in dhkd.TUNED.items():
-        assert lr in dhkd.GRID["lr"] and alpha in dhkd.GRID["alpha"]
-        assert arms[f"{name}@tuned"] == replace(arms[name], lr=lr, alpha=alpha if name != "ce" else 0.0)
+        assert lr in dhkd.GRID["lr"] and alpha in (*dhkd.GRID["alpha"], 0.0)
+        assert arms[f"{name}@tuned"] == replace(arms[name], lr=lr, alpha=alpha)
     grid = dhkd.chosen_arms(replace(dhkd.SMALL, tune=True), ablate=False)
     assert len(grid) == 15 * len(dhkd.GRID["lr"]) * len(dhkd.GRID["alpha"])
     assert not any("@lr" in name or "@tuned" in name for name in dhkd.all_arms(dhkd.FULL))
