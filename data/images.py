@@ -11,6 +11,7 @@ The binary format is read without pickle: a record is the label (CIFAR-100: a co
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +122,33 @@ def augment(x: Tensor, shift: Tensor, mirrored: Tensor, padding: int = 4) -> Ten
     return _pick(F.pad(x, (padding,) * 4), rows, columns, mirrored)
 
 
+def batch_maker(
+    data: ImageSet, batch_size: int, seed: int, augmented: bool
+) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    """step -> (x [batch_size, 3, height, width] normalised, y, index of each image), a function of the step alone.
+
+    The order, and with `augmented` the crops, are drawn an epoch at a time and cut out on the device of the data. The
+    last, smaller batch of an epoch is dropped.
+    """
+    count, plan = len(data.train_y), {}
+
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, place = divmod(step, count // batch_size)
+        if epoch not in plan:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order = torch.randperm(count, generator=generator)
+            shift = torch.randint(0, 9, (count, 2), generator=generator)
+            mirrored = torch.rand(count, generator=generator) < 0.5
+            plan.clear()
+            plan[epoch] = [drawn.to(data.train_y.device) for drawn in (order, shift, mirrored)]
+        index, shift, mirrored = (drawn[place * batch_size : (place + 1) * batch_size] for drawn in plan[epoch])
+        x = data.train_x[index]
+        x = augment(x, shift, mirrored) if augmented else x
+        return data.prepare(x), data.train_y[index], index
+
+    return batches
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # CIFAR
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,3 +227,15 @@ def load(source: str, data_dir: str | Path, train_per_class: int = 0, val_per_cl
         return read_folder(source, train_per_class, val_per_class)
     folder = download.fetch(source, data_dir) / FOLDERS[source]
     return read_folder(folder, train_per_class, val_per_class)._replace(name=source)
+
+
+def blank(source: str) -> ImageSet:
+    """Black images in the number and shape of `cifar100` or `cifar10`, to reckon with before a download."""
+    num_classes, x, one = (
+        int(source.removeprefix("cifar")),
+        torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8),
+        torch.ones(3, 1, 1),
+    )
+    y = torch.arange(60_000) % num_classes
+    train, val, test = slice(0, 50_000), slice(0, 0), slice(50_000, 60_000)
+    return ImageSet(source, x[train], y[train], x[val], y[val], x[test], y[test], num_classes, one, one)

@@ -378,21 +378,6 @@ def test_learning_rate_falls_at_the_milestones_of_the_paper(monkeypatch, tmp_pat
     assert {id(p) for p in heads} == {id(p) for p in (*dual.student.fc.parameters(), *dual.aux.parameters())}
 
 
-def test_batches_are_a_shuffled_partition_of_the_training_images_the_same_for_every_arm():
-    data = images.fine_grained(0, 2, 1, 1)
-    config = replace(TINY, batch_size=30)  # 3 steps an epoch, 10 images left over
-    batches = dhkd.batch_maker(data, config, 0)
-    orders = [torch.cat([batches(3 * epoch + i)[2] for i in range(3)]) for epoch in range(2)]
-    assert all(len(set(order.tolist())) == 90 and order.max() < 100 for order in orders)
-    assert not torch.equal(*orders)
-    x, y, index = batches(4)
-    again = dhkd.batch_maker(data, config, 0)(4)
-    assert torch.equal(x, data.train_x[index]) and torch.equal(y, data.train_y[index]) and torch.equal(x, again[0])
-    assert not torch.equal(index, dhkd.batch_maker(data, config, 1)(4)[2])
-    augmented = dhkd.batch_maker(data, replace(config, augment=True), 0)(4)
-    assert torch.equal(augmented[2], index) and not torch.equal(augmented[0], x)
-
-
 def trained(tmp_path, config, arm, seed=0):
     """A student's result and exported weights; the teacher beside it is trained once."""
     run = make_run(tmp_path, config)
@@ -418,7 +403,7 @@ def test_arms_train_on_the_loss_their_name_says(tmp_path):
     run = make_run(tmp_path)
     dhkd.train_teacher(TINY, "teacher", 0, run)
     data = images.fine_grained(0, 4, 1, 2)
-    x, y, index = dhkd.batch_maker(data, TINY, 0)(0)
+    x, y, index = images.batch_maker(data, 20, 0, False)(0)
     t = common.load(run.path("teacher", 0, "-logits.pt"))[index]
     student = dhkd.make_model("resnet8x0.5", 50, 2, 0)
     s = student(x)
@@ -466,7 +451,7 @@ def test_teacher_is_frozen_and_left_bit_for_bit_as_it_was(tmp_path, monkeypatch,
     before = common.load(run.path("teacher", 0, ".pt"))
     data = images.fine_grained(0, 4, 1, 2)
     teacher = dhkd.load_teacher(config, 0, data, run)
-    x, _, index = dhkd.batch_maker(data, replace(config, augment=False), 0)(0)
+    x, _, index = images.batch_maker(data, 20, 0, False)(0)
     teachers[-1].load_state_dict(before)
     torch.testing.assert_close(teacher(x, index), teachers[-1].eval()(x).detach(), atol=1e-5, rtol=1e-5)
     del teachers[:]
@@ -641,7 +626,7 @@ def test_dry_run_of_the_paper_downloads_nothing(command_line, tmp_path):
         (["--clip", "0"], "clip is 0.0"),
         (["--epochs", "0"], "epochs is 0"),
         (["--lr", "nan"], "lr is nan"),
-        (["--batch-size", "1"], "batch_size is 1"),
+        (["--batch-size", "1"], "batch_size is 1; a number of at least 2"),
         (["--batch-size", "5000"], "less than one batch"),
         (["--milestones", "0.5,2"], "milestones are"),
         (["--train-per-class", "0"], "train_per_class is 0"),

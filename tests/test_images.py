@@ -142,6 +142,20 @@ def test_generated_classes_can_be_told_apart_but_not_by_superclass_alone():
     assert 0.1 < fine < 0.9 and coarse > fine + 0.05  # a linear guess: above the chance of 0.02, far from easy
 
 
+def test_batches_are_a_shuffled_partition_of_the_training_images_drawn_from_the_seed():
+    data = images.fine_grained(0, 2, 1, 1)
+    batches = images.batch_maker(data, 30, 0, False)  # 3 steps an epoch, 10 images left over
+    orders = [torch.cat([batches(3 * epoch + i)[2] for i in range(3)]) for epoch in range(2)]
+    assert all(len(set(order.tolist())) == 90 and order.max() < 100 for order in orders)
+    assert not torch.equal(*orders)
+    x, y, index = batches(4)
+    again = images.batch_maker(data, 30, 0, False)(4)
+    assert torch.equal(x, data.train_x[index]) and torch.equal(y, data.train_y[index]) and torch.equal(x, again[0])
+    assert not torch.equal(index, images.batch_maker(data, 30, 1, False)(4)[2])
+    augmented = images.batch_maker(data, 30, 0, True)(4)
+    assert torch.equal(augmented[2], index) and not torch.equal(augmented[0], x)
+
+
 @pytest.mark.parametrize(
     "sizes, message",
     [((0, 1, 1), "train_per_class is 0"), ((1, -1, 1), "val_per_class is -1"), ((1, 1, 0), "test_per_class is 0")],
