@@ -416,12 +416,12 @@ def all_arms(config: Config) -> dict[str, Arm]:
     arms, one_and_two = dict(methods), ("ce+bkl", "dual-bkl")
     arms |= vary("head-lr0.2", one_and_two, head_lr_mult=0.2) | vary("clip1", one_and_two, clip=1.0)
     if config.data == "generated":  # settings of the small scale
+        for name, (lr, alpha) in TUNED.items():
+            arms |= vary("tuned", [name], lr=lr, alpha=alpha)
         for field, points in SWEEP.items():
             for value in points:
                 arms |= vary(f"{field}{value:g}", list(SWEPT), **{field: value})
         arms |= vary("lr0.5", ("bkln", "ce+bkln", "dhkd"), lr=0.5)
-        for name, (lr, alpha) in TUNED.items():
-            arms |= vary("tuned", [name], lr=lr, alpha=alpha)
     for lr, alpha in itertools.product(*GRID.values()) if config.tune else ():
         arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
     return arms
