@@ -413,11 +413,13 @@ def all_arms(config: Config) -> dict[str, Arm]:
         varied = {f"{name}@{suffix}": replace(methods[name], **changes) for name in names}
         return {name: arm if arm.loss else replace(arm, alpha=0.0) for name, arm in varied.items()}
 
-    arms, one_and_two = dict(methods), ("ce+bkl", "dual-bkl")
+    arms, one_and_two = {name: methods[name] for name in DEFAULT}, ("ce+bkl", "dual-bkl")
     arms |= vary("head-lr0.2", one_and_two, head_lr_mult=0.2) | vary("clip1", one_and_two, clip=1.0)
     if config.data == "generated":  # settings of the small scale
         for name, (lr, alpha) in TUNED.items():
             arms |= vary("tuned", [name], lr=lr, alpha=alpha)
+    arms |= methods
+    if config.data == "generated":
         for field, points in SWEEP.items():
             for value in points:
                 arms |= vary(f"{field}{value:g}", list(SWEPT), **{field: value})
