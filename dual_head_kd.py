@@ -52,6 +52,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -751,7 +752,7 @@ def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm
         arm = arms.get(name, Arm(lr=config.teacher_lr))
         settings = [f"{arm.lr:g}", f"{arm.alpha:g}" if arm.loss else ""]
         rows.append([name, *settings, *(show(name, key) for key in columns)])
-    title = f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s), {config.data} images"
+    title = f"top-1 in percent after the last epoch, {len(run.seeds)} seed(s), {Path(config.data).name} images"
     run.table(title, ["arm", "lr", "alpha", *columns.values()], rows)
     methods, rows = [name for name in arms if "@" not in name], []
     for name in (name for name in methods if results[name][0]["probes"]):
