@@ -165,6 +165,26 @@ def kuairand(version: str, md5: str) -> File:
 
 CENSUS_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/census-income-mld"
 KUAIRAND = {"licence": "CC BY-SA 4.0", "citation": "Gao et al., KuaiRand, CIKM 2022"}
+CIFAR100 = File(
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    size=168_513_733,
+    checksum="md5:03b5dce01913d631647c71ecec9e9cb8",
+    unpack="tar",
+    members={"cifar-100-binary/train.bin": (153_700_000, None), "cifar-100-binary/test.bin": (30_740_000, None)},
+    limit=184_440_000,
+)
+CIFAR10 = File(
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    size=170_052_171,
+    checksum="md5:c32a1d4ab5d03f1284b67883e8d87530",
+    unpack="tar",
+    members={
+        f"cifar-10-batches-bin/{name}.bin": (30_730_000, None)
+        for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    },
+    limit=184_380_000,
+)
+CIFAR_CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)"
 TABLE = (
     Dataset(
         name="enwik8",
@@ -181,6 +201,8 @@ TABLE = (
         licence="CC BY 4.0",
         citation="Census-Income (KDD), UCI Machine Learning Repository, 2000",
     ),
+    Dataset(name="cifar100", files=(CIFAR100,), licence="none stated", citation=CIFAR_CITATION),
+    Dataset(name="cifar10", files=(CIFAR10,), licence="none stated", citation=CIFAR_CITATION),
 )
 DATASETS = {dataset.name: dataset for dataset in TABLE}
 

@@ -6,10 +6,13 @@ ADAMOE = (
 BTM = (
     "--num-layers 1 --d-model 16 --num-heads 2 --context 16 --steps 4 --branch-steps 2 --test-blocks 4 --dev-blocks 3"
 ).split()
+DUAL_HEAD_KD = (
+    "--epochs 1 --train-per-class 4 --val-per-class 1 --test-per-class 2 --batch-size 40 --probe-every 2 --lr 0.05"
+).split()
 HOME = (
     "--rows 2500 --users 60 --items 80 --hidden 8 --width 8 --tower 4 --experts 3 --batch-size 64 --embedding 4"
 ).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 
-SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "home.py": HOME, "mowst.py": MOWST}
+SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "dual_head_kd.py": DUAL_HEAD_KD, "home.py": HOME, "mowst.py": MOWST}
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes
