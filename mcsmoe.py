@@ -45,7 +45,7 @@ Break it yourself: --calibration 1 (statistics of one sequence); in `judge`, com
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ import kernels
 from common import Claim, Run
 from data import pretrained, tasks
 from data import text as text_data
+
 # ---------------------------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------------------------
@@ -667,7 +668,6 @@ def calibrate(model: nn.Module, task: Task) -> dict[str, Seen]:
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
         for name, layer in moe_layers(model).items()
     ]
-    masks: dict[str, list[Tensor | None]] = {name: [] for name in inputs}
     for batch in task.calibration:
         task.outputs(model.eval(), batch)
         for name, parts in inputs.items():
@@ -740,6 +740,17 @@ def merge_layer(
     return SparseMoE(layer.router.weight, DenseExperts(merged, act), groups, **options)
 
 
+def expert_features(layer: SparseMoE, seen: Seen, similarity: str) -> Tensor:
+    """[num_experts, anything]: by what experts are compared: router logits, weights, or their mean output."""
+    stacked, x = layer.experts.stacked(), seen.inputs
+    if similarity == "logits":
+        return seen.logits.T
+    if similarity == "weight":
+        return torch.cat([w.flatten(1) for w in stacked if w is not None], dim=1)
+    outputs = (stacked.each(lambda w, i=i: w[i]).forward(x, layer.experts.act) for i in range(len(layer.remap)))
+    return torch.stack([y.mean(dim=0) for y in outputs])
+
+
 def prune_layer(layer: SparseMoE, dominant: Tensor) -> SparseMoE:
     """The baseline that removes the others: their logits are masked, their tokens go to the next best survivor."""
     experts = DenseExperts(layer.experts.stacked().each(lambda w: w[dominant]), layer.experts.act)
@@ -760,43 +771,40 @@ def merge_model(
     fisher = fisher_information(merged, task) if recipe.merge == "fisher" else {}
     for name, chosen in zip(names, dominant):
         layer = merged.get_submodule(name)
-        device, stacked = layer.router.weight.device, layer.experts.stacked()
+        device = layer.router.weight.device
         if recipe.groups == "random":
             groups = random_groups(len(chosen), config.kept, draw)
         elif recipe.groups == "random_members":
             groups = random_members(chosen, draw)
         else:
-            features = {
-                "logits": lambda: seen[name].logits.T,
-                "weight": lambda: torch.cat([w.flatten(1) for w in stacked if w is not None], dim=1),
-                "output": lambda: torch.stack(
-                    [
-                        stacked.each(lambda w, i=i: w[i]).forward(seen[name].inputs, layer.experts.act).mean(dim=0)
-                        for i in range(len(chosen))
-                    ]
-                ),
-            }[recipe.similarity or config.similarity]()
+            features = expert_features(layer, seen[name], recipe.similarity or config.similarity)
             groups = group_by_similarity(features, chosen.to(device)).cpu()
         if recipe.merge == "prune":
             new = prune_layer(layer, chosen.to(device))
         else:
             new = merge_layer(layer, groups.to(device), seen[name], align, recipe.merge, fisher.get(name))
-        report.append(layer_report(name, layer, new, seen[name].frequency.cpu(), chosen, groups))
+        report.append(
+            {
+                "layer": name,
+                "frequency": seen[name].frequency.tolist(),
+                "dominant": chosen.nonzero()[:, 0].tolist(),
+                "groups": groups.tolist(),
+                **(stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}),
+            }
+        )
         parent, _, child = name.rpartition(".")
         setattr(merged.get_submodule(parent), child, new)
     return merged, report
 
 
-def layer_report(name: str, before: SparseMoE, after: SparseMoE, frequency: Tensor, dominant: Tensor, groups: Tensor):
-    """What happened to a layer: who was kept, who joined whom, and stable ranks against those of the kept experts."""
-    chosen = dominant.nonzero()[:, 0].tolist()
-    report = {"layer": name, "frequency": frequency.tolist(), "dominant": chosen, "groups": groups.tolist()}
-    shared = [g for g in range(len(chosen)) if int((groups == g).sum()) > 1]
-    if len(chosen) == len(after.experts.w1) and shared:
-        for matrix, old, new in zip(("w1", "w2"), before.experts.stacked()[:2], after.experts.stacked()[:2]):
-            own = [chosen[g] for g in shared]
-            report[f"stable_rank_{matrix}"] = [float(stable_rank(w).mean()) for w in (old[own], new[shared])]
-    return report
+def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: Tensor) -> dict[str, list[float]]:
+    """{matrix: [of the kept experts before, after merging]}, means over the groups of more than one."""
+    shared = (groups.bincount() > 1).to(before.remap.device)
+    if not shared.any():
+        return {}
+    old, new = before.experts.stacked().each(lambda w: w[dominant.to(w.device)][shared]), after.experts.stacked()
+    ranks = lambda *weights: [float(stable_rank(w).mean()) for w in weights]
+    return {f"stable_rank_{m}": ranks(getattr(old, m), getattr(new, m)[shared]) for m in ("w1", "w2")}
 
 
 def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.TransformerLM:
@@ -1050,6 +1058,7 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         if draw == 0:
             size, layers = export_model(model, run.path(arm, seed, ".npz")), report
     means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
+    means["parameters"] = found[0]["parameters"]
     return means | {"bytes": size, "layers": layers, "loss_by_draw": [result["loss"] for result in found]}
 
 
@@ -1063,10 +1072,6 @@ def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     tune(model, task, config, config.recover_steps, lr, options, teacher)
     size = export_model(model, run.path(arm, seed, ".npz"))
     return evaluate(model, task, run) | {"bytes": size}
-
-
-def compressed_names(config: Config, arm: str, layers: Sequence[str]) -> list[str]:
-    return list(layers)[0 if "_all" in arm else config.skip :]
 
 
 def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
@@ -1085,7 +1090,7 @@ def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     source = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}.get(name, "full")
     model, task = load_model(config, run, source, seed), make_task(config, run, seed, 4)
     teacher = load_model(config, run, "full", seed).eval()
-    layers = [model.get_submodule(layer) for layer in compressed_names(config, arm, moe_layers(model))]
+    layers = list(moe_layers(model).values())[0 if name == "mc_all" else config.skip :]
     rank, density, steps = config.rank, config.density, config.compress_steps
     if name.startswith("c_equal_size"):
         rank = config.c_rank if name == "c_equal_size" else max(1, config.c_rank // 2)
@@ -1210,7 +1215,8 @@ def judge(config: Config, run: Run, results: Results) -> None:
     report("beats_c_smoe", text, margin=ahead("c_equal_size", "mc"))
     falls = {matrix: rank_changes(results, matrix) for matrix in ("w1", "w2")}
     change = (falls["w1"] + falls["w2"]) / 2
-    text = f"{100 * change.mean():+.1f} % on average: w1 {100 * falls['w1'].mean():+.1f} %, w2 {100 * falls['w2'].mean():+.1f} %"
+    text = ", ".join(f"{name} {100 * by_seed.mean():+.1f} %" for name, by_seed in falls.items())
+    text = f"{100 * change.mean():+.1f} % on average: {text}"
     numbers = {name: by_seed.tolist() for name, by_seed in falls.items()}
     run.claim("mcsmoe.low_rank", text, numbers, margins=-change)
     if run.ablate:
@@ -1376,6 +1382,16 @@ def prepare_full(config: Config, run: Run) -> tuple[Config, nn.Module]:
     return replace(config, **own), pretrained.load_switch(folder, switch_layer).to(run.device)
 
 
+def a_step(model: nn.Module, task: Task) -> Callable[[], None]:
+    batch = task.train_batch(0)
+
+    def step() -> None:
+        logits, labels = task.outputs(model, batch)
+        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
+
+    return step
+
+
 def main(config: Config, run: Run) -> dict:
     run.config = config = check(config)
     if config.task:
@@ -1386,22 +1402,16 @@ def main(config: Config, run: Run) -> dict:
             return {}
     config, model = (prepare_full if config.task else prepare_small)(config, run)
     run.config = config = check_shape(config, moe_layers(model))
-    task = make_task(config, run, run.seed, 1)
-    batch = task.train_batch(0)
-
-    def step() -> None:
-        logits, labels = task.outputs(model, batch)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
-
     merged, recovered, compressed = arms_of(run)
-    work = config.finetune_steps + config.recover_steps * len(recovered) * 1.4 + len(merged) * 20
-    work = (0 if config.task else config.pretrain_steps) + work + config.compress_steps * len(compressed) * 2.0
+    work = config.finetune_steps + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
+    work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
+    step = a_step(model, make_task(config, run, run.seed, 1))
     if run.dry_run:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * work * len(run.seeds) / run.workers
     run.header(" ".join(["data", *run.data.values()]), seconds)
-    del model, task, batch
+    del model, step  # at full scale the arms need the memory
 
     results = {} if config.task else run.measure(pretrain_arm, config, ["pretrained"])
     results |= run.measure(finetune_arm, config, ["full"])
