@@ -44,6 +44,7 @@ Break it yourself: --calibration 1 (statistics of one sequence); in `judge`, com
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,7 @@ class Config:
     recover_lr: float = 2e-3  # peak, of recovery; from LR_GRID, on seeds 100-102; 0: the task's
     compress_lr: float = 2e-3  # peak, of compression; from LR_GRID, on seeds 100-102; 0: the task's
     batch_size: int = 30  # sequences a step; 0: the task's
+    eval_sequences: int = 0  # of the validation data; 0: all
     context: int = 64  # bytes; full scale: most tokens of a prompt
     num_layers: int = 4  # transformer layers, each with a mixture
     d_model: int = 64  # width
@@ -807,6 +809,9 @@ def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: 
     return {f"stable_rank_{m}": ranks(getattr(old, m), getattr(new, m)[shared]) for m in ("w1", "w2")}
 
 
+corpus = functools.cache(text_data.load_domain)  # read once in a process, whatever the number of arms
+
+
 def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.TransformerLM:
     """The small model; balance > 0 also makes its routers trainable."""
     generator = torch.Generator().manual_seed(seed)
@@ -838,9 +843,11 @@ def make_task(config: Config, run: Run, seed: int, stage: int) -> Task:
 
 
 def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    corpus = text_data.load_domain(config.target)
+    text = corpus(config.target)
     stream = lambda step: torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
-    sample = lambda num, step: text_data.sample_windows(corpus.train, num, config.context + 1, stream(step))
+    sample = lambda num, step: text_data.sample_windows(text.train, num, config.context + 1, stream(step))
+
+    validation = text_data.all_windows(text.val, config.context)[: config.eval_sequences or None]
 
     def outputs(model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
         return model(windows[:, :-1]), windows[:, 1:]
@@ -848,7 +855,7 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
     return Task(
         train_batch=lambda step: sample(config.batch_size, step).to(run.device),
         calibration=sample(config.calibration, -1).to(run.device).split(32),
-        validation=text_data.all_windows(corpus.val, config.context).to(run.device).split(64),
+        validation=validation.to(run.device).split(64),
         outputs=outputs,
         token_mask=lambda windows, layer: None,
     )
@@ -889,7 +896,7 @@ def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
     return Task(
         train_batch=train_batch,
         calibration=in_batches([train[i] for i in chosen], 32),
-        validation=in_batches(dev, 64),
+        validation=in_batches(dev[: config.eval_sequences or None], 64),
         outputs=outputs,
         token_mask=lambda batch, layer: batch["attention_mask"].bool() if layer.startswith("encoder") else None,
         scored=slice(0, 1),
@@ -1008,7 +1015,7 @@ def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
 
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """The small model on all domains at once, routers trained with the balance loss."""
-    corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
+    corpora = [corpus(name) for name in text_data.DOMAINS]
     model = run.prepare(byte_lm(config, seed, config.balance))
 
     def batches(step: int) -> Tensor:
@@ -1316,7 +1323,7 @@ def check(config: Config) -> Config:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}")
-    may_be_zero = ("skip", "finetune_steps", "recover_steps") if config.task else ("skip",)
+    may_be_zero = ("skip", "eval_sequences", *(("finetune_steps", "recover_steps") if config.task else ()))
     for name, value in vars(config).items():
         if isinstance(value, int) and value < (0 if name in may_be_zero else 1):
             raise ValueError(f"{name} is {value}; at least {0 if name in may_be_zero else 1} is needed")
@@ -1360,13 +1367,13 @@ def arms_of(run: Run) -> tuple[list[str], list[str], list[str]]:
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
-    corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
+    corpora = [corpus(name) for name in text_data.DOMAINS]
     if config.target not in text_data.DOMAINS:
         raise ValueError(f"target is {config.target!r}; allowed: {', '.join(text_data.DOMAINS)}")
     if config.batch_size < len(corpora):
         raise ValueError(f"batch_size is {config.batch_size}; at least one sequence of each of {len(corpora)} domains")
-    run.data = {corpus.name: corpus.digest for corpus in corpora}
-    for note in filter(None, {corpus.note for corpus in corpora}):
+    run.data = {text.name: text.digest for text in corpora}
+    for note in filter(None, {text.note for text in corpora}):
         print(note)
     return config, byte_lm(config, run.seed, config.balance).to(run.device)
 

@@ -85,7 +85,12 @@ def load_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
     config = _switch_config(folder)
     try:
         model, report = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
         )
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
