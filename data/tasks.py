@@ -288,15 +288,15 @@ def byte_rows(texts: Iterable[str], length: int) -> Tensor:
 
 TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
     "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
+    "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
+    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
+    "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
+    "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
     "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
     "copa": (read_copa, "copa", "COPA/train.jsonl", "COPA/val.jsonl"),
     "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
     "winogrande": (read_winogrande, "winogrande", "winogrande_1.1/train_l.jsonl", "winogrande_1.1/dev.jsonl"),
     "wikiqa": (read_wikiqa, "wikiqa", "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),
-    "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
-    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
-    "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
-    "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
 }
 
 

@@ -34,7 +34,8 @@ def checkpoint(transformers, tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.SwitchTransformersConfig(
         vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=24, num_layers=4, num_decoder_layers=4, num_heads=2,
-        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=6, decoder_start_token_id=0,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=6,
+        decoder_start_token_id=0,
     )  # fmt: skip
     transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
     return folder
@@ -63,7 +64,9 @@ def test_the_patched_model_equals_the_original(transformers, checkpoint):
     original = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(checkpoint).eval()
     patched = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
     layers = mcsmoe.moe_layers(patched)
-    assert list(layers) == [f"{part}.block.{i}.layer.{j}.mlp" for part, j in (("encoder", 1), ("decoder", 2)) for i in (1, 3)]
+    assert list(layers) == [
+        f"{part}.block.{i}.layer.{j}.mlp" for part, j in (("encoder", 1), ("decoder", 2)) for i in (1, 3)
+    ]
     with torch.no_grad():
         ours, theirs = patched(**a_batch()).logits, original(**a_batch()).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -178,7 +181,9 @@ def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(transformers, 
         raise ConnectionError("nobody there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(FileNotFoundError, match="put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x"):
+    with pytest.raises(
+        FileNotFoundError, match="put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x"
+    ):
         pretrained.locate("google/x", tmp_path)
 
 
