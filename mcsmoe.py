@@ -323,8 +323,9 @@ class SparseMoE(nn.Module):
 
     router_weight [num_experts, d_model]; experts: DenseExperts or LowRankExperts; remap [num_experts] int64, default
     identity; alive [num_experts] bool: the rest get no token, their logits are masked before the softmax (pruning);
-    capacity: tokens of one sequence beyond it get a zero output (Switch). With balance > 0 a training forward leaves
-    balance * num_experts * sum_e f_e P_e in `aux_loss`.
+    normalize: the top_k scores of a token are made to sum to 1 (Mixtral); capacity: tokens of one sequence beyond it
+    get a zero output (Switch). With balance > 0 a training forward leaves balance * num_experts * sum_e f_e P_e in
+    `aux_loss`, and the router is trained.
     """
 
     def __init__(
@@ -334,12 +335,16 @@ class SparseMoE(nn.Module):
         remap: Tensor | None = None,
         alive: Tensor | None = None,
         top_k: int = 1,
+        normalize: bool = False,
         capacity: int | None = None,
         balance: float = 0.0,
     ):
         super().__init__()
         num_experts, d_model = router_weight.shape
-        self.top_k, self.capacity, self.balance, self.aux_loss = top_k, capacity, balance, None
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}; 1 to {num_experts} are allowed")
+        self.top_k, self.normalize, self.capacity, self.balance = top_k, normalize, capacity, balance
+        self.aux_loss: Tensor | None = None
         self.router = nn.Linear(d_model, num_experts, bias=False, device="meta")
         self.router.weight = nn.Parameter(router_weight.detach().clone(), requires_grad=balance > 0)
         self.experts = experts
@@ -347,12 +352,17 @@ class SparseMoE(nn.Module):
         self.register_buffer("alive", everyone if alive is None else alive)
         self.register_buffer("remap", everyone.long().cumsum(0) - 1 if remap is None else remap)
 
+    def with_experts(self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None) -> "SparseMoE":
+        """The same router over other experts."""
+        return SparseMoE(self.router.weight, experts, remap, alive, self.top_k, self.normalize, self.capacity)
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
         with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision under bf16
             router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, num_experts]
             router_probs = router_logits.masked_fill(~self.alive, -1e6).softmax(dim=-1)
         gates, expert_index = router_probs.topk(self.top_k, dim=-1)  # [tokens, top_k]
+        gates = gates / gates.sum(dim=-1, keepdim=True) if self.normalize else gates
         if self.balance > 0 and self.training:
             num_experts = len(self.remap)
             share = F.one_hot(expert_index, num_experts).sum(1).to(router_probs).mean(0)  # [num_experts]
@@ -421,9 +431,10 @@ def neurons_to_keep(scores: Sequence[Tensor], lengths: Sequence[int], density: f
     least `density` is kept, and less than one neuron more.
     """
     flat = torch.cat([score.flatten() for score in scores])
-    length = torch.cat([torch.full((score.numel(),), n) for score, n in zip(scores, lengths)]).to(flat.device)
+    length = torch.cat([torch.full((score.numel(),), n) for score, n in zip(scores, lengths)])
+    budget = math.floor((1 - density) * int(length.sum()) + 1e-6)  # elements that go; whole numbers stay exact
     order = flat.sort(stable=True).indices
-    gone = length[order].cumsum(0) <= (1 - density) * length.sum() + 1e-6
+    gone = length.to(flat.device)[order].cumsum(0) <= budget
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep[order[gone]] = False
     return [mask.view_as(score) for mask, score in zip(keep.split([s.numel() for s in scores]), scores)]
@@ -655,7 +666,12 @@ class Seen(NamedTuple):
 
     inputs: Tensor  # [tokens, d_model]
     logits: Tensor  # [tokens, num_experts]
+    picks: Tensor  # [tokens, top_k]
     frequency: Tensor  # [num_experts]
+
+    def routed_to(self, *experts: int) -> Tensor:
+        """[tokens, d_model]: the inputs that pick one of the experts."""
+        return self.inputs[torch.isin(self.picks, torch.tensor(experts, device=self.picks.device)).any(dim=-1)]
 
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
@@ -681,7 +697,8 @@ def calibrate(model: nn.Module, task: Task) -> dict[str, Seen]:
     for name, layer in moe_layers(model).items():
         x = torch.cat(inputs[name])
         logits = layer.router(x.to(layer.router.weight.dtype))
-        seen[name] = Seen(x, logits, usage_frequency(logits, layer.top_k))
+        picks = logits.topk(layer.top_k, dim=-1).indices
+        seen[name] = Seen(x, logits, picks, usage_frequency(logits, layer.top_k))
     return seen
 
 
@@ -708,14 +725,13 @@ def merge_layer(
     experts = [stacked.each(lambda w, i=i: w[i]) for i in range(len(groups))]
     fishers = None if fisher is None else [fisher.each(lambda w, i=i: w[i]) for i in range(len(groups))]
     dominant = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-    chosen = seen.logits.argmax(dim=-1)
     zipped = []
     for group in range(int(groups.max()) + 1):
         members = (groups == group).nonzero()[:, 0]
         dominant[members[seen.frequency[members].argmax()]] = True
         reference = 0 if align == "first" else int(members[seen.frequency[members].argmax()])
         if merge == "zip":
-            x = seen.inputs[torch.isin(chosen, members)]
+            x = seen.routed_to(*members.tolist())
             alone = len(members) == 1 or len(x) < 2
             zipped.append(experts[reference] if alone else zip_experts([experts[i] for i in members], x, act))
         for i in () if align == "none" or merge in ("zip", "redirect") or len(members) == 1 else members.tolist():
@@ -723,8 +739,7 @@ def merge_layer(
                 continue
             gain = neuron_gain(experts[reference], experts[i])
             if align == "activation":
-                x = seen.inputs[(chosen == reference) | (chosen == i)]
-                gain = activation_gain(experts[reference], experts[i], x, act)
+                gain = activation_gain(experts[reference], experts[i], seen.routed_to(reference, i), act)
             perm = linear_assignment(gain.cpu())
             experts[i] = permute_neurons(experts[i], perm)
             if fishers is not None:
@@ -738,8 +753,7 @@ def merge_layer(
         merged = Expert(*(None if w is None else merge_experts(w, f, groups) for w, f in pairs))
     else:
         merged = stack(experts).each(lambda w: merge_experts(w, weight, groups))
-    options = {"top_k": layer.top_k, "capacity": layer.capacity}
-    return SparseMoE(layer.router.weight, DenseExperts(merged, act), groups, **options)
+    return layer.with_experts(DenseExperts(merged, act), groups)
 
 
 def expert_features(layer: SparseMoE, seen: Seen, similarity: str) -> Tensor:
@@ -757,7 +771,7 @@ def prune_layer(layer: SparseMoE, dominant: Tensor) -> SparseMoE:
     """The baseline that removes the others: their logits are masked, their tokens go to the next best survivor."""
     experts = DenseExperts(layer.experts.stacked().each(lambda w: w[dominant]), layer.experts.act)
     remap = (dominant.long().cumsum(0) - 1).clamp(min=0)
-    return SparseMoE(layer.router.weight, experts, remap, dominant, layer.top_k, layer.capacity)
+    return layer.with_experts(experts, remap, dominant)
 
 
 def merge_model(
@@ -1236,15 +1250,26 @@ def judge(config: Config, run: Run, results: Results) -> None:
 
 
 def print_tables(config: Config, run: Run, results: Results) -> None:
-    rows, show = [], lambda arm, key, scale=1.0: common.show(scale * values(results, arm, key))
-    for arm in (arm for arm in results if "@" not in arm):
-        one, memory = results[arm][0], values(results, arm, "bytes") if "bytes" in results[arm][0] else None
-        size = "" if memory is None else f"{memory.mean() / 1e6:.3f}"
-        cost = f"{values(results, arm, 'flops').mean() / 1e6:.2f}"
-        rows.append([arm, show(arm, "loss"), show(arm, "accuracy", 100.0), f"{one['parameters']:,}", size, cost])
-    header = ["arm", "nats", "accuracy %", "parameters", "MB on disk", "MFLOP/sequence"]
-    title = f"validation, {len(run.seeds)} seed(s); +kd: after recovery by distillation; mc, c: compressed as well"
-    run.table(title, header, rows)
+    show = lambda arm, key, scale=1.0: common.show(scale * values(results, arm, key)) if arm in results else ""
+    rows = []
+    for arm in (arm for arm in results if "@" not in arm and not arm.endswith("+kd")):
+        quality = [show(a, *key) for a in (arm, f"{arm}+kd") for key in (("loss",), ("accuracy", 100.0))]
+        one = results[arm][0]
+        disk = f"{values(results, arm, 'bytes').mean() / 1e6:.3f}" if "bytes" in one else ""
+        rows.append(
+            [arm, *quality, f"{one['parameters']:,}", disk, f"{values(results, arm, 'flops').mean() / 1e6:.2f}"]
+        )
+    header = [
+        "arm",
+        "nats",
+        "accuracy %",
+        "recovered: nats",
+        "accuracy %",
+        "parameters",
+        "MB on disk",
+        "MFLOP/sequence",
+    ]
+    run.table(f"validation, {len(run.seeds)} seed(s); recovered: after distillation from the full model", header, rows)
 
     rows = []
     for layer in results["msmoe"][0]["layers"]:
@@ -1311,8 +1336,10 @@ def switch_ledger(config: Config) -> list[list[str]]:
     return [[name, f"{size:,}", f"{size / 1e6:.0f} M"] for name, size in sizes.items()]
 
 
-def check(config: Config) -> Config:
+def check(config: Config, device: str) -> Config:
     """Refuse impossible settings before anything is written; fill in what a task settles."""
+    if device == "mps":
+        raise common.UsageError("experts are merged in float64, which mps lacks; use --device cpu or cuda")
     if config.task:
         if config.task not in TASK_SETTINGS:
             raise ValueError(f"task is {config.task!r}; allowed: {', '.join(TASK_SETTINGS)}")
@@ -1400,7 +1427,7 @@ def a_step(model: nn.Module, task: Task) -> Callable[[], None]:
 
 
 def main(config: Config, run: Run) -> dict:
-    run.config = config = check(config)
+    run.config = config = check(config, run.device)
     if config.task:
         header = ["switch-base-32", "parameters", ""]
         run.table("from the real shape, by arithmetic, at these settings", header, switch_ledger(config))

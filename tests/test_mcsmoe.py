@@ -194,7 +194,8 @@ def test_merge_worked_example():
 def test_selection_does_not_leak_into_the_merge():
     """Selection treats each layer's first expert as used always; the mean does not."""
     layer = a_layer(3)
-    seen = mcsmoe.Seen(random(10, 5), logits_for([0] * 6 + [1] * 3 + [2], 3), matrix(0.6, 0.3, 0.1))
+    logits = logits_for([0] * 6 + [1] * 3 + [2], 3)
+    seen = mcsmoe.Seen(random(10, 5), logits, logits.topk(1).indices, mcsmoe.usage_frequency(logits))
     merged = mcsmoe.merge_layer(layer, torch.zeros(3, dtype=torch.long), seen, "none", "frequency")
     expected = torch.einsum("e,eio->io", seen.frequency, layer.experts.w1)
     torch.testing.assert_close(merged.experts.w1[0], expected)
@@ -211,7 +212,7 @@ def permuted_copies(n=4, **kind):
 def test_experts_that_differ_in_order_only_merge_without_loss(kind, top_k):
     layer, x = SparseMoE(random(4, 5), DenseExperts(permuted_copies(**kind)), top_k=top_k), random(50, 5, seed=3)
     logits = layer.router(x)
-    seen = mcsmoe.Seen(x, logits, mcsmoe.usage_frequency(logits, top_k))
+    seen = mcsmoe.Seen(x, logits, logits.topk(top_k).indices, mcsmoe.usage_frequency(logits, top_k))
     merge = lambda align: mcsmoe.merge_layer(layer, torch.zeros(4, dtype=torch.long), seen, align, "frequency")
     for align in ("dominant", "first", "activation"):
         torch.testing.assert_close(merge(align)(x), layer(x), atol=1e-10, rtol=0)
@@ -233,6 +234,16 @@ def test_a_token_goes_to_the_group_of_its_expert_with_the_score_of_its_expert(to
     assert torch.equal(merged.router.weight, layer.router.weight) and not merged.router.weight.requires_grad
     before, after = common.count_parameters(layer), common.count_parameters(merged)
     assert before - after == (5 - 3) * 2 * 5 * 7
+
+
+def test_scores_can_be_normalised_over_the_picks():
+    plain, x = a_layer(4, top_k=2), random(9, 5)
+    normal = SparseMoE(plain.router.weight, plain.experts, top_k=2, normalize=True)
+    total = plain.router(x).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+    torch.testing.assert_close(normal(x) * total, plain(x))
+    assert normal.with_experts(plain.experts, plain.remap).normalize
+    with pytest.raises(ValueError, match="top_k is 5; 1 to 4"):
+        a_layer(4, top_k=5)
 
 
 def test_capacity_is_per_sequence_first_come_first_served():
@@ -475,8 +486,9 @@ def test_statistics_of_the_calibration_data(tmp_path):
     seen = mcsmoe.calibrate(model, task)
     assert list(seen) == ["blocks.0.ffn", "blocks.1.ffn"]
     tokens = 16 * TINY.context
-    for name, (inputs, logits, frequency) in seen.items():
+    for name, (inputs, logits, picks, frequency) in seen.items():
         assert inputs.shape == (tokens, 16) and logits.shape == (tokens, 4)
+        assert torch.equal(picks[:, 0], logits.argmax(-1))
         assert frequency.tolist() == (torch.bincount(logits.argmax(-1), minlength=4) / tokens).tolist()
         torch.testing.assert_close(logits, inputs @ model.get_submodule(name).router.weight.T)
     # Padding is left out by the task's mask.
