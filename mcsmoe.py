@@ -876,41 +876,20 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
 
 
 def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    """A task of data/tasks.py as text to text: the answer is one word, the decoder's first token."""
-    train, dev = tasks.load_prompts(config.task, run.data_dir)
+    """A task of data/tasks.py as text to text: the answer is one word, the decoder's first token, then the end."""
     tokenizer = pretrained.load_tokenizer(pretrained.locate(config.model, run.data_dir))
-    words = pretrained.word_ids(tokenizer, tasks.PROMPTS[config.task].words)
-    draw = torch.Generator().manual_seed(10 * seed + stage)
-
-    def encode(examples: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
-        texts = [text for text, _ in examples]
-        options = {"truncation": True, "max_length": config.context, "padding": True, "return_tensors": "pt"}
-        batch = dict(tokenizer(texts, **options))
-        labels = torch.tensor([[words[label], tokenizer.eos_token_id] for _, label in examples])
-        kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return {name: tensor.to(run.device) for name, tensor in {**kept, "labels": labels}.items()}
-
-    def train_batch(step: int) -> dict[str, Tensor]:
-        start = step * config.batch_size  # position in the endless sequence of shuffled epochs
-        epochs = range(start // len(train), (start + config.batch_size - 1) // len(train) + 1)
-        seeds = (1_000_003 * (10 * seed + stage) + epoch for epoch in epochs)
-        order = torch.cat([torch.randperm(len(train), generator=torch.Generator().manual_seed(s)) for s in seeds])
-        start -= epochs[0] * len(train)
-        return encode([train[i] for i in order[start : start + config.batch_size].tolist()])
+    data, stream = tasks.PromptBatches(config.task, run.data_dir, tokenizer, config.context), 10 * seed + stage
+    on_device = lambda batch: {name: tensor.to(run.device) for name, tensor in batch.items()}
 
     def outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0)  # T5 starts its answer with token 0
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=shifted).logits
-        return logits, batch["labels"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0)  # T5 starts its answers with token 0
+        return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
 
-    def in_batches(examples: Sequence, size: int) -> list:
-        return [encode(examples[i : i + size]) for i in range(0, len(examples), size)]
-
-    chosen = torch.randperm(len(train), generator=draw)[: config.calibration].tolist()
     return Task(
-        train_batch=train_batch,
-        calibration=in_batches([train[i] for i in chosen], 32),
-        validation=in_batches(dev[: config.eval_sequences or None], 64),
+        train_batch=lambda step: on_device(data.train_batch(step, config.batch_size, stream)),
+        calibration=[on_device(batch) for batch in data.sample(config.calibration, 32, stream)],
+        validation=[on_device(batch) for batch in data.dev_batches(config.eval_sequences, 64)],
         outputs=outputs,
         token_mask=lambda batch, layer: batch["attention_mask"].bool() if layer.startswith("encoder") else None,
         scored=slice(0, 1),
@@ -919,7 +898,7 @@ def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, run: Run) -> dict:
-    """Loss and accuracy, each also by block of the validation data; parameters and FLOPs of a sequence."""
+    """Loss and accuracy, each also by block of the validation data."""
     model.eval()
     losses, hits = [], []
     with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
@@ -930,17 +909,20 @@ def evaluate(model: nn.Module, task: Task, run: Run) -> dict:
             hits.append((logits.argmax(dim=-1) == labels)[:, task.scored].double().mean(dim=1))
     loss, accuracy = torch.cat(losses).double(), torch.cat(hits)
     blocks = lambda values: [float(part.mean()) for part in values.tensor_split(min(NUM_BLOCKS, len(values)))]
-    # In float64 the kernels take the torch path, whose operators the counter sees.
-    counted, batch = copy.deepcopy(model).double(), task.validation[0]
-    flops = common.count_flops(lambda: task.outputs(counted, batch))["Global"] / len(task.outputs(model, batch)[1])
     return {
         "loss": float(loss.mean()),
         "accuracy": float(accuracy.mean()),
         "loss_blocks": blocks(loss),
         "accuracy_blocks": blocks(accuracy),
-        "parameters": common.count_parameters(model),
-        "flops": flops,
     }
+
+
+@torch.no_grad()
+def store(model: nn.Module, task: Task, path) -> dict:
+    """Export a model, and count: its parameters, the bytes on disk, the FLOPs of a sequence."""
+    counted, batch = copy.deepcopy(model).double(), task.validation[0]  # float64: operators that the counter sees
+    flops = common.count_flops(lambda: task.outputs(counted, batch))["Global"] / len(task.outputs(model, batch)[1])
+    return {"parameters": common.count_parameters(model), "bytes": export_model(model, path), "flops": flops}
 
 
 def tune(
@@ -1048,8 +1030,8 @@ def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     common.train(
         model, loss_fn, steps, batches=batches, optimizer=adamw(model, config.pretrain_lr), schedule=schedule, **options
     )
-    export_model(model, run.path(arm, seed, ".npz"))
-    return evaluate(model, make_task(config, run, seed, 1), run)
+    task = make_task(config, run, seed, 1)
+    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -1063,8 +1045,7 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model = load_model(config, run, "pretrained", seed)
     task = make_task(config, run, seed, 1)
     tune(model, task, config, config.finetune_steps, config.lr, run.train_options(arm, seed))
-    size = export_model(model, run.path(arm, seed, ".npz"))
-    return evaluate(model, task, run) | {"bytes": size}
+    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
 def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -1077,10 +1058,9 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model, report = merge_model(full, recipe, config, seen, task, generator)
         found.append(evaluate(model, task, run))
         if draw == 0:
-            size, layers = export_model(model, run.path(arm, seed, ".npz")), report
+            counts = store(model, task, run.path(arm, seed, ".npz")) | {"layers": report}
     means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
-    means["parameters"] = found[0]["parameters"]
-    return means | {"bytes": size, "layers": layers, "loss_by_draw": [result["loss"] for result in found]}
+    return means | counts | {"loss_by_draw": [result["loss"] for result in found]}
 
 
 def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -1091,8 +1071,7 @@ def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     teacher = load_model(config, run, "full", seed).eval() if how == "kd" else None
     lr, options = float(lr or config.recover_lr), run.train_options(arm, seed)
     tune(model, task, config, config.recover_steps, lr, options, teacher)
-    size = export_model(model, run.path(arm, seed, ".npz"))
-    return evaluate(model, task, run) | {"bytes": size}
+    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
 def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
@@ -1106,9 +1085,9 @@ def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
 
 
 def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """Decompose, train and prune, compact, export. "mc" starts from the recovered merge, "c" from the full model."""
+    """Decompose, train and prune, compact, export: MC-SMoE the recovered merge, C-SMoE the unmerged model."""
     name, _, lr = arm.partition("@")
-    source = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}.get(name, "full")
+    source = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}.get(name, "full+steps")  # all had equally many steps
     model, task = load_model(config, run, source, seed), make_task(config, run, seed, 4)
     teacher = load_model(config, run, "full", seed).eval()
     layers = list(moe_layers(model).values())[0 if name == "mc_all" else config.skip :]
@@ -1136,11 +1115,10 @@ def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         before = task.outputs(model.eval(), task.validation[0])[0]
         for linear in linears:
             linear.compact()
-        path = run.path(arm, seed, ".npz")
-        size = export_model(model, path)
+        counts = store(model, task, run.path(arm, seed, ".npz"))
         again = load_model(config, run, arm, seed).eval()
         change = float((task.outputs(again, task.validation[0])[0] - before).abs().max())
-    return evaluate(again, task, run) | {"bytes": size, "reload_change": change, "rank": rank, "density": density}
+    return evaluate(again, task, run) | counts | {"reload_change": change, "rank": rank, "density": density}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1255,7 +1233,7 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
     for arm in (arm for arm in results if "@" not in arm and not arm.endswith("+kd")):
         quality = [show(a, *key) for a in (arm, f"{arm}+kd") for key in (("loss",), ("accuracy", 100.0))]
         one = results[arm][0]
-        disk = f"{values(results, arm, 'bytes').mean() / 1e6:.3f}" if "bytes" in one else ""
+        disk = f"{values(results, arm, 'bytes').mean() / 1e6:.3f}"
         rows.append(
             [arm, *quality, f"{one['parameters']:,}", disk, f"{values(results, arm, 'flops').mean() / 1e6:.2f}"]
         )

@@ -2,13 +2,13 @@
 
     load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
-    load_tokenizer(folder)              its tokenizer; word_ids(tokenizer, words): one token for each word
+    load_tokenizer(folder)              its tokenizer
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
 safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -131,14 +131,3 @@ def load_tokenizer(folder: str | Path):
         return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}") from error
-
-
-def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
-    """The token of each word. Raises ValueError for a word that is not one token, or two words with the same."""
-    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    for word, ids in zip(words, tokens):
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(f"the answer {word!r} is not one token of this tokenizer: {ids}")
-    if len({ids[0] for ids in tokens}) < len(words):
-        raise ValueError(f"two of the answers {', '.join(words)} are the same token")
-    return [ids[0] for ids in tokens]

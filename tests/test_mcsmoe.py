@@ -306,7 +306,7 @@ def test_decomposition_worked_example():
     linear = LowRankSparseLinear(matrix([3, 0], [0, 1]), rank=1)
     torch.testing.assert_close((linear.u @ linear.v)[0], matrix([3, 0], [0, 0]), atol=1e-12, rtol=0)
     torch.testing.assert_close(linear.s[0].detach(), matrix([0, 0], [0, 1]), atol=1e-12, rtol=0)
-    assert abs(float(linear.u[0, 0, 0])) == pytest.approx(math.sqrt(3))
+    assert abs(linear.u[0, 0, 0].item()) == pytest.approx(math.sqrt(3))
     for rank in (0, 3):
         with pytest.raises(ValueError, match=f"rank is {rank}; 1 to 2"):
             LowRankSparseLinear(matrix([3, 0], [0, 1]), rank)
@@ -604,6 +604,7 @@ def test_routers_stay_frozen_and_the_teacher_untouched(tmp_path):
     mcsmoe.finetune_arm(TINY, "full", 0, run)
     mcsmoe.merge_arm(TINY, "msmoe", 0, run)
     mcsmoe.recover_arm(TINY, "msmoe+kd", 0, run)
+    mcsmoe.recover_arm(TINY, "full+steps", 0, run)
     teacher_file = run.path("full", 0, ".npz").read_bytes()
     mc = mcsmoe.compress_arm(TINY, "mc", 0, run)
     routers = [
@@ -724,6 +725,7 @@ def test_an_interrupted_compression_goes_on_to_the_same_numbers(tmp_path, monkey
     run = a_run(tmp_path)
     mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
     mcsmoe.finetune_arm(TINY, "full", 0, run)
+    mcsmoe.recover_arm(TINY, "full+steps", 0, run)
     whole = mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run)
     run.path("c_equal_rank", 0, ".ckpt").unlink(missing_ok=True)
     run.path("c_equal_rank", 0, ".npz").unlink()

@@ -190,9 +190,9 @@ def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(transformers, 
 def test_answers_must_be_one_token(checkpoint):
     tokenizer = pretrained.load_tokenizer(checkpoint)
     for prompt in tasks.PROMPTS.values():
-        assert len(set(pretrained.word_ids(tokenizer, prompt.words))) == 2
+        assert len(set(tasks.word_ids(tokenizer, prompt.words))) == 2
     for words, expected in {("yes", "unheard"): "'unheard' is not one token", ("yes no",): "not one token"}.items():
         with pytest.raises(ValueError, match=expected):
-            pretrained.word_ids(tokenizer, words)
+            tasks.word_ids(tokenizer, words)
     with pytest.raises(ValueError, match="the same token"):
-        pretrained.word_ids(tokenizer, ("yes", "yes"))
+        tasks.word_ids(tokenizer, ("yes", "yes"))
