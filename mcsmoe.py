@@ -22,7 +22,7 @@ the task, on a few hundred of its sequences:
        groups                   0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
 
 Run      python mcsmoe.py            about a minute on two cores, no download
-         python mcsmoe.py --ablate   every arm of the paper's tables and the learning-rate grid
+         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
          python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 40 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
@@ -82,23 +82,24 @@ class Config:
     warmup_share: float = 0.04  # of the compression steps, before pruning starts; paper: 400 of 10,000
     cooldown_share: float = 0.16  # of the compression steps, after it ends; paper: 1,600 of 10,000
     finetune_steps: int = 40  # of the full model on the target; 0: the task's
-    recover_steps: int = 40  # of every merged model; 0: the task's
+    recover_steps: int = 60  # of every merged model; 0: the task's
     compress_steps: int = 80  # paper: 10,000
-    lr: float = 1e-3  # peak, of fine-tuning, linear to 0; 0: the task's
-    recover_lr: float = 2e-3  # peak, of recovery; from LR_GRID, on seeds 100-102; 0: the task's
-    compress_lr: float = 2e-3  # peak, of compression; from LR_GRID, on seeds 100-102; 0: the task's
+    lr: float = 2e-3  # peak, of fine-tuning, linear to 0; from LR_GRID, on seeds 100-101; 0: the task's
+    recover_lr: float = 4e-3  # peak, of recovery; from LR_GRID, on seeds 100-101; 0: the task's
+    compress_lr: float = 4e-3  # peak, of compression; from LR_GRID, on seeds 100-101; 0: the task's
     batch_size: int = 30  # sequences a step; 0: the task's
-    eval_sequences: int = 0  # of the validation data; 0: all
+    eval_sequences: int = 1024  # of the validation data; 0: all
+    tune: bool = False  # only the learning-rate grid of the main arms, no claims
     context: int = 64  # bytes; full scale: most tokens of a prompt
     num_layers: int = 4  # transformer layers, each with a mixture
     d_model: int = 64  # width
     d_ff: int = 128  # hidden width of one expert
     num_heads: int = 4  # attention heads
     init: float = 0.1  # standard deviation of initial weights outside the experts
-    pretrain_steps: int = 250  # on all domains, routers trained
+    pretrain_steps: int = 500  # on all domains, routers trained
     pretrain_lr: float = 3e-3  # peak, linear to 0
     balance: float = 0.003  # weight of the balance loss while pre-training
-    target: str = "docs"  # domain of data/text.py to fine-tune on: python, docs or headers
+    target: str = "headers"  # domain of data/text.py to fine-tune on: python, docs or headers
     task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande or wikiqa
     model: str = ""  # full scale: folder of a Switch checkpoint, or its name on the Hugging Face hub
 
@@ -106,7 +107,8 @@ class Config:
 SMALL = Config()
 FULL = replace(
     SMALL, num_experts=32, kept=8, rank=32, c_rank=16, context=512, task="sst2", model="google/switch-base-32",
-    finetune_steps=0, recover_steps=0, compress_steps=10_000, lr=0.0, recover_lr=0.0, compress_lr=0.0, batch_size=0,
+    finetune_steps=0, recover_steps=0, compress_steps=10_000, lr=0.0, recover_lr=0.0, compress_lr=0.0,
+    batch_size=0, eval_sequences=0,
 )  # fmt: skip
 TASK_SETTINGS = {  # batch size, learning rate (README of the released code); epochs (ours, from the paper's grid)
     "sst2": (64, 1e-4, 3),
@@ -646,7 +648,7 @@ RECIPES_ABLATE = {
     "by_output": Recipe(similarity="output"),
 }
 RECOVERED = ("msmoe", "averaging", "pruning", "msmoe_all")  # after distillation in a default run; --ablate: all
-LR_GRID = (1e-3, 2e-3, 4e-3)  # of recovery and compression, the same for every arm; --ablate prints it
+LR_GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning, recovery and compression, the same for every arm; see --tune
 NUM_BLOCKS = 16  # of the validation data: what a run of one seed takes its standard error over
 
 
@@ -1044,7 +1046,8 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     else:
         model = load_model(config, run, "pretrained", seed)
     task = make_task(config, run, seed, 1)
-    tune(model, task, config, config.finetune_steps, config.lr, run.train_options(arm, seed))
+    lr = float(arm.partition("@")[2] or config.lr)
+    tune(model, task, config, config.finetune_steps, lr, run.train_options(arm, seed))
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
@@ -1259,12 +1262,17 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         rows.append([layer["layer"], len(kept), f"{100 * used:.0f} %", *ranks, text])
     header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept<-merged into it"]
     run.table(f"M-SMoE, seed {run.seed}: who was kept, who joined whom", header, rows)
-    if run.ablate:
-        arms = sorted({arm.partition("@")[0] for arm in results if "@" in arm})
-        default = lambda arm: config.recover_lr if "+" in arm else config.compress_lr
-        named = lambda arm, lr: arm if lr == default(arm) else f"{arm}@{lr:g}"
-        rows = [[arm, *(show(named(arm, lr), "loss") for lr in LR_GRID)] for arm in arms]
-        run.table("the learning-rate grid, nats", ["arm", *(f"{lr:g}" for lr in LR_GRID)], rows)
+
+
+def print_grid(config: Config, run: Run, results: Results) -> None:
+    own = {"full": config.lr, "mc": config.compress_lr, "c": config.compress_lr}
+    rows, arms = [], dict.fromkeys(arm.partition("@")[0] for arm in results if arm != "pretrained")
+    for arm in (arm for arm in arms if arm not in RECIPES):
+        default = config.recover_lr if "+" in arm else own[arm.partition("_")[0]]
+        names = {lr: arm if lr == default else f"{arm}@{lr:g}" for lr in LR_GRID}
+        losses = {lr: common.show(values(results, name, "loss")) for lr, name in names.items() if name in results}
+        rows.append([arm, *(losses.get(lr, "") for lr in LR_GRID)])
+    run.table(f"the learning-rate grid, nats, {len(run.seeds)} seed(s)", ["arm", *(f"{lr:g}" for lr in LR_GRID)], rows)
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
@@ -1330,7 +1338,7 @@ def check(config: Config, device: str) -> Config:
             raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}")
     may_be_zero = ("skip", "eval_sequences", *(("finetune_steps", "recover_steps") if config.task else ()))
     for name, value in vars(config).items():
-        if isinstance(value, int) and value < (0 if name in may_be_zero else 1):
+        if type(value) is int and value < (0 if name in may_be_zero else 1):
             raise ValueError(f"{name} is {value}; at least {0 if name in may_be_zero else 1} is needed")
     if not 0 < config.density <= 1 or config.temperature <= 0 or config.alpha < 0 or config.balance <= 0:
         raise ValueError(
@@ -1357,18 +1365,19 @@ def check_shape(config: Config, layers: dict[str, SparseMoE]) -> Config:
     return config
 
 
-def arms_of(run: Run) -> tuple[list[str], list[str], list[str]]:
-    """Names of the arms: merged, recovered, compressed."""
+def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of the arms: fine-tuned, merged, recovered, compressed. "arm@lr" has a learning rate of its own."""
+    if config.tune:
+        grid = lambda own, *arms: [a if lr == own else f"{a}@{lr:g}" for a in arms for lr in sorted({own, *LR_GRID})]
+        recovered = grid(config.recover_lr, "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")
+        compressed = grid(config.compress_lr, "mc", "c_equal_size", "c_equal_size_low")
+        return grid(config.lr, "full"), ["msmoe", "averaging", "pruning"], recovered, compressed
     merged = [*RECIPES, *(RECIPES_ABLATE if run.ablate else ())]
     recovered = [f"{arm}+kd" for arm in (merged if run.ablate else RECOVERED)] + ["full+steps"]
     compressed = ["mc", "mc_all", "c_equal_size"]
     if run.ablate:
-        tuned = [(arm, run.config.recover_lr) for arm in ("msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")]
-        recovered += ["msmoe+steps"] + [f"{arm}@{lr:g}" for arm, own in tuned for lr in LR_GRID if lr != own]
-        compressed += ["c_equal_rank", "c_equal_size_low"]
-        tuned = [(arm, run.config.compress_lr) for arm in ("mc", "c_equal_size", "c_equal_rank")]
-        compressed += [f"{arm}@{lr:g}" for arm, own in tuned for lr in LR_GRID if lr != own]
-    return merged, recovered, compressed
+        recovered, compressed = [*recovered, "msmoe+steps"], [*compressed, "c_equal_rank", "c_equal_size_low"]
+    return ["full"], merged, recovered, compressed
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
@@ -1414,8 +1423,8 @@ def main(config: Config, run: Run) -> dict:
             return {}
     config, model = (prepare_full if config.task else prepare_small)(config, run)
     run.config = config = check_shape(config, moe_layers(model))
-    merged, recovered, compressed = arms_of(run)
-    work = config.finetune_steps + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
+    tuned, merged, recovered, compressed = arms_of(config, run)
+    work = config.finetune_steps * len(tuned) + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
     work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
     step = a_step(model, make_task(config, run, run.seed, 1))
     if run.dry_run:
@@ -1426,10 +1435,13 @@ def main(config: Config, run: Run) -> dict:
     del model, step  # at full scale the arms need the memory
 
     results = {} if config.task else run.measure(pretrain_arm, config, ["pretrained"])
-    results |= run.measure(finetune_arm, config, ["full"])
+    results |= run.measure(finetune_arm, config, tuned)
     results |= run.measure(merge_arm, config, merged)
     results |= run.measure(recover_arm, config, recovered)
     results |= run.measure(compress_arm, config, compressed)
+    if config.tune:
+        print_grid(config, run, results)
+        return {"arms": results}
     print_tables(config, run, results)
     judge(config, run, results)
     draw(config, run, results)

@@ -739,6 +739,26 @@ def test_an_interrupted_compression_goes_on_to_the_same_numbers(tmp_path, monkey
     assert mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run) == whole
 
 
+def test_the_learning_rate_grid(command_line, tmp_path):
+    done = command_line(mcsmoe, *MCSMOE, "--tune", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    report = results_of(tmp_path / "runs" / "mcsmoe-small")
+    arms = report["results"]["arms"]
+    assert {
+        "full@0.001",
+        "msmoe+kd@0.008",
+        "averaging+kd@0.002",
+        "full+steps@0.001",
+        "mc@0.008",
+        "c_equal_size@0.001",
+    } <= set(arms)
+    assert all(claim["holds"] is None for claim in report["claims"])
+    grid = report["results"]["tables"][-1]
+    recovered = [f"{arm}+kd" for arm in ("msmoe", "averaging", "pruning")] + ["full+steps"]
+    assert [row[0] for row in grid["rows"]] == ["full", *recovered, "mc", "c_equal_size", "c_equal_size_low"]
+    assert all(all(cell for cell in row) for row in grid["rows"])
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
