@@ -1008,7 +1008,12 @@ def import_model(path, model: nn.Module) -> nn.Module:
 
 
 def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
-    return run.prepare(import_model(run.path(arm, seed, ".npz"), build(config, run, seed)))
+    path = run.path(arm, seed, ".npz")
+    try:
+        return run.prepare(import_model(path, build(config, run, seed)))
+    except (ValueError, FileNotFoundError) as error:
+        again = f"delete {path.with_suffix('.*')} and go on with --resume"
+        raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
 
 
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:

@@ -785,6 +785,20 @@ def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(command_line, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_model_names_what_to_delete(command_line, tmp_path):
+    done = command_line(mcsmoe, *MCSMOE, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    arms = tmp_path / "runs" / "mcsmoe-small" / "arms"
+    (arms / "full-seed0.npz").write_bytes((arms / "full-seed0.npz").read_bytes()[:3000])
+    (arms / "msmoe-seed0.json").unlink()
+    done = command_line(mcsmoe, *MCSMOE, "--workers", 1, "--resume")
+    assert done.returncode == 2 and "full-seed0.* and go on with --resume" in done.stderr
+    assert done.stderr.count("\n") == 1
+    for path in arms.glob("full-seed0.*"):
+        path.unlink()
+    assert command_line(mcsmoe, *MCSMOE, "--workers", 1, "--resume").returncode == 0
+
+
 def test_dry_runs(command_line, tmp_path):
     done = command_line(mcsmoe, *MCSMOE, "--dry-run")
     assert done.returncode == 0 and "parameters" in done.stdout and list(tmp_path.iterdir()) == []
