@@ -1375,7 +1375,7 @@ def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], 
     if config.tune:
         grid = lambda own, *arms: [a if lr == own else f"{a}@{lr:g}" for a in arms for lr in sorted({own, *LR_GRID})]
         recovered = grid(config.recover_lr, "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")
-        compressed = grid(config.compress_lr, "mc", "c_equal_size", "c_equal_size_low")
+        compressed = grid(config.compress_lr, "mc", "c_equal_size")
         return grid(config.lr, "full"), ["msmoe", "averaging", "pruning"], recovered, compressed
     merged = [*RECIPES, *(RECIPES_ABLATE if run.ablate else ())]
     recovered = [f"{arm}+kd" for arm in (merged if run.ablate else RECOVERED)] + ["full+steps"]

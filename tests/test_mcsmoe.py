@@ -755,7 +755,7 @@ def test_the_learning_rate_grid(command_line, tmp_path):
     assert all(claim["holds"] is None for claim in report["claims"])
     grid = report["results"]["tables"][-1]
     recovered = [f"{arm}+kd" for arm in ("msmoe", "averaging", "pruning")] + ["full+steps"]
-    assert [row[0] for row in grid["rows"]] == ["full", *recovered, "mc", "c_equal_size", "c_equal_size_low"]
+    assert [row[0] for row in grid["rows"]] == ["full", *recovered, "mc", "c_equal_size"]
     assert all(all(cell for cell in row) for row in grid["rows"])
 
 
