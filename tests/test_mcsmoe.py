@@ -804,3 +804,11 @@ def test_dry_runs(command_line, tmp_path):
     assert done.returncode == 0 and "parameters" in done.stdout and list(tmp_path.iterdir()) == []
     done = command_line(mcsmoe, "--full", "--dry-run")
     assert done.returncode == 0 and "733 M" in done.stdout and "381 M" in done.stdout
+
+
+@pytest.mark.gpu
+def test_the_pipeline_on_a_gpu(command_line, tmp_path):
+    done = command_line(mcsmoe, *MCSMOE, "--device", "cuda", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    arms = results_of(tmp_path / "runs" / "mcsmoe-small")["results"]["arms"]
+    assert arms["mc"][0]["reload_change"] < 1e-4 and arms["mc"][0]["flops"] < arms["full"][0]["flops"]
