@@ -18,12 +18,12 @@ the task, on a few hundred of its sequences:
                 training; store only what is left
 
        picks of 8 experts      .41 .02 .22 .01 .05 .19 .03 .07
-       kept *                   *       *           *
-       groups                   0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
+       kept                     *       *           *
+       served by                0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
 
 Run      python mcsmoe.py            about a minute on two cores, no download
          python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
-         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 40 GB of GPU)
+         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, a GPU of 80 GB)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
 FOUND
@@ -31,16 +31,17 @@ FOUND
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
 2. Padding and dropped tokens count nowhere; exact top-k budget (a strict threshold in the released code loses ties).
-3. Every arm has frozen routers and the same steps; in the released code the merging baselines train theirs.
+3. Every arm has frozen routers and the same steps; in the released code the merging baselines train theirs. C-SMoE too
+   starts from a model with as many steps as MC-SMoE's.
 4. Importance of a pruned neuron is a mean, not a sum, of |s ds| (as in the code), without its delay of one step.
 5. Git Re-basin, REPAIR and ZipIt as released: random groups, plain means. --ablate also gives them M-SMoE's groups.
-6. Small scale: 4 layers, all with a mixture, pre-trained here for 250 steps. Full scale: 12 of 24 layers, Adam in fp32
+6. Small scale: 4 layers, all with a mixture, pre-trained here for 500 steps. Full scale: 12 of 24 layers, Adam in fp32
    under bf16 autocast, one-word answers (plus end of text) instead of promptsource templates; accuracy throughout.
 7. Left out: the task-specific pruning baseline, fairseq's 15B decoder, SQuAD and HotpotQA (answers of many words).
 For generation without retraining, later work (REAP) finds that pruning beats merging: this is for one task, recovered.
 
-Break it yourself: --calibration 1 (statistics of one sequence); in `judge`, compare with "random_groups" after recovery
-("--ablate"); replace gates by the sum of the group's probabilities in SparseMoE.
+Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do groups from the router still matter?);
+--recover-steps 5 (is it recovery, or was nothing lost?).
 """
 
 import copy
