@@ -23,7 +23,7 @@ the task, on a few hundred of its sequences:
 
 Run      python mcsmoe.py            about a minute on two cores, no download
          python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
-         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, a GPU of 80 GB)
+         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 80 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
 FOUND
@@ -40,7 +40,7 @@ Differences from the paper and its code
 7. Left out: the task-specific pruning baseline, fairseq's 15B decoder, SQuAD and HotpotQA (answers of many words).
 For generation without retraining, later work (REAP) finds that pruning beats merging: this is for one task, recovered.
 
-Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do groups from the router still matter?);
+Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do the groups still matter?);
 --recover-steps 5 (is it recovery, or was nothing lost?).
 """
 
