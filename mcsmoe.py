@@ -952,10 +952,8 @@ def tune(
 
     optimizer = adamw(model, lr)
     schedule = common.linear(steps, warmup=min(16, steps // 5))
-    batches = task.train_batch
-    common.train(
-        model, loss_fn, steps, batches=batches, optimizer=optimizer, schedule=schedule, on_step=on_step, **options
-    )
+    options = {**options, "on_step": on_step, "checkpoint_seconds": 1800.0 if config.task else 60.0}  # 24 GB each
+    common.train(model, loss_fn, steps, batches=task.train_batch, optimizer=optimizer, schedule=schedule, **options)
 
 
 def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -1067,7 +1065,10 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model, report = merge_model(full, recipe, config, seen, task, generator)
         found.append(evaluate(model, task, run))
         if draw == 0:
-            counts = store(model, task, run.path(arm, seed, ".npz")) | {"layers": report}
+            path = run.path(arm, seed, ".npz")
+            counts = store(model, task, path) | {"layers": report}
+            if config.task and not run.ablate and arm not in RECOVERED:
+                path.unlink()  # 3 GB that nobody reads again
     means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
     return means | counts | {"loss_by_draw": [result["loss"] for result in found]}
 
@@ -1425,7 +1426,8 @@ def main(config: Config, run: Run) -> dict:
         header = ["switch-base-32", "parameters", ""]
         run.table("from the real shape, by arithmetic, at these settings", header, switch_ledger(config))
         if run.dry_run:
-            print("weights, gradients and Adam's moments of the full model take 32 GB, its teacher 8 GB more")
+            print("GPU: 32 GB for the full model with gradients and Adam's moments, 8 GB for its teacher, activations")
+            print("disk: 60 GB for the models of all arms and a checkpoint; --ablate about 80 GB more")
             return {}
     config, model = (prepare_full if config.task else prepare_small)(config, run)
     run.config = config = check_shape(config, moe_layers(model))

@@ -4,12 +4,16 @@ import copy
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from tiny import MCSMOE
 
 import common
@@ -83,7 +87,7 @@ def test_own_solver_equals_scipy():
 
 
 def test_assignment_without_scipy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert mcsmoe.linear_assignment(matrix([5, 2, 0], [3, 0, 5], [15, 5, 3])).tolist() == [1, 2, 0]
 
 
@@ -414,6 +418,42 @@ def test_stable_rank():
     w = random(2, 4, 6)
     torch.testing.assert_close(mcsmoe.stable_rank(w), mcsmoe.stable_rank(7 * w))
     assert mcsmoe.stable_rank(torch.zeros(2, 3, 3)).tolist() == [0, 0]
+
+
+THROUGH_THE_KERNELS = """
+import copy, torch, kernels, mcsmoe
+from mcsmoe import DenseExperts, Expert, LowRankExperts, SparseMoE
+assert kernels.INTERPRETED
+torch.manual_seed(0)
+experts = Expert(torch.randn(3, 16, 24) / 4, torch.randn(3, 24, 16) / 5)
+layer, x = SparseMoE(torch.randn(5, 16), DenseExperts(experts), torch.tensor([0, 1, 2, 1, 0])), torch.randn(2, 9, 16)
+layer.capacity = 4
+def check():  # float32 through triton's interpreter, float64 on the torch path, gradients too
+    found = []
+    for module, inputs in ((layer, x), (copy.deepcopy(layer).double(), x.double())):
+        module.zero_grad()
+        y = module(inputs)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for ours, exact in zip(*found):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
+check()
+layer.experts = LowRankExperts(layer.experts, 4)
+check()
+for linear in (layer.experts.up, layer.experts.down):
+    linear.prune(torch.rand(linear.score.shape) < 0.4)
+    linear.compact()
+check()
+"""
+
+
+def test_the_layers_give_the_same_through_the_triton_kernels():
+    pytest.importorskip("triton", minversion="3.7", reason="older interpreters do not run with NumPy 2.4")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", THROUGH_THE_KERNELS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # --- baselines --------------------------------------------------------------------------------------------------
