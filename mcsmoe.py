@@ -26,7 +26,11 @@ Run      python mcsmoe.py            about a minute on two cores, no download
          python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 80 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
-FOUND
+Found    (seeds 0-2) M-SMoE loses least right after merging, and recovers to the full model's accuracy in 60 steps; but
+         the full model gains a point from the same steps. Alignment, weights by use and the choice of whom to keep
+         matter; with WHOM the others are merged does not (random members do as well), nor does the adaptive budget,
+         and after recovery the kept experts alone, nothing merged into them, are as good as M-SMoE. Fisher weights
+         are better than weights by use at once. C-SMoE of equal rank is larger and better, of equal size far worse.
 
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
@@ -1136,7 +1140,7 @@ def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 LOSES = "averaging experts of random groups loses more than M-SMoE, at once and after recovery"
-GROUPS = "groups from the router beat random members of the same dominant experts, and random groups"
+GROUPS = "groups from the router beat random members of the same kept experts, and random groups"
 WORST_DROP = 1.25  # points of accuracy: the largest of the paper's eight tasks (SST-2, table 2)
 RECOVERS = f"after a brief distillation accuracy is within {WORST_DROP:g} points of the full model"
 MEMORY = "up to 80 % less memory, the whole model, counted and on disk (all layers merged)"
@@ -1147,7 +1151,7 @@ CLAIMS = [
     Claim("mcsmoe.naive_merging_fails", LOSES, "MRPC 90.69 against 88.73, COPA 68 against 62", required=True),
     Claim("mcsmoe.alignment", "lining neurons up before merging helps", "MRPC 90.69 against 89.95", required=True),
     Claim("mcsmoe.frequency_weights", "weights by usage beat equal weights", "MRPC 90.69 against 89.95", required=True),
-    Claim("mcsmoe.routing_groups", GROUPS, "MRPC 90.69 against 89.95 (random members)", required=True),
+    Claim("mcsmoe.routing_groups", GROUPS, "MRPC 90.69 against 89.95 (random members)"),
     Claim("mcsmoe.beats_redirect", "merging adds to re-routing", "not verified (the control is ours)", required=True),
     Claim("mcsmoe.recovers", RECOVERS, "mean of eight tasks 82.2 against 82.4; at worst -1.25 (SST-2)", required=True),
     Claim("mcsmoe.memory", MEMORY, "2.0B to 381M parameters, 81 % (switch-base-32)", required=True),
@@ -1159,6 +1163,13 @@ CLAIMS = [
         "mcsmoe.low_rank", "merged experts have a lower stable rank than the kept ones", "falls in most layers (figure)"
     ),
 ]
+
+AT_ONCE = {  # claims on the loss right after merging: {arm: its name}; every arm must lose
+    "alignment": {"no_alignment": "without"},
+    "frequency_weights": {"uniform_weights": "equal weights"},
+    "routing_groups": {"random_members": "random members", "random_groups": "random groups"},
+    "beats_redirect": {"redirect": "the kept experts unmerged"},
+}
 
 Results = dict[str, list[dict]]  # {arm: [one result a seed]}
 
@@ -1196,11 +1207,11 @@ def judge(config: Config, run: Run, results: Results) -> None:
     text = "averaging loses {at_once} {unit} more at once, {recovered} after recovery"
     margins = {"at_once": ahead("averaging"), "recovered": ahead("averaging+kd", "msmoe+kd")}
     report("naive_merging_fails", text, **margins)
-    report("alignment", "{margin} {unit} better than without", margin=ahead("no_alignment"))
-    report("frequency_weights", "{margin} {unit} better than equal weights", margin=ahead("uniform_weights"))
-    text = "{members} {unit} better than random members, {groups} than random groups"
-    report("routing_groups", text, members=ahead("random_members"), groups=ahead("random_groups"))
-    report("beats_redirect", "{margin} {unit} better than the kept experts unmerged", margin=ahead("redirect"))
+    for id, arms in AT_ONCE.items():
+        text = ", ".join(f"{{{arm}}} {{unit}} better than {name}" for arm, name in arms.items())
+        if later := {arm: ahead(f"{arm}+kd", "msmoe+kd") for arm in arms if f"{arm}+kd" in results}:
+            text += f" (after recovery {', '.join(shown(margin) for margin in later.values())})"
+        report(id, text, **{arm: ahead(arm) for arm in arms})
 
     drop = 100 * (per_seed(results, "full", "accuracy") - per_seed(results, "msmoe+kd", "accuracy"))
     more = 100 * (values(results, "full+steps", "accuracy") - values(results, "full", "accuracy"))
