@@ -21,16 +21,16 @@ the task, on a few hundred of its sequences:
        kept                     *       *           *
        served by                0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
 
-Run      python mcsmoe.py            about a minute on two cores, no download
+Run      python mcsmoe.py            one to two minutes on two cores, no download
          python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
          python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 80 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
-Found    (seeds 0-2) M-SMoE loses least right after merging, and recovers to the full model's accuracy in 60 steps; but
-         the full model gains a point from the same steps. Alignment, weights by use and the choice of whom to keep
-         matter; with WHOM the others are merged does not (random members do as well), nor does the adaptive budget,
-         and after recovery the kept experts alone, nothing merged into them, are as good as M-SMoE. Fisher weights
-         are better than weights by use at once. C-SMoE of equal rank is larger and better, of equal size far worse.
+Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after merging, and recovers to the full
+         model's accuracy in 60 steps; but the full model gains a point from as many steps. Alignment, weights by use
+         and the choice of whom to keep matter; with WHOM the others are merged does not (random members do as well),
+         nor does the adaptive budget, and after recovery the kept experts alone, nothing merged into them, are as good
+         as M-SMoE. Fisher weights beat weights by use. C-SMoE of equal rank is larger and better, of equal size worse.
 
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
