@@ -89,9 +89,9 @@ class Config:
     finetune_steps: int = 40  # of the full model on the target; 0: the task's
     recover_steps: int = 60  # of every merged model; 0: the task's
     compress_steps: int = 80  # paper: 10,000
-    lr: float = 2e-3  # peak, of fine-tuning, linear to 0; of LR_GRID, from seeds 101-102; 0: the task's
-    recover_lr: float = 4e-3  # peak, of recovery; of LR_GRID, from seed 101; 0: the task's
-    compress_lr: float = 4e-3  # peak, of compression; that of recovery; 0: the task's
+    lr: float = 2e-3  # peak, of fine-tuning, linear to 0; best of LR_GRID on seeds 100-101; 0: the task's
+    recover_lr: float = 4e-3  # peak, of recovery; best of LR_GRID for every merged arm on seeds 100-101; 0: the task's
+    compress_lr: float = 4e-3  # peak, of compression; best of LR_GRID for MC-SMoE on seeds 100-101; 0: the task's
     batch_size: int = 30  # sequences a step; 0: the task's
     eval_sequences: int = 1024  # of the validation data; 0: all
     tune: bool = False  # only the learning-rate grid of the main arms, no claims
