@@ -277,7 +277,7 @@ def group_by_similarity(features: Tensor, dominant: Tensor) -> Tensor:
 
 
 def merge_experts(weights: Tensor, frequency: Tensor, groups: Tensor) -> Tensor:
-    """[num_groups, ...]: the mean of every group, weighted by frequency (eq. 2). A group of one is copied bit for bit.
+    """[num_groups, ...]: the mean of every group, weighted by frequency (eq. 2). A group of one stays, bit for bit.
 
     weights [num_experts, ...], aligned; frequency [num_experts], or element by element like weights (Fisher);
     groups [num_experts] with every number from 0 to num_groups - 1. Where a group's frequencies are all 0 its plain
@@ -288,9 +288,6 @@ def merge_experts(weights: Tensor, frequency: Tensor, groups: Tensor) -> Tensor:
         members = (groups == group).nonzero()[:, 0]
         if len(members) == 0:
             raise ValueError(f"group {group} of {groups.tolist()} has no member")
-        if len(members) == 1:
-            merged.append(weights[members[0]])
-            continue
         share = frequency[members].double()
         share = share.view(*share.shape, *[1] * (weights.dim() - share.dim()))
         total = share.sum(dim=0)
