@@ -12,7 +12,19 @@ DUAL_HEAD_KD = (
 HOME = (
     "--rows 2500 --users 60 --items 80 --hidden 8 --width 8 --tower 4 --experts 3 --batch-size 64 --embedding 4"
 ).split()
+MCSMOE = (
+    "--num-layers 2 --d-model 16 --d-ff 16 --num-heads 2 --context 64 --batch-size 3 --num-experts 4 --kept 2 "
+    "--calibration 16 --rank 2 --c-rank 1 --pretrain-steps 4 --finetune-steps 3 --recover-steps 3 "
+    "--compress-steps 6 --eval-sequences 32"
+).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 
-SCRIPTS = {"adamoe.py": ADAMOE, "btm.py": BTM, "dual_head_kd.py": DUAL_HEAD_KD, "home.py": HOME, "mowst.py": MOWST}
+SCRIPTS = {
+    "adamoe.py": ADAMOE,
+    "btm.py": BTM,
+    "dual_head_kd.py": DUAL_HEAD_KD,
+    "home.py": HOME,
+    "mcsmoe.py": MCSMOE,
+    "mowst.py": MOWST,
+}
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes

@@ -1,0 +1,200 @@
+"""data/pretrained.py and `mcsmoe.py --full` on a tiny Switch model, made and saved by transformers on the spot."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+import common
+import mcsmoe
+from data import pretrained, tasks
+
+WORDS = "a gorgeous film dull and long yes no 1 2 negative positive sst2 sentence : sentence1 sentence2 mrpc premise"
+WORDS += " copa question cause effect multirc paragraph answer winogrande wikiqa the it was _"
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="only --full needs transformers (requirements-full.txt)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(transformers, tmp_path_factory):
+    """A folder as the hub would give it: config.json, model.safetensors, tokenizer.json."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-switch"
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *dict.fromkeys(WORDS.split())])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=24, num_layers=4, num_decoder_layers=4, num_heads=2,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=6,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data" / "sst2" / "SST-2"
+    folder.mkdir(parents=True)
+    rows = ["a gorgeous film\t1\n", "dull and long\t0\n", "the film was gorgeous and long\t1\n", "it was dull\t0\n"]
+    for name, times in (("train.tsv", 12), ("dev.tsv", 5)):
+        (folder / name).write_text("sentence\tlabel\n" + "".join(rows * times))
+    return tmp_path / "data"
+
+
+def a_batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 30, (5, 12), generator=generator)
+    ids[2:, 8:] = 0
+    decoder = torch.randint(3, 30, (5, 2), generator=generator)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "decoder_input_ids": decoder}
+
+
+def test_the_patched_model_equals_the_original(transformers, checkpoint):
+    """Routing, scores and the capacity of 6 tokens a sequence included."""
+    original = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(checkpoint).eval()
+    patched = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    layers = mcsmoe.moe_layers(patched)
+    assert list(layers) == [
+        f"{part}.block.{i}.layer.{j}.mlp" for part, j in (("encoder", 1), ("decoder", 2)) for i in (1, 3)
+    ]
+    with torch.no_grad():
+        ours, theirs = patched(**a_batch()).logits, original(**a_batch()).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        for layer in layers.values():
+            layer.capacity = None
+        assert (patched(**a_batch()).logits - theirs).abs().max() > 1e-4  # it was binding
+    assert common.count_parameters(patched) == sum(p.numel() for p in original.parameters())
+
+
+def test_an_export_fills_an_empty_model(checkpoint, tmp_path):
+    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    empty = pretrained.empty_switch(checkpoint, mcsmoe.switch_layer)
+    assert all(p.is_meta for p in empty.parameters())
+    size = mcsmoe.export_model(model, tmp_path / "model.npz")
+    assert size < 4 * common.count_parameters(model) + 60_000  # tied embeddings are stored once
+    again = mcsmoe.import_model(tmp_path / "model.npz", empty)
+    with torch.no_grad():
+        assert torch.equal(again(**a_batch()).logits, model(**a_batch()).logits)
+    assert again.lm_head.weight is again.shared.weight
+
+
+def test_the_ledger_is_the_parameter_count_of_the_real_shape(transformers):
+    config = transformers.SwitchTransformersConfig(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12,
+        num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=32,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+    full = mcsmoe.switch_ledger(mcsmoe.FULL)[0]
+    assert full[0] == "full" and int(full[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+FLAGS = (
+    "--full --kept 2 --rank 2 --c-rank 1 --calibration 8 --batch-size 6 --finetune-steps 3 --recover-steps 3 "
+    "--compress-steps 6 --lr 1e-3 --recover-lr 1e-3 --compress-lr 1e-3 --workers 1 --threads 1"
+).split()
+
+
+def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
+    plot = ["--plot"] if importlib.util.find_spec("matplotlib") else []
+    done = command_line(mcsmoe, *FLAGS, "--model", checkpoint, "--data-dir", data_dir, *plot)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs" / "mcsmoe-full" / "results.json").read_text())
+    arms = report["results"]["arms"]
+    assert {*mcsmoe.RECIPES, "msmoe+kd", "mc", "mc_all", "c_equal_size"} <= set(arms)
+    assert arms["full"][0]["flops"] == arms["msmoe"][0]["flops"] > arms["mc"][0]["flops"]
+    experts = 2 * 16 * 24
+    assert arms["full"][0]["parameters"] - arms["msmoe"][0]["parameters"] == 3 * 2 * experts
+    assert arms["mc"][0]["reload_change"] < 1e-5
+    layers = [layer["layer"] for layer in arms["msmoe"][0]["layers"]]
+    assert layers == ["encoder.block.3.layer.1.mlp", "decoder.block.1.layer.2.mlp", "decoder.block.3.layer.2.mlp"]
+    assert sum(len(layer["dominant"]) for layer in arms["msmoe"][0]["layers"]) == 6
+    assert "381" in done.stdout or "733 M" in done.stdout  # the ledger of the real shape
+    assert report["config"]["num_experts"] == 4 and "points" in report["claims"][1]["measured"]
+
+
+def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):
+    (tmp_path / "out" / "arms").mkdir(parents=True)
+    config = mcsmoe.replace(mcsmoe.FULL, model=str(checkpoint), batch_size=10, calibration=20)
+    run = common.Run("mcsmoe", "full", "cpu", torch.float32, [0], tmp_path / "out", data_dir=data_dir)
+    task = mcsmoe.make_task(config, run, 0, 1)
+    rows = torch.cat([F_pad(task.train_batch(step)["input_ids"]) for step in range(24)])  # five epochs of 48
+    _, counts = rows.unique(dim=0, return_counts=True)
+    assert counts.tolist() == [60] * 4
+    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    seen = mcsmoe.calibrate(model, task)
+    valid = sum(int(batch["attention_mask"].sum()) for batch in task.calibration)
+    assert len(seen["encoder.block.1.layer.1.mlp"].inputs) == valid < 20 * task.calibration[0]["input_ids"].shape[1]
+    assert len(seen["decoder.block.1.layer.2.mlp"].inputs) == 20 * 2
+    batch = task.validation[0]
+    assert batch["labels"][:, 1].unique().tolist() == [1]  # the answer, then the end
+    tokenizer = pretrained.load_tokenizer(checkpoint)
+    assert set(tokenizer.convert_ids_to_tokens(batch["labels"][:, 0])) == {"positive", "negative"}
+
+
+def F_pad(ids):
+    return torch.nn.functional.pad(ids, (0, 20 - ids.shape[1]))
+
+
+def test_mistakes_are_one_line(command_line, checkpoint, data_dir, tmp_path, monkeypatch):
+    def refused(*flags, expected, code=2):
+        done = command_line(mcsmoe, "--full", "--data-dir", data_dir, *flags)
+        assert done.returncode == code and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    refused("--model", "no/such/folder/here", expected="no such folder")
+    refused("--model", broken, expected="lacks config.json, tokenizer.json, model.safetensors or pytorch_model.bin")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((checkpoint / name).read_bytes())
+    (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:5000])
+    refused("--model", broken, expected="holds no readable weights")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    (broken / "config.json").write_text(json.dumps({**config, "num_experts": 5}))
+    refused("--model", broken, expected="weights missing or of another shape")
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    refused("--model", broken, expected="holds a t5 model")
+    (broken / "config.json").write_text("{")
+    refused("--model", broken, expected="config.json cannot be read")
+    refused("--model", checkpoint, "--kept", "9", expected="the model has 4 experts")
+    (data_dir / "sst2" / "SST-2" / "train.tsv").write_text("sentence\tlabel\nfine\tgood\n")
+    refused("--model", checkpoint, expected="train.tsv, line 2")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (data_dir / "sst2" / "SST-2" / "train.tsv").write_text("fine\t1\n")
+    refused("--model", checkpoint, expected="pip install -r requirements-full.txt")
+
+
+def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(transformers, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **options):
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    with pytest.raises(
+        FileNotFoundError, match="put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x"
+    ):
+        pretrained.locate("google/x", tmp_path)
+
+
+def test_answers_must_be_one_token(checkpoint):
+    tokenizer = pretrained.load_tokenizer(checkpoint)
+    for prompt in tasks.PROMPTS.values():
+        assert len(set(tasks.word_ids(tokenizer, prompt.words))) == 2
+    for words, expected in {("yes", "unheard"): "'unheard' is not one token", ("yes no",): "not one token"}.items():
+        with pytest.raises(ValueError, match=expected):
+            tasks.word_ids(tokenizer, words)
+    with pytest.raises(ValueError, match="the same token"):
+        tasks.word_ids(tokenizer, ("yes", "yes"))
