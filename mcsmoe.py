@@ -1148,7 +1148,7 @@ CLAIMS = [
     Claim("mcsmoe.naive_merging_fails", LOSES, "MRPC 90.69 against 88.73, COPA 68 against 62", required=True),
     Claim("mcsmoe.alignment", "lining neurons up before merging helps", "MRPC 90.69 against 89.95", required=True),
     Claim("mcsmoe.frequency_weights", "weights by usage beat equal weights", "MRPC 90.69 against 89.95", required=True),
-    Claim("mcsmoe.routing_groups", GROUPS, "MRPC 90.69 against 89.95 (random members)"),
+    Claim("mcsmoe.routing_groups", GROUPS, "MRPC 90.69 against 89.95 (random members)", required=True),
     Claim("mcsmoe.beats_redirect", "merging adds to re-routing", "not verified (the control is ours)", required=True),
     Claim("mcsmoe.recovers", RECOVERS, "mean of eight tasks 82.2 against 82.4; at worst -1.25 (SST-2)", required=True),
     Claim("mcsmoe.memory", MEMORY, "2.0B to 381M parameters, 81 % (switch-base-32)", required=True),
