@@ -76,7 +76,7 @@ from data import text as text_data
 @dataclass(frozen=True)
 class Config:
     num_experts: int = 8  # slices of the feed-forward; official script: 16
-    d_ff: int = 256  # hidden width of all experts together; official script: 16 x 512
+    d_ff: int = 1024  # hidden width of all experts together; official script: 16 x 512
     k_min: int = 4  # experts a token at the first step; official script: half of num_experts
     schedule: str = "linear"  # how k grows: linear, cosine, exponential or random; the paper's is linear
     scale: float = 8.0  # factor on the output; the paper has 1
@@ -86,9 +86,10 @@ class Config:
     context: int = 64  # bytes; official script: 512
     conv: int = 4  # width of the causal convolution after the embedding; 0: none
     dropout: float = 0.0  # inside the experts and on their output; official script: 0.1
-    init: float = 0.02  # standard deviation of all initial weights, the router's too; official code
+    init: float = 0.1  # standard deviation of all initial weights but the router's; official code: 0.02
+    router_init: float = 0.04  # standard deviation of the router's weights; official code: 0.02
     objective: str = "lm"  # lm: next byte; mlm: bidirectional, 15 % of bytes masked
-    steps: int = 1000  # training steps of every arm; official script: 400,000
+    steps: int = 800  # training steps of every arm; official script: 400,000
     batch_size: int = 8  # windows a step; official script: 22
     lr: float | None = None  # peak, cosine to lr_final; none: the arm's best of LR_GRID; official script: 2.5e-4
     beta2: float = 0.98  # of Adam; official script: torch's default
@@ -113,7 +114,9 @@ class Config:
 SMALL = Config()
 OFFICIAL = dict(d_ff=8192, k_min=8, scale=1.0, num_layers=4, d_model=256, num_heads=8, context=512, conv=0)
 OFFICIAL |= dict(dropout=0.1, steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25)
-OFFICIAL |= dict(eval_bytes=5_000_000, folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512)
+OFFICIAL |= dict(
+    init=0.02, router_init=0.02, eval_bytes=5_000_000, folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512
+)
 FULL = replace(SMALL, num_experts=16, **OFFICIAL)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ class SMoEDropout(nn.Module):
     def __init__(
         self, d_model: int, d_ff: int, num_experts: int, k: int | None = None, router: str = "frozen",
         scale: float = 1.0, dropout: float = 0.0, act: str = "relu", balance: float = 0.0, init: float = 0.02,
-        backend: str = "auto", generator: torch.Generator | None = None,
+        router_init: float = 0.02, backend: str = "auto", generator: torch.Generator | None = None,
     ):  # fmt: skip
         if router not in ("frozen", "learned", "noise"):
             raise ValueError(f"router is {router!r}; allowed: frozen, learned, noise")
@@ -245,11 +248,11 @@ class SMoEDropout(nn.Module):
         self.k = check_k(num_experts if k is None else k, num_experts)
         self.aux_loss: Tensor | None = None
         self.expert_index: Tensor | None = None
-        normal = lambda *shape: nn.Parameter(torch.randn(shape, generator=generator) * init)
+        normal = lambda std, *shape: nn.Parameter(torch.randn(shape, generator=generator) * std)
         self.router = nn.Linear(d_model, num_experts, bias=False)
-        self.router.weight = normal(num_experts, d_model).requires_grad_(router == "learned")
-        self.w1, self.b1 = normal(num_experts, d_model, width), nn.Parameter(torch.zeros(num_experts, width))
-        self.w2, self.b2 = normal(num_experts, width, d_model), nn.Parameter(torch.zeros(num_experts, d_model))
+        self.router.weight = normal(router_init, num_experts, d_model).requires_grad_(router == "learned")
+        self.w1, self.b1 = normal(init, num_experts, d_model, width), nn.Parameter(torch.zeros(num_experts, width))
+        self.w2, self.b2 = normal(init, num_experts, width, d_model), nn.Parameter(torch.zeros(num_experts, d_model))
 
     def set_k(self, k: int) -> None:
         self.k = check_k(k, self.num_experts)
@@ -367,8 +370,11 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
 LR_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)  # the same for every arm
 LR = dict.fromkeys(
-    ["dense", "smoe_dropout", "learned_k2", "frozen_half"], 4e-3
-)  # small scale: the best of LR_GRID by bits/byte at the last k of training, --tune --seed 100
+    "dense smoe_dropout learned_k2 frozen_half dense_dropout dense_expert_drop frozen_full".split(), 4e-3
+)
+LR |= dict.fromkeys("learned_half learned_full learned_ramp learned_balance thor cosine exponential".split(), 4e-3)
+LR |= dict.fromkeys("random scale_1".split(), 4e-3)
+# small scale: the best of LR_GRID by bits/byte at the last k of training, --tune --seed 100
 NUM_BLOCKS = 16  # of the held-out text: what a run of one seed takes its standard error over
 MASK = 256  # the token of a masked byte
 
@@ -420,7 +426,7 @@ def build(config: Config, arm: Arm, seed: int) -> common.TransformerLM:
         if arm.router == "dense":
             return DenseFFN(*sizes, dropout, arm.expert_drop, **options)
         scale = config.scale if arm.scale is None else arm.scale
-        options_moe = {"balance": arm.balance, "backend": config.backend, **options}
+        options_moe = {"balance": arm.balance, "router_init": config.router_init, "backend": config.backend, **options}
         return SMoEDropout(*sizes, arm.k_max, arm.router, scale, dropout, **options_moe)
 
     shape = (MASK + (config.objective == "mlm"), config.num_layers, config.d_model, config.num_heads, config.context)
@@ -890,7 +896,10 @@ def check(config: Config, run: Run, corpus: text_data.Corpus) -> None:
     numbers = {name: value for name, value in vars(config).items() if isinstance(value, int | float)}
     for name, value in numbers.items():
         least = (
-            0 if name in ("conv", "warmup", "dropout", "balance", "thor_alpha") or isinstance(value, bool) else 1e-12
+            0
+            if name in ("conv", "warmup", "dropout", "balance", "thor_alpha", "lr_final", "router_init")
+            or isinstance(value, bool)
+            else 1e-12
         )
         if value < least or (name == "dropout" and value >= 1):
             raise ValueError(f"{name} is {value}; it must be {'at least' if not least else 'above'} 0")

@@ -4,4 +4,10 @@ ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
 
-SCRIPTS = {"adamoe.py": ADAMOE}
+SMOE_DROPOUT = (
+    "--num-layers 1 --d-model 16 --d-ff 16 --num-experts 4 --k-min 2 --num-heads 2 --context 32 --batch-size 4 "
+    "--steps 6 --eval-bytes 1024"
+).split()
+
+SCRIPTS = {"adamoe.py": ADAMOE, "smoe_dropout.py": SMOE_DROPOUT}
+NEED_FILES = {"smoe_dropout.transfer"}  # open claims that are null until a data set is downloaded
