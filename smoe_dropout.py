@@ -89,7 +89,7 @@ class Config:
     init: float = 0.1  # standard deviation of all initial weights but the router's; official code: 0.02
     router_init: float = 0.04  # standard deviation of the router's weights; official code: 0.02
     objective: str = "lm"  # lm: next byte; mlm: bidirectional, 15 % of bytes masked
-    steps: int = 800  # training steps of every arm; official script: 400,000
+    steps: int = 500  # training steps of every arm; official script: 400,000
     batch_size: int = 8  # windows a step; official script: 22
     lr: float | None = None  # peak, cosine to lr_final; none: the arm's best of LR_GRID; official script: 2.5e-4
     beta2: float = 0.98  # of Adam; official script: torch's default
@@ -112,12 +112,11 @@ class Config:
 
 
 SMALL = Config()
-OFFICIAL = dict(d_ff=8192, k_min=8, scale=1.0, num_layers=4, d_model=256, num_heads=8, context=512, conv=0)
-OFFICIAL |= dict(dropout=0.1, steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25)
-OFFICIAL |= dict(
-    init=0.02, router_init=0.02, eval_bytes=5_000_000, folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512
-)
-FULL = replace(SMALL, num_experts=16, **OFFICIAL)
+MODEL = dict(num_experts=16, d_ff=8192, k_min=8, scale=1.0, num_layers=4, d_model=256, num_heads=8, context=512)
+MODEL |= dict(conv=0, dropout=0.1, init=0.02, router_init=0.02)
+TRAINING = dict(steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25)
+TRANSFER = dict(folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512)
+FULL = replace(SMALL, **MODEL, **TRAINING, **TRANSFER, eval_bytes=5_000_000)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
@@ -350,6 +349,11 @@ class DenseFFN(nn.Module):
         self.w2 = nn.Parameter(torch.randn(d_ff, d_model, generator=generator) * init)
         self.b1, self.b2 = nn.Parameter(torch.zeros(d_ff)), nn.Parameter(torch.zeros(d_model))
 
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """Every slice on every token, without bias. [tokens, d_model] -> [num_blocks, tokens, d_model]"""
+        hidden = F.relu(x @ self.w1 + self.b1).unflatten(-1, (self.num_blocks, -1))  # [tokens, num_blocks, width]
+        return hidden.transpose(0, 1) @ self.w2.view(self.num_blocks, self.width, -1)
+
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(F.relu(x @ self.w1 + self.b1), self.dropout, self.training)  # [..., d_ff]
         if self.training and self.expert_drop:
@@ -368,12 +372,12 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 # The experiment: every arm on the same batches and steps, measured at every k
 # ---------------------------------------------------------------------------------------------------------------
 
-LR_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)  # the same for every arm
+LR_GRID = (3e-3, 6e-3, 1.2e-2)  # the same for every arm
 LR = dict.fromkeys(
-    "dense smoe_dropout learned_k2 frozen_half dense_dropout dense_expert_drop frozen_full".split(), 4e-3
+    "dense smoe_dropout learned_k2 frozen_half dense_dropout dense_expert_drop frozen_full".split(), 6e-3
 )
-LR |= dict.fromkeys("learned_half learned_full learned_ramp learned_balance thor cosine exponential".split(), 4e-3)
-LR |= dict.fromkeys("random scale_1".split(), 4e-3)
+LR |= dict.fromkeys("learned_half learned_full learned_ramp learned_balance thor cosine exponential".split(), 6e-3)
+LR |= dict.fromkeys("random scale_1".split(), 6e-3)
 # small scale: the best of LR_GRID by bits/byte at the last k of training, --tune --seed 100
 NUM_BLOCKS = 16  # of the held-out text: what a run of one seed takes its standard error over
 MASK = 256  # the token of a masked byte
@@ -434,9 +438,9 @@ def build(config: Config, arm: Arm, seed: int) -> common.TransformerLM:
     return common.TransformerLM(*shape, make_ffn, **causal, **options)
 
 
-def load_corpus(config: Config, data_dir: Path, full: bool) -> text_data.Corpus:
+def load_corpus(config: Config, data_dir: Path, enwik8: bool) -> text_data.Corpus:
     """Training text; as `val` the second half of the held-out text, or the first, which only --tune sees."""
-    if full and not config.text:
+    if enwik8 and not config.text:
         path = download.fetch("enwik8", data_dir) / "enwik8"
         size, checksum = download.ENWIK8.members["enwik8"]
         parts = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).split([90_000_000, 10_000_000])
@@ -527,22 +531,12 @@ def expert_statistics(model: nn.Module, windows: Tensor, config: Config, k: int)
         model(windows[:, :-1])
     for hook in hooks:
         hook.remove()
-    ranks, cosines, loads = [], [], []
-    for i, ffn in enumerate(model.ffns()):
-        if isinstance(ffn, DenseFFN):
-            layer = SMoEDropout(config.d_model, config.d_ff, config.num_experts).to(windows.device)
-            layer.load_dense(ffn.w1, ffn.b1, ffn.w2, ffn.b2)
-        else:
-            layer = ffn
-        outputs = layer.expert_outputs(seen[i])
-        ranks.append(effective_rank(outputs))
-        cosines.append(mean_cosine(outputs))
+    outputs = [ffn.expert_outputs(seen[i]) for i, ffn in enumerate(model.ffns())]
     with at_k(model, k):
         model(windows[:, :-1])
-    for layer in moe_layers(model):
-        load = torch.bincount(layer.expert_index.flatten(), minlength=config.num_experts).double()
-        loads.append((load / load.sum()).tolist())
-    return {"rank": ranks, "cosine": cosines, "load": loads}
+    counts = [layer.expert_index.flatten().bincount(minlength=config.num_experts) for layer in moe_layers(model)]
+    loads = [(count / count.sum()).tolist() for count in counts]
+    return {"rank": [*map(effective_rank, outputs)], "cosine": [*map(mean_cosine, outputs)], "load": loads}
 
 
 def swept(config: Config) -> list[int]:
@@ -627,41 +621,22 @@ class Classifier(nn.Module):
         return self.out(F.dropout(self.hidden(last).tanh(), 0.1, self.training)).view(len(rows), -1)
 
 
-def pose_task(name: str, config: Config, data_dir: Path, fold: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training rows [n, choices, bytes] and classes [n]; development rows [m, choices, bytes] and, for every class,
-    whether it would be right [m, classes] bool. The classes of a math task are the equations of its training set."""
-    train, dev = tasks.load_task(name, data_dir, fold)
-    if isinstance(train[0], tasks.Problem):
-        equations = sorted({problem.equation for problem in train})
-        rows = [tasks.byte_rows([p.question for p in part], config.task_bytes)[:, None] for part in (train, dev)]
-        classes = [equations.index(problem.equation) for problem in train]
-        right = [[tasks.is_solved(equation, problem) for equation in equations] for problem in dev]
-    else:
-        texts = lambda example: [f"{example.text} {choice}" for choice in example.choices or ("",)]
-        flat = [[text for example in part for text in texts(example)] for part in (train, dev)]
-        rows = [tasks.byte_rows(t, config.task_bytes).unflatten(0, (len(p), -1)) for t, p in zip(flat, (train, dev))]
-        classes, num_classes = [example.label for example in train], len(train[0].choices) or 2
-        right = [[example.label == c for c in range(num_classes)] for example in dev]
-    return rows[0], torch.tensor(classes), rows[1], torch.tensor(right)
+def task_folds(config: Config, name: str) -> range:
+    return range(config.folds if name in ("asdiv-a", "mawps") else 1)
 
 
 def task_arms(config: Config, sources: list[str]) -> list[str]:
     """Every pre-trained model, at half and all experts, on every task and fold: "svamp.fold0.dense.k8"."""
     half, full = config.num_experts // 2, config.num_experts
-    folds = {name: range(config.folds if name in ("asdiv-a", "mawps") else 1) for name in config.tasks}
-    return [
-        f"{name}.fold{fold}.{source}.k{k}"
-        for name in config.tasks
-        for fold in folds[name]
-        for source in sources
-        for k in ((full,) if source == "dense" else (half, full))
-    ]
+    models = [f"{source}.k{k}" for source in sources for k in ((full,) if source == "dense" else (half, full))]
+    return [f"{name}.fold{i}.{model}" for name in config.tasks for i in task_folds(config, name) for model in models]
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """A task for a pre-trained model, at one k from beginning to end; all weights but a frozen router are trained."""
     task, fold, source, k = arm.split(".")
-    rows, classes, dev_rows, right = pose_task(task, config, run.data_dir, int(fold.removeprefix("fold")))
+    parts = tasks.load_task(task, run.data_dir, int(fold.removeprefix("fold")))
+    rows, classes, dev_rows, right = tasks.pose(*parts, config.task_bytes)
     body = build(config, trained_arms(config, True)[source], seed)
     body.load_state_dict(common.load(run.path(source, seed, ".pt")))
     set_k(body, int(k.removeprefix("k")))
@@ -779,19 +754,19 @@ def judge(config: Config, run: Run, results: Results, transfer: Results) -> None
         ends = {name: curve(results, name)[full] for name in ("cosine", "exponential", "random")}
         rival = min(ends, key=ends.get)
         text = (
-            f"{{}} bits/byte better than the best of the others, {rival}; {curve(results, 'smoe_dropout')[full]:.3f} "
+            f"{{}} bits/byte better than the best other, {rival}; {curve(results, 'smoe_dropout')[full]:.3f} linear, "
         )
-        text += "linear, " + ", ".join(f"{end:.3f} {name}" for name, end in ends.items())
+        text += ", ".join(f"{end:.3f} {name}" for name, end in ends.items())
         report("schedule", bits(results, rival, full) - ours, text, **ends)
         text = "{} bits/byte better than a learned router (negative: worse)"
         report("router_matters", bits(results, "learned_ramp", full) - ours, text, smoe_dropout=ours)
     solved = {}  # task -> gain over dense, one a seed
     for name in (name for name in config.tasks if name in MATH):
-        folds = [arm.rsplit(".", 2)[0] for arm in transfer if arm.startswith(f"{name}.") and ".dense." in arm]
-        of = lambda source: np.mean(
-            [values(transfer, f"{fold}.{source}.k{full}", "accuracy") for fold in folds], axis=0
-        )
-        solved[name] = 100 * (of("smoe_dropout") - of("dense"))
+        pairs = [
+            [f"{name}.fold{i}.{arm}.k{full}" for arm in ("smoe_dropout", "dense")] for i in task_folds(config, name)
+        ]
+        gains = [values(transfer, ours, "accuracy") - values(transfer, dense, "accuracy") for ours, dense in pairs]
+        solved[name] = 100 * np.mean(gains, axis=0)  # [seeds]
     if solved:
         gain = np.array(list(solved.values()))  # [tasks, seeds]
         text = ", ".join(f"{name} {gain.mean():+.2f}" for name, gain in solved.items()) + " points; mean {}"
@@ -853,15 +828,18 @@ def draw(config: Config, run: Run, results: Results) -> None:
     first = [arm for arm in results if "@" not in arm and "flops" not in arm]
     main_arms = [arm for arm in first if arm in ("dense", "smoe_dropout", "learned_k2", "frozen_half", "dense_sliced")]
 
+    curves = {arm: curve(results, arm) for arm in first}
+    trained = {arm: {k: b for k, b in by_k.items() if 2 * k >= config.num_experts} for arm, by_k in curves.items()}
+
     def trade_off(ax) -> None:
-        series = {arm: ([results[arm][0]["active"][str(k)] / 1e3 for k in by_k], list(by_k.values()))
-                  for arm in main_arms for by_k in [curve(results, arm)]}  # fmt: skip
+        active = lambda arm: [results[arm][0]["active"][str(k)] / 1e3 for k in curves[arm]]
+        series = {arm: (active(arm), list(curves[arm].values())) for arm in main_arms}
         common.lines(ax, series, xlabel="active parameters, thousands", ylabel="bits/byte", title="slimming")
 
     def grid(ax) -> None:
-        names = ("frozen_half", "frozen_full", "smoe_dropout", "learned_half", "learned_full", "learned_ramp")
-        series = {arm: (list(by_k), list(by_k.values())) for arm in names if arm in results
-                  for by_k in [{k: v for k, v in curve(results, arm).items() if 2 * k >= config.num_experts}]}  # fmt: skip
+        names = [f"{router}_{k}" for router in ("frozen", "learned") for k in ("half", "full", "ramp")]
+        names = [arm for arm in ["smoe_dropout", *names] if arm in trained]
+        series = {arm: (list(trained[arm]), list(trained[arm].values())) for arm in names}
         common.lines(ax, series, xlabel="k", ylabel="bits/byte", title="is it the router or the growing k?")
 
     def ranks(ax) -> None:
@@ -891,46 +869,34 @@ def check(config: Config, run: Run, corpus: text_data.Corpus) -> None:
         raise ValueError(f"objective is {config.objective!r}; allowed: lm, mlm")
     if config.tune and (config.lr or config.tasks):
         raise ValueError("--tune tries every learning rate of LR_GRID and nothing else; drop --lr and --tasks")
-    for name in config.tasks:
-        tasks.load_task(name, run.data_dir)
-    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int | float)}
-    for name, value in numbers.items():
-        least = (
-            0
-            if name in ("conv", "warmup", "dropout", "balance", "thor_alpha", "lr_final", "router_init")
-            or isinstance(value, bool)
-            else 1e-12
-        )
-        if value < least or (name == "dropout" and value >= 1):
-            raise ValueError(f"{name} is {value}; it must be {'at least' if not least else 'above'} 0")
+    may_be_zero = ("conv", "warmup", "dropout", "balance", "thor_alpha", "lr_final", "router_init")
+    for name, value in vars(config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and (value < 0 or (value == 0 and name not in may_be_zero) or (value >= 1 and name == "dropout")):
+            raise ValueError(f"{name} is {value}; it must be positive{', and below 1' * (name == 'dropout')}")
     if config.folds > 5:
         raise ValueError(f"folds is {config.folds}; the cross-validated tasks have 5")
+    for name in config.tasks if not run.dry_run else ():
+        for fold in task_folds(config, name):
+            tasks.load_task(name, run.data_dir, fold)
     needed = NUM_BLOCKS * config.context + 1
     if min(len(corpus.train), len(corpus.val)) < needed:
-        sizes = (
-            f"{len(corpus.train)} bytes to train on, {len(corpus.val)} to measure on, at least {needed} needed of each"
-        )
-        raise ValueError(f"text {corpus.name!r} is too short: {sizes}")
+        sizes = f"{len(corpus.train)} bytes to train on, {len(corpus.val)} to measure on"
+        raise ValueError(f"text {corpus.name!r} is too short: {sizes}, at least {needed} needed of each")
 
 
 def main(config: Config, run: Run) -> dict:
-    is_full = run.scale == "full"
-    if run.dry_run and is_full and not config.text:  # cost without a download
-        corpus = text_data.load_domain("python")
-        corpus = corpus._replace(val=corpus.val.tensor_split(2)[1])
-    else:
-        corpus = load_corpus(config, run.data_dir, is_full)
+    from_enwik8 = run.scale == "full" and not config.text
+    corpus = load_corpus(config, run.data_dir, from_enwik8 and not run.dry_run)  # a dry run downloads nothing
     check(config, run, corpus)
     run.data = {corpus.name: corpus.digest}
     arms, windows = trained_arms(config, run.ablate), held_out_windows(corpus, config, run)
     steps = config.steps * len(arms) + config.task_steps * len(task_arms(config, list(arms)))
-    model, batch = build(config, arms.get("smoe_dropout", Arm("frozen", 1, config.num_experts)), run.seed), windows
-    model = model.to(run.device)
-    batch = windows[torch.arange(config.batch_size) % len(windows)]
-    step = lambda: training_loss(model, Arm("frozen", 1, 1), config, batch, 0)[0].backward()
+    typical, batch = Arm("frozen", 1, config.num_experts), windows[torch.arange(config.batch_size) % len(windows)]
+    model = build(config, typical, run.seed).to(run.device)
+    step = lambda: training_loss(model, typical, config, batch, 0)[0].backward()
     if run.dry_run:
-        names = {"enwik8"} if is_full and not config.text else set()
-        names |= {tasks.TASKS[name][1] for name in config.tasks}
+        names = {tasks.TASKS[name][1] for name in config.tasks} | ({"enwik8"} if from_enwik8 else set())
         size = sum(file.size or 0 for name in names for file in download.DATASETS[name].files)
         run.estimate(model, step, len(run.seeds) * steps, size)
         return {}
