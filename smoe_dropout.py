@@ -885,7 +885,8 @@ def main(config: Config, run: Run) -> dict:
     check(config, run, corpus)
     run.data = {corpus.name: corpus.digest}
     arms, windows = trained_arms(config, run.ablate), held_out_windows(corpus, config, run)
-    steps = config.steps * len(arms) + config.task_steps * len(task_arms(config, list(arms)[:4]))
+    sources = [arm for arm in ("dense", "learned_k2", "thor", "smoe_dropout") if arm in arms]
+    steps = config.steps * len(arms) + config.task_steps * len(task_arms(config, sources))
     typical, batch = Arm("frozen", 1, config.num_experts), windows[torch.arange(config.batch_size) % len(windows)]
     model = build(config, typical, run.seed).to(run.device)
     step = lambda: training_loss(model, typical, config, batch, 0)[0].backward()
@@ -910,7 +911,6 @@ def main(config: Config, run: Run) -> dict:
             claim.measured = "not measured while tuning"
         return {"arms": results}
     results |= run.measure(slice_dense, config, ["dense_sliced"])
-    sources = [arm for arm in ("dense", "learned_k2", "thor", "smoe_dropout") if arm in arms]
     transfer = run.measure(finetune_arm, config, task_arms(config, sources)) if config.tasks else {}
     print_tables(config, run, results, transfer)
     if run.ablate and not config.lr:
