@@ -144,6 +144,9 @@ def check_k(k: int, num_experts: int) -> int:
     return k
 
 
+SCHEDULES = ("linear", "cosine", "exponential", "random")
+
+
 def k_at(step: int, total_steps: int, k_min: int, k_max: int, schedule: str = "linear") -> int:
     """Experts a token at a step (from 0). The paper's schedule is linear; "random" is uniform, from the step alone.
 
@@ -161,7 +164,7 @@ def k_at(step: int, total_steps: int, k_min: int, k_max: int, schedule: str = "l
     elif schedule == "random":
         k = random.Random(step).randint(k_min, k_max)
     else:
-        raise ValueError(f"schedule is {schedule!r}; allowed: linear, cosine, exponential, random")
+        raise ValueError(f"schedule is {schedule!r}; allowed: {', '.join(SCHEDULES)}")
     return min(max(k, k_min), k_max)
 
 
@@ -398,18 +401,18 @@ class Arm:
 
 
 def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
-    full, half, few = config.num_experts, config.num_experts // 2, min(2, config.num_experts)
+    full, half = config.num_experts, config.num_experts // 2
     ramp = Arm("frozen", config.k_min, full, config.schedule)
     arms = {"dense": Arm("dense", full, full), "smoe_dropout": ramp}
-    arms |= {"learned_k2": Arm("learned", few, few), "frozen_half": Arm("frozen", half, half)}
+    arms |= {"learned_k2": Arm("learned", 2, 2), "frozen_half": Arm("frozen", half, half)}
     if ablate or config.tune:
         arms["dense_dropout"] = replace(arms["dense"], dropout=0.0 if config.dropout else 0.1)
         arms["dense_expert_drop"] = replace(arms["dense"], expert_drop=0.5)
         arms |= {"frozen_full": Arm("frozen", full, full), "learned_half": Arm("learned", half, half)}
         arms |= {"learned_full": Arm("learned", full, full), "learned_ramp": replace(ramp, router="learned")}
-        arms["learned_balance"] = Arm("learned", few, few, balance=config.balance)
-        arms["thor"] = Arm("noise", few, few)
-        arms |= {name: replace(ramp, schedule=name) for name in ("cosine", "exponential", "random")}
+        arms["learned_balance"] = replace(arms["learned_k2"], balance=config.balance)
+        arms["thor"] = replace(arms["learned_k2"], router="noise")
+        arms |= {name: replace(ramp, schedule=name) for name in SCHEDULES if name != config.schedule}
         arms["scale_1"] = replace(ramp, scale=1.0)
     if config.tune:
         return {f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in arms.items() for lr in LR_GRID}
@@ -542,8 +545,7 @@ def expert_statistics(model: nn.Module, windows: Tensor, config: Config, k: int)
 
 def swept(config: Config) -> list[int]:
     """The k at which models are measured: a few small ones, and every one from num_experts / 2 on."""
-    num = config.num_experts
-    return sorted({1, min(2, num), max(1, num // 4), *range(max(1, num // 2), num + 1)})
+    return sorted({1, 2, config.num_experts // 4, *range(config.num_experts // 2, config.num_experts + 1)})
 
 
 def measure_model(model: nn.Module, arm: Arm, windows: Tensor, config: Config) -> dict:
@@ -556,14 +558,14 @@ def measure_model(model: nn.Module, arm: Arm, windows: Tensor, config: Config) -
         "active": {str(k): common.count_parameters(model, k) for k in ks},
         "ffn_flops": {str(k): training_flops(config, arm, few, k)["ffn"] for k in ks},
         "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        **expert_statistics(model, windows[:16], config, max(1, config.num_experts // 2)),
+        **expert_statistics(model, windows[:16], config, config.num_experts // 2),
     }
 
 
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     settings, corpus = trained_arms(config, True)[arm], load_corpus(config, run.data_dir, run.scale == "full")
     windows = held_out_windows(corpus, config, run)
-    steps, lr = config.steps, settings.lr or config.lr or LR[arm.removesuffix("_equal_flops")]
+    steps, lr = config.steps, settings.lr or config.lr or LR.get(arm.removesuffix("_equal_flops"), LR["smoe_dropout"])
     ramp = lambda step: k_at(step, config.steps, settings.k_min, settings.k_max, settings.schedule)
     if settings.equal_flops:
         rival = trained_arms(config, False)["smoe_dropout"]
@@ -708,7 +710,7 @@ def values(results: Results, arm: str, key: str) -> np.ndarray:
 
 def judge(config: Config, run: Run, results: Results, transfer: Results) -> None:
     """From measurements to claim rows."""
-    full, half, few = config.num_experts, config.num_experts // 2, min(2, config.num_experts)
+    full, half = config.num_experts, config.num_experts // 2
     ours = bits(results, "smoe_dropout", full)
     shown = lambda margin: common.show(margin if len(run.seeds) > 1 else [margin.mean()])
 
@@ -724,8 +726,8 @@ def judge(config: Config, run: Run, results: Results, transfer: Results) -> None
     report("slimmable", weakest, text, bits=by_k)
     by_k = curve(results, "learned_k2")
     best = min(by_k, key=by_k.get)
-    lost = bits(results, "learned_k2", full) - bits(results, "learned_k2", few)
-    text = f"trained at k = {few}, best at {best}; {shown(lost)} bits/byte worse at {full} than at {few}"
+    lost = bits(results, "learned_k2", full) - bits(results, "learned_k2", 2)
+    text = f"trained at k = 2, best at {best}; {shown(lost)} bits/byte worse at {full} than at 2"
     report("learned_peaks", lost * (best <= half), text, bits=by_k)
     text = f"{{}} bits/byte better (k = {full})"
     numbers = {"dense": bits(results, "dense", full), "smoe_dropout": ours}
@@ -745,12 +747,10 @@ def judge(config: Config, run: Run, results: Results, transfer: Results) -> None
         margin = np.array(results["smoe_dropout"][0]["rank"]) - np.array(results[rival][0]["rank"])  # [layers]
     report("less_collapse", margin, f"{text} of at most {full}; {{}} more than {rival}", **ranks)
     if run.ablate:
-        ends = {name: curve(results, name)[full] for name in ("cosine", "exponential", "random")}
+        ends = {name: curve(results, name)[full] for name in SCHEDULES if name != config.schedule}
         rival = min(ends, key=ends.get)
-        text = (
-            f"{{}} bits/byte better than the best other, {rival}; {curve(results, 'smoe_dropout')[full]:.3f} linear, "
-        )
-        text += ", ".join(f"{end:.3f} {name}" for name, end in ends.items())
+        text = f"{{}} bits/byte better than the best other, {rival}; {curve(results, 'smoe_dropout')[full]:.3f} "
+        text += ", ".join([config.schedule, *(f"{end:.3f} {name}" for name, end in ends.items())])
         report("schedule", bits(results, rival, full) - ours, text, **ends)
         text = "{} bits/byte better than a learned router (negative: worse)"
         report("router_matters", bits(results, "learned_ramp", full) - ours, text, smoe_dropout=ours)

@@ -449,6 +449,8 @@ def test_arms_are_what_their_names_say():
     assert spans["learned_half"] == ("learned", half, half) and spans["learned_full"] == ("learned", n, n)
     assert spans["learned_ramp"] == ("learned", config.k_min, n)
     assert {arms[name].schedule for name in ("cosine", "exponential", "random")} == {"cosine", "exponential", "random"}
+    other = smoe.trained_arms(replace(config, schedule="cosine"), True)
+    assert other["linear"].schedule == "linear" and "cosine" not in other and other["smoe_dropout"].schedule == "cosine"
     assert arms["dense_dropout"].dropout == 0.1 and smoe.trained_arms(smoe.FULL, True)["dense_dropout"].dropout == 0.0
     assert arms["dense_expert_drop"].expert_drop == 0.5 and arms["scale_1"].scale == 1.0
     assert set(smoe.LR) >= {name for name in arms if "@" not in name and "flops" not in name}
