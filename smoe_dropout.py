@@ -87,7 +87,7 @@ class Config:
     conv: int = 4  # width of the causal convolution after the embedding; 0: none
     dropout: float = 0.0  # inside the experts and on their output; official script: 0.1
     init: float = 0.1  # standard deviation of all initial weights but the router's; official code: 0.02
-    router_init: float = 0.04  # standard deviation of the router's weights; official code: 0.02
+    router_init: float = 0.02  # standard deviation of the router's weights; official code
     objective: str = "lm"  # lm: next byte; mlm: bidirectional, 15 % of bytes masked
     steps: int = 500  # training steps of every arm; official script: 400,000
     batch_size: int = 8  # windows a step; official script: 22
@@ -113,7 +113,7 @@ class Config:
 
 SMALL = Config()
 MODEL = dict(num_experts=16, d_ff=8192, k_min=8, scale=1.0, num_layers=4, d_model=256, num_heads=8, context=512)
-MODEL |= dict(conv=0, dropout=0.1, init=0.02, router_init=0.02)
+MODEL |= dict(conv=0, dropout=0.1, init=0.02)
 TRAINING = dict(steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25)
 TRANSFER = dict(folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512)
 FULL = replace(SMALL, **MODEL, **TRAINING, **TRANSFER, eval_bytes=5_000_000)
