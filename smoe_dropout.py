@@ -28,7 +28,11 @@ Run      python smoe_dropout.py                under two minutes on two cores, n
          python smoe_dropout.py --objective mlm                           bidirectional, 15 % of bytes masked
 You see  byte models trained dense, as SMoE-Dropout, with a learned router at k = 2 and with a frozen router at constant
          k: bits/byte at every k, active parameters, FLOPs, how alike the experts are, and what the claims became.
-Found    FOUND
+Found    (seeds 0-2) quality rises with k up to 7 experts of 8 and is level from 7 to 8 (the last eighth of the steps is
+         at k = 8); a learned router at k = 2 is best at 2 and loses 0.03 bits/byte with all experts on. With all
+         experts on SMoE-Dropout is level with the dense model, not ahead of it by more than seeds differ, at 80 % of
+         its training FLOPs; its experts are less alike than either rival's. At k = num_experts / 2 a frozen router that
+         was trained at that k all along is far better (2.66 against 2.82): being slim at every k has a price.
 
 Differences from the paper and its code
 1. The backbone is a pre-norm transformer with rotary positions and windows of 512 bytes, not Transformer-XL with
@@ -36,10 +40,11 @@ Differences from the paper and its code
 2. enwik8 as raw bytes; the official loader loses newlines (about 0.02 bits/byte): --drop-newlines. Windows are drawn
    at random, not from 22 parallel streams. Dropout acts inside the feed-forward only.
 3. Small scale: scale = num_experts, so that k = num_experts and equal gates give the dense layer; with the paper's
-   scale = 1 the output is num_experts times smaller, and a short run cannot make up for it (arm scale_1).
-4. Every arm has the same steps and batches and its own best learning rate of one grid, on seeds and text that are not
-   reported (--tune). Small scale: 2 layers, d_model 64, the Python library; larger initial weights and a learning
-   rate that ends at a tenth, as 500 steps need.
+   scale = 1 the output is num_experts times smaller, and a short run cannot make up for it.
+4. Every arm has the same steps, batches and learning rate: the best of LR_GRID for the dense model, on a seed and a
+   text that are not reported. --tune tries every arm at every rate of the grid; that run has not been made yet.
+   Small scale: 2 layers, d_model 64, the Python library; larger initial weights, and a learning rate that ends at a
+   tenth, as 500 steps need.
 5. The official "expert drop" baseline trains without rescaling; ours divides by the share kept. THOR's wrapper there
    does not run; ours is two noisy passes and a symmetric KL term.
 6. The paper cuts a dense layer into experts but released no code for it: `split_dense`, exact, and tested as such.
@@ -378,12 +383,7 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 LR_GRID = (3e-3, 6e-3, 1.2e-2)  # the same for every arm
-LR = dict.fromkeys(
-    "dense smoe_dropout learned_k2 frozen_half dense_dropout dense_expert_drop frozen_full".split(), 6e-3
-)
-LR |= dict.fromkeys("learned_half learned_full learned_ramp learned_balance thor cosine exponential".split(), 6e-3)
-LR |= dict.fromkeys("random scale_1".split(), 6e-3)
-# small scale: the best of LR_GRID by bits/byte at the last k of training, --tune --seed 100
+LR = {"dense": 6e-3, "smoe_dropout": 6e-3}  # small scale: dense's best on seed 100; the other arms take it over untuned
 NUM_BLOCKS = 16  # of the held-out text: what a run of one seed takes its standard error over
 MASK = 256  # the token of a masked byte
 
@@ -410,16 +410,17 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     if ablate or config.tune:
         arms["dense_dropout"] = replace(arms["dense"], dropout=0.0 if config.dropout else 0.1)
         arms["dense_expert_drop"] = replace(arms["dense"], expert_drop=0.5)
-        arms |= {"frozen_full": Arm("frozen", full, full), "learned_half": Arm("learned", half, half)}
-        arms |= {"learned_full": Arm("learned", full, full), "learned_ramp": replace(ramp, router="learned")}
+        arms |= {"frozen_full": Arm("frozen", full, full), "learned_ramp": replace(ramp, router="learned")}
+        arms |= {name: replace(ramp, schedule=name) for name in SCHEDULES if name != config.schedule}
+        arms["dense_equal_flops"] = replace(arms["dense"], equal_flops=True)
+        arms |= {"learned_half": Arm("learned", half, half), "learned_full": Arm("learned", full, full)}
         arms["learned_balance"] = replace(arms["learned_k2"], balance=config.balance)
         arms["thor"] = replace(arms["learned_k2"], router="noise")
-        arms |= {name: replace(ramp, schedule=name) for name in SCHEDULES if name != config.schedule}
-        arms["scale_1"] = replace(ramp, scale=1.0)
     if config.tune:
-        return {f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in arms.items() for lr in LR_GRID}
+        return {
+            f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in arms.items() for lr in LR_GRID if not arm.equal_flops
+        }
     if ablate:
-        arms["dense_equal_flops"] = replace(arms["dense"], equal_flops=True)
         pair = {} if config.lr else {name: arms[name] for name in ("dense", "smoe_dropout")}
         arms |= {
             f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in pair.items() for lr in LR_GRID if lr != LR[name]
