@@ -31,8 +31,8 @@ You see  byte models trained dense, as SMoE-Dropout, with a learned router at k 
 Found    (seeds 0-2) quality rises with k up to 7 experts of 8 and is level from 7 to 8 (the last eighth of the steps is
          at k = 8); a learned router at k = 2 is best at 2 and loses 0.03 bits/byte with all experts on. With all
          experts on SMoE-Dropout is level with the dense model after equal steps, at 80 % of its training FLOPs, and
-         0.09 ahead at equal FLOPs; its experts are less alike. Being slim has a price: at k = 4 a frozen router that was
-         trained there is far better (2.66 against 2.82). And it is the growing k that does it, not the frozen router: a
+         0.09 ahead at equal FLOPs; its experts are less alike. Being slim has a price: at k = 4 a frozen router trained
+         at that k is far better (2.66 against 2.82). And it is the growing k that does it, not the frozen router: a
          learned router under the same growing k is as slimmable and better at every k.
 
 Differences from the paper and its code
