@@ -33,7 +33,7 @@ Found    (seeds 0-2) quality rises with k up to 7 experts of 8 and is level from
          experts on SMoE-Dropout is level with the dense model after equal steps, at 80 % of its training FLOPs, and
          0.09 ahead at equal FLOPs; its experts are less alike. Being slim has a price: at k = 4 a frozen router trained
          at that k is far better (2.66 against 2.82). Two controls temper it: a frozen router at constant k = 8 can be
-         slimmed as well (growing k only costs less), and a learned router under the same growing k is better at every k.
+         slimmed as well (growing k only costs less), and a learned router under the same growing k does better.
 
 Differences from the paper and its code
 1. The backbone is a pre-norm transformer with rotary positions and windows of 512 bytes, not Transformer-XL with
