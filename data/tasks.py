@@ -286,6 +286,32 @@ def byte_rows(texts: Iterable[str], length: int) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), length).long()
 
 
+def pose(train: list, dev: list, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A task as classification of byte rows, one row a choice.
+
+    -> training rows [n, choices, length] and classes [n]; development rows [m, choices, length] and, for every class,
+    whether it would be right [m, classes] bool. Choices 1: the classes are the labels, or for math problems the
+    different equations of the training set, right when executing one gives the answer. A problem that needs an
+    equation the training set lacks cannot be solved. Choices > 1: the class is the choice.
+    """
+    texts = lambda example: (
+        [example.question]
+        if isinstance(example, Problem)
+        else [f"{example.text} {c}" for c in example.choices or ("",)]
+    )
+    rows = [
+        byte_rows([t for x in part for t in texts(x)], length).unflatten(0, (len(part), -1)) for part in (train, dev)
+    ]
+    if isinstance(train[0], Problem):
+        equations = sorted({problem.equation for problem in train})
+        classes = [equations.index(problem.equation) for problem in train]
+        right = [[is_solved(equation, problem) for equation in equations] for problem in dev]
+    else:
+        classes, num_classes = [x.label for x in train], max(x.label for x in train) + 1
+        right = [[x.label == c for c in range(max(num_classes, len(x.choices)))] for x in dev]
+    return rows[0], torch.tensor(classes), rows[1], torch.tensor(right)
+
+
 TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
     "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
     "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),

@@ -17,7 +17,7 @@ def test_python_snippets_run():
         exec(compile(snippet, "README.md", "exec"), {"torch": torch})
 
 
-@pytest.mark.parametrize("method", ["adamoe", "btm", "dual_head_kd", "home", "mcsmoe", "mowst"])
+@pytest.mark.parametrize("method", ["adamoe", "btm", "dual_head_kd", "home", "mcsmoe", "mowst", "smoe_dropout"])
 def test_claim_figures_come_from_the_committed_results(method):
     report = json.loads((ROOT / "results" / "cpu-2-cores" / f"{method}.json").read_text())
     assert report["seeds"] == [0, 1, 2]

@@ -18,6 +18,10 @@ MCSMOE = (
     "--compress-steps 6 --eval-sequences 32"
 ).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
+SMOE_DROPOUT = (
+    "--num-layers 1 --d-model 16 --d-ff 16 --num-experts 4 --k-min 2 --num-heads 2 --context 32 --batch-size 4 "
+    "--steps 6 --eval-bytes 1024"
+).split()
 
 SCRIPTS = {
     "adamoe.py": ADAMOE,
@@ -26,5 +30,10 @@ SCRIPTS = {
     "home.py": HOME,
     "mcsmoe.py": MCSMOE,
     "mowst.py": MOWST,
+    "smoe_dropout.py": SMOE_DROPOUT,
 }
 DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes
+NEED_FILES = {  # open claims that are null until files are downloaded
+    "smoe_dropout.transfer",
+    *(f"adamoe.full_{name}" for name in ("accuracy", "flops", "time")),
+}
