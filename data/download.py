@@ -88,12 +88,68 @@ ENWIK8 = File(
     members={"enwik8": (100_000_000, "md5:a1fa5ffddb56f4953e226637dabbb36a")},
     limit=100_000_000,
 )
+SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data/"
+SVAMP_FILES = {  # size and SHA-256 at that commit
+    "cv_asdiv-a/fold0/train.csv": (419_240, "5c711c9150712141bfde68abf5ee4aecb610563325901320aef41e1e5ecf6c84"),
+    "cv_asdiv-a/fold0/dev.csv": (96_533, "0813a90f336147b1229a6d1d133c29f7e585cb27cafd651976bb94449a4b81c0"),
+    "cv_asdiv-a/fold1/train.csv": (417_474, "77046a465a3e693b4b241dcbce2fe2cba7c9d3d253201e5e125273f6f95ade8a"),
+    "cv_asdiv-a/fold1/dev.csv": (98_299, "2432c24452fceb43c76f081342ebcd0e7b0f5776cb2908e621eeb4e2fad3cd17"),
+    "cv_asdiv-a/fold2/train.csv": (407_897, "25a7e1b542fb6c39181ab6005ec9e1eb68d049f0ca4367c87837d299feef3cd8"),
+    "cv_asdiv-a/fold2/dev.csv": (107_876, "63da38010296031a123c0bd9cb80701870f1e31fdf06a88442b3ab6500b36b84"),
+    "cv_asdiv-a/fold3/train.csv": (410_436, "618e38871a3b82b184f47c301cae011b16ba1d0d2062017e51899490d071d846"),
+    "cv_asdiv-a/fold3/dev.csv": (105_337, "7a45f3d18353e4ea8ffa2d1cb238e80068ad3bb5dbed4303231b3af0836d78e2"),
+    "cv_asdiv-a/fold4/train.csv": (407_820, "caf82cc29dafe77dda0aac8bf8af5c363c666e0e1480fbaedc47c504384b76fa"),
+    "cv_asdiv-a/fold4/dev.csv": (107_953, "b9fe1aacddc34ec2caed5e0c35faff2681198431b021d13e16dc2e7c61ec6ecb"),
+    "cv_mawps/fold0/train.csv": (595_844, "0674253e6099813cefbb1d6eae3d2dc784ab6ebfdaf8755f6ebb4b99fc1f6ebe"),
+    "cv_mawps/fold0/dev.csv": (148_020, "bad59cff796b01a87363ea970f1fa80c15f56ff5f4388143aadbdc3feaf5f990"),
+    "cv_mawps/fold1/train.csv": (593_821, "ad8846861202060f2dfcb8423d23218cbf6a4a67010d4d4d939b9df61b2d34b0"),
+    "cv_mawps/fold1/dev.csv": (150_043, "31362cb8741f9fc11b470b224478902ae27ab762bdd82bcb08a9c945d5947422"),
+    "cv_mawps/fold2/train.csv": (593_895, "b137a07367e1b3cd9556fae7b9e17fb5e23836e1e6dc9357719049ebc8860c62"),
+    "cv_mawps/fold2/dev.csv": (149_969, "fae4f08a24a23123612ca5bb960e4f9aa7202c856344a59ab7adea424dfc670d"),
+    "cv_mawps/fold3/train.csv": (597_305, "fb1e286a94feed24a41c5560095e21a33d61888c7c27a355e6ccef725deaf084"),
+    "cv_mawps/fold3/dev.csv": (146_559, "5ac76e5559cdde0aa8bcac77eb9af46b9b0230f00661ad0257dbd58a1567a323"),
+    "cv_mawps/fold4/train.csv": (594_735, "9194364265a42e0f146cc73f514c806c5d322827cd025a474ded33af076837bb"),
+    "cv_mawps/fold4/dev.csv": (149_129, "1bb9164e6ba93fdc1bffddd8544c20cddc3c195a299b0b6c6893c2a760c3434b"),
+    "mawps-asdiv-a_svamp/train.csv": (1_242_909, "c761cdc6390a67a285c6c346a2931f61bc8f47430eceaeb123cc3d0263efa821"),
+    "mawps-asdiv-a_svamp/dev.csv": (467_974, "978425fa0820a147a20d3cb305a571d77b8ba0d1ccec4a96dd1470bf0079c338"),
+}
+CSQA = "https://s3.amazonaws.com/commensenseqa/"  # the publisher's spelling
+CSQA_FILES = {  # checksums as ParlAI states them
+    "train_rand_split.jsonl": (3_785_890, "58ffa3c8472410e24b8c43f423d89c8a003d8284698a6ed7874355dedd09a2fb"),
+    "dev_rand_split.jsonl": (471_653, "3210497fdaae614ac085d9eb873dd7f4d49b6f965a93adadc803e1229fd8a02a"),
+}
+SST2 = File(
+    url="https://dl.fbaipublicfiles.com/glue/data/SST-2.zip",
+    checksum="md5:9f81648d4199384278b86e315dac217c",  # as torchtext states it
+    unpack="zip",
+    members={"SST-2/train.tsv": (None, None), "SST-2/dev.tsv": (None, None)},
+    limit=100_000_000,
+)
+
+
+def _plain(root: str, files: dict[str, tuple[int, str]]) -> tuple[File, ...]:
+    return tuple(File(root + name, size, f"sha256:{sha}", save_as=name) for name, (size, sha) in files.items())
+
+
 TABLE = (
     Dataset(
         name="enwik8",
         files=(ENWIK8,),
         licence="text of Wikipedia, CC BY-SA / GFDL",
         citation="Matt Mahoney, Large Text Compression Benchmark",
+    ),
+    Dataset(
+        name="sst2",
+        files=(SST2,),
+        licence="research use",
+        citation="Socher et al. 2013, Stanford Sentiment Treebank; GLUE, Wang et al. 2019",
+    ),
+    Dataset(name="csqa", files=_plain(CSQA, CSQA_FILES), licence="MIT", citation="Talmor et al. 2019, CommonsenseQA"),
+    Dataset(
+        name="svamp",
+        files=_plain(SVAMP, SVAMP_FILES),
+        licence="MIT",
+        citation="Patel et al. 2021, SVAMP; with ASDiv-A (Miao et al. 2020) and MAWPS (Koncel-Kedziorski et al. 2016)",
     ),
 )
 DATASETS = {dataset.name: dataset for dataset in TABLE}

@@ -1,0 +1,230 @@
+"""Tasks to fine-tune on: sentence classification, multiple choice, math word problems. Files in, plain tuples out.
+
+    read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or without any
+    read_csqa    CommonsenseQA, five choices     one JSON object a line
+    read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation), Answer
+
+    Example("a gorgeous film", 1)        Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
+    Problem("ann has number0 pens and number1 cups . how many things ?", (3.0, 4.0), "+ number0 number1", 7.0)
+
+Readers open the file they are given, read all of it, and refuse what they do not understand with one line that names
+the file and the line: a task that is silently shorter is another task. They never download; `task_files` does, on
+request, through data/download.py.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from data import download
+
+
+class Example(NamedTuple):
+    """One example of a classification or multiple-choice task."""
+
+    text: str
+    label: int  # class, or index of the right choice
+    pair: str = ""  # the second sentence of a task on two
+    choices: tuple[str, ...] = ()  # of a multiple-choice task
+
+
+class Problem(NamedTuple):
+    """A math word problem whose numbers are written number0, number1, ... in question and equation."""
+
+    question: str
+    numbers: tuple[float, ...]
+    equation: str  # prefix notation: operators + - * /, operands numberN or a constant
+    answer: float
+
+
+OPERATORS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b if b else math.nan,
+}
+
+
+def refuse(path: str | Path, line: int, what: str) -> NoReturn:
+    raise ValueError(f"{path}, line {line}: {what}")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 file, a byte-order mark aside.
+
+    Raises ValueError for bytes that are not UTF-8, an empty line within, or no line at all.
+    """
+    number, empty = 0, 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                refuse(path, number, "not UTF-8")
+            if empty:
+                refuse(path, empty, "empty")
+            if line.strip():
+                yield number, line
+            else:
+                empty = number
+    if number == 0 or (number == 1 and empty):
+        raise ValueError(f"{path} is empty")
+
+
+def read_tsv(path: str | Path, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """(line number, stripped fields) of a tab-separated file without quoting, as GLUE writes them."""
+    for number, line in read_lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if len(fields) != columns:
+            refuse(path, number, f"{len(fields)} tab-separated columns, not {columns}")
+        yield number, fields
+
+
+def read_label(path: str | Path, line: int, text: str, num_classes: int) -> int:
+    if text not in map(str, range(num_classes)):
+        refuse(path, line, f"label {text[:40]!r} is not one of 0 .. {num_classes - 1}")
+    return int(text)
+
+
+def read_sst2(path: str | Path) -> list[Example]:
+    """SST-2, label 1 = positive: GLUE's train.tsv and dev.tsv, or the same two columns without a header.
+
+    Raises FileNotFoundError, or ValueError naming file and line.
+    """
+    examples = []
+    for number, (text, label) in read_tsv(path, columns=2):
+        if number == 1 and (text, label) == ("sentence", "label"):
+            continue
+        if number == 1 and (text, label) == ("index", "sentence"):
+            refuse(path, 1, "GLUE's test file hides the labels; take dev.tsv")
+        if not text:
+            refuse(path, number, "the sentence is empty")
+        examples.append(Example(text, read_label(path, number, label, 2)))
+    return nonempty(path, examples)
+
+
+def read_csqa(path: str | Path) -> list[Example]:
+    """CommonsenseQA: train_rand_split.jsonl, dev_rand_split.jsonl. Raises like read_sst2."""
+    examples = []
+    for number, line in read_lines(path):
+        try:
+            item = json.loads(line)
+            question, choices = item["question"]["stem"], item["question"]["choices"]
+            labels, texts = [choice["label"] for choice in choices], [choice["text"] for choice in choices]
+        except (ValueError, LookupError, TypeError):
+            refuse(path, number, 'needs {"question": {"stem", "choices": [{"label", "text"}]}, "answerKey"}')
+        if labels != list("ABCDE") or not all(isinstance(text, str) and text.strip() for text in [question, *texts]):
+            refuse(path, number, "needs a question and five choices labelled A to E, all with text")
+        if item.get("answerKey") not in labels:
+            refuse(path, number, "has no answerKey from A to E (the test file hides it; take the dev file)")
+        label = labels.index(item["answerKey"])
+        examples.append(Example(question.strip(), label, choices=tuple(text.strip() for text in texts)))
+    return nonempty(path, examples)
+
+
+def read_math(path: str | Path) -> list[Problem]:
+    """ASDiv-A, MAWPS or SVAMP in the CSV of github.com/arkilpatel/SVAMP. Raises like read_sst2.
+
+    A few equations of MAWPS do not give the stated answer; they are kept as published.
+    """
+    needed, problems = ("Question", "Numbers", "Equation", "Answer"), []
+    text = "".join(f"{line}\n" for _, line in read_lines(path))
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
+            refuse(path, 1, f"the header lacks {', '.join(missing)}")
+        for row in reader:
+            number = reader.line_num
+            if None in row or None in row.values():
+                refuse(path, number, f"not {len(reader.fieldnames)} columns, as the header has")
+            try:
+                numbers = tuple(map(float, row["Numbers"].split()))
+                answer = float(row["Answer"])
+            except ValueError:
+                refuse(path, number, "Numbers or Answer is not numeric")
+            try:
+                execute(row["Equation"], numbers)
+            except ValueError as error:
+                refuse(path, number, str(error))
+            if not row["Question"].strip() or not all(map(math.isfinite, (*numbers, answer))):
+                refuse(path, number, "the question is empty, or a number is not finite")
+            problems.append(Problem(row["Question"].strip(), numbers, " ".join(row["Equation"].split()), answer))
+    except csv.Error as error:
+        refuse(path, reader.line_num, str(error))
+    return nonempty(path, problems)
+
+
+def nonempty(path: str | Path, examples: list) -> list:
+    if not examples:
+        raise ValueError(f"{path} holds a header and no examples")
+    return examples
+
+
+def execute(equation: str, numbers: tuple[float, ...]) -> float:
+    """The value of a prefix equation, "- number1 number0"; NaN when it divides by zero.
+
+    Raises ValueError for an unknown operand, a number that is not given, or operands that do not add up.
+    """
+    stack: list[float] = []
+    for token in reversed(equation.split()):
+        if token in OPERATORS and len(stack) >= 2:
+            stack.append(OPERATORS[token](stack.pop(), stack.pop()))
+        elif token.startswith("number") and token[6:].isdecimal() and int(token[6:]) < len(numbers):
+            stack.append(numbers[int(token[6:])])
+        elif token.replace(".", "", 1).isdecimal():
+            stack.append(float(token))
+        else:
+            raise ValueError(f"equation {equation[:80]!r}: cannot apply {token!r} with {len(numbers)} numbers")
+    if len(stack) != 1:
+        raise ValueError(f"equation {equation[:80]!r}: {len(stack)} values are left, not one")
+    return stack[0]
+
+
+def is_solved(equation: str, problem: Problem) -> bool:
+    """Whether a predicted equation gives the answer: the problem-solving rate counts these, not equal equations."""
+    try:
+        return abs(execute(equation, problem.numbers) - problem.answer) <= 1e-3
+    except ValueError:  # it names a number that this problem does not have
+        return False
+
+
+def byte_rows(texts: Iterable[str], length: int) -> Tensor:
+    """Texts as bytes, [num, length] int64: the end of each, padded with newlines on the left."""
+    rows = [text.encode()[-length:].rjust(length, b"\n") for text in texts]
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), length).long()
+
+
+TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
+    "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
+    "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
+    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
+    "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
+    "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
+}
+
+
+def task_files(name: str, data_dir: str | Path, fold: int = 0) -> tuple[Path, Path]:
+    """Training and development file of a task below data_dir; what is not there is downloaded, with a progress bar.
+
+    fold  0-4, of the tasks that are cross-validated. Raises ValueError for an unknown name or fold, DownloadError.
+    """
+    if name not in TASKS or fold not in range(5):
+        raise ValueError(f"task is {name!r}, fold {fold}; allowed: {', '.join(TASKS)}, folds 0 to 4")
+    _, dataset, *names = TASKS[name]
+    paths = [Path(data_dir).expanduser() / dataset / file.format(fold=fold) for file in names]
+    if not all(path.is_file() for path in paths):
+        download.fetch(dataset, data_dir)
+    return paths[0], paths[1]
+
+
+def load_task(name: str, data_dir: str | Path, fold: int = 0) -> tuple[list, list]:
+    """Training and development examples of a task: see task_files."""
+    train, dev = task_files(name, data_dir, fold)
+    read = TASKS[name][0]
+    return read(train), read(dev)
