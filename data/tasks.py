@@ -134,8 +134,8 @@ def read_math(path: str | Path) -> list[Problem]:
     A few equations of MAWPS do not give the stated answer; they are kept as published.
     """
     needed, problems = ("Question", "Numbers", "Equation", "Answer"), []
-    text = "".join(f"{line}\n" for _, line in read_lines(path))
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    lines = [f"{line}\n" for _, line in read_lines(path)]
+    reader = csv.DictReader(lines, strict=True)
     try:
         if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
             refuse(path, 1, f"the header lacks {', '.join(missing)}")
@@ -156,7 +156,7 @@ def read_math(path: str | Path) -> list[Problem]:
                 refuse(path, number, "the question is empty, or a number is not finite")
             problems.append(Problem(row["Question"].strip(), numbers, " ".join(row["Equation"].split()), answer))
     except csv.Error as error:
-        refuse(path, reader.line_num, str(error))
+        refuse(path, min(reader.line_num + 1, len(lines)), str(error))
     return nonempty(path, problems)
 
 

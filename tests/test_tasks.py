@@ -109,6 +109,7 @@ def test_math(write):
         (",Mixed", ",Mixed,more", "line 3: not 5 columns"),
         ("7.0", "nan", "line 2: .* not finite"),
         ('days ?"', 'days ?"x', "line 3: "),
+        ('days ?"', "days ?", "line 3: unexpected end"),
     ],
 )
 def test_math_refuses(write, old, new, expected):
