@@ -125,6 +125,14 @@ SST2 = File(
     members={"SST-2/train.tsv": (None, None), "SST-2/dev.tsv": (None, None)},
     limit=100_000_000,
 )
+MRPC = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
+WIKIQA = "https://download.microsoft.com/download/E/5/F/E5FCFCEE-7005-4814-853D-DAA7C66507E0/WikiQACorpus.zip"
+
+
+def _zip(url: str, *members: str) -> File:
+    """An archive whose publisher states neither size nor checksum."""
+    return File(url, unpack="zip", members={name: (None, None) for name in members}, limit=200_000_000)
 
 
 def _plain(root: str, files: dict[str, tuple[int, str]]) -> tuple[File, ...]:
@@ -143,6 +151,42 @@ TABLE = (
         files=(SST2,),
         licence="research use",
         citation="Socher et al. 2013, Stanford Sentiment Treebank; GLUE, Wang et al. 2019",
+    ),
+    Dataset(
+        name="mrpc",
+        files=(File(MRPC + "msr_paraphrase_train.txt"), File(MRPC + "msr_paraphrase_test.txt")),
+        licence="Microsoft Research data licence",
+        citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus",
+    ),
+    Dataset(
+        name="copa",
+        files=(_zip(SUPERGLUE + "COPA.zip", "COPA/train.jsonl", "COPA/val.jsonl"),),
+        licence="BSD-2",
+        citation="Roemmele et al. 2011, COPA; SuperGLUE, Wang et al. 2019",
+    ),
+    Dataset(
+        name="multirc",
+        files=(_zip(SUPERGLUE + "MultiRC.zip", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),),
+        licence="research use",
+        citation="Khashabi et al. 2018, MultiRC; SuperGLUE, Wang et al. 2019",
+    ),
+    Dataset(
+        name="winogrande",
+        files=(
+            _zip(
+                "https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip",
+                "winogrande_1.1/train_l.jsonl",
+                "winogrande_1.1/dev.jsonl",
+            ),
+        ),
+        licence="CC BY",
+        citation="Sakaguchi et al. 2020, WinoGrande",
+    ),
+    Dataset(
+        name="wikiqa",
+        files=(_zip(WIKIQA, "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),),
+        licence="Microsoft Research data licence",
+        citation="Yang et al. 2015, WikiQA",
     ),
     Dataset(name="csqa", files=_plain(CSQA, CSQA_FILES), licence="MIT", citation="Talmor et al. 2019, CommonsenseQA"),
     Dataset(

@@ -3,6 +3,9 @@
     read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or without any
     read_csqa    CommonsenseQA, five choices     one JSON object a line
     read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation), Answer
+    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus or of GLUE, five columns
+    read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI publish them
+    read_wikiqa  does a sentence answer          TSV with a header that names Question, Sentence, Label
 
     Example("a gorgeous film", 1)        Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
     Problem("ann has number0 pens and number1 cups . how many things ?", (3.0, 4.0), "+ number0 number1", 7.0)
@@ -15,7 +18,7 @@ request, through data/download.py.
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -128,6 +131,89 @@ def read_csqa(path: str | Path) -> list[Example]:
     return nonempty(path, examples)
 
 
+def read_mrpc(path: str | Path) -> list[Example]:
+    """MRPC, label 1 = paraphrase: Quality, two ids, two sentences, with the header line. Raises like read_sst2."""
+    examples = []
+    for number, (label, _, _, first, second) in read_tsv(path, columns=5):
+        if number == 1:
+            if label != "Quality":
+                refuse(path, 1, "needs the header Quality, #1 ID, #2 ID, #1 String, #2 String")
+            continue
+        if not first or not second:
+            refuse(path, number, "a sentence is empty")
+        examples.append(Example(first, read_label(path, number, label, 2), pair=second))
+    return nonempty(path, examples)
+
+
+def read_wikiqa(path: str | Path) -> list[Example]:
+    """WikiQA, label 1 = the sentence answers the question. Raises like read_sst2."""
+    examples, columns = [], None
+    for number, line in read_lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if columns is None:
+            columns = fields
+            if missing := {"Question", "Sentence", "Label"} - set(columns):
+                refuse(path, 1, f"the header lacks {', '.join(sorted(missing))}")
+            continue
+        if len(fields) != len(columns):
+            refuse(path, number, f"{len(fields)} tab-separated columns, not {len(columns)}")
+        row = dict(zip(columns, fields))
+        if not row["Question"] or not row["Sentence"]:
+            refuse(path, number, "the question or the sentence is empty")
+        examples.append(Example(row["Question"], read_label(path, number, row["Label"], 2), pair=row["Sentence"]))
+    return nonempty(path, examples)
+
+
+def read_objects(path: str | Path, read: Callable[[dict], Iterable[Example]], needed: str) -> list[Example]:
+    """The examples of a file with one JSON object a line; read(object) may raise LookupError, TypeError, ValueError."""
+    examples = []
+    for number, line in read_lines(path):
+        try:
+            found = list(read(json.loads(line)))
+            texts = [text for e in found for text in (e.text, *e.choices)]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError("an empty text")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            refuse(path, number, f"needs {needed}")
+        examples += found
+    return nonempty(path, examples)
+
+
+def read_copa(path: str | Path) -> list[Example]:
+    """COPA: which of two sentences is the cause (or effect) of another; pair says which. Raises like read_sst2."""
+
+    def read(item: dict) -> Iterator[Example]:
+        question, label = item["question"], (0, 1).index(item["label"])
+        pair = ("cause", "effect")[("cause", "effect").index(question)]
+        yield Example(item["premise"], label, pair=pair, choices=(item["choice1"], item["choice2"]))
+
+    return read_objects(path, read, '{"premise", "choice1", "choice2", "question": cause or effect, "label": 0 or 1}')
+
+
+def read_winogrande(path: str | Path) -> list[Example]:
+    """WinoGrande: which of two names fills the gap "_". Raises like read_sst2."""
+
+    def read(item: dict) -> Iterator[Example]:
+        if "_" not in item["sentence"]:
+            raise ValueError("no gap")
+        yield Example(item["sentence"], ("1", "2").index(item["answer"]), choices=(item["option1"], item["option2"]))
+
+    return read_objects(path, read, '{"sentence" with a gap _, "option1", "option2", "answer": "1" or "2"}')
+
+
+def read_multirc(path: str | Path) -> list[Example]:
+    """MultiRC, label 1 = the answer is right: one example an answer, text the passage, pair question and answer."""
+
+    def read(item: dict) -> Iterator[Example]:
+        for question in item["passage"]["questions"]:
+            for answer in question["answers"]:
+                pair = f"{question['question'].strip()} {answer['text'].strip()}"
+                yield Example(item["passage"]["text"], (0, 1).index(answer["label"]), pair=pair)
+
+    needed = '{"passage": {"text", "questions": [{"question", "answers": [{"text", "label": 0 or 1}]}]}}'
+    return read_objects(path, read, needed)
+
+
 def read_math(path: str | Path) -> list[Problem]:
     """ASDiv-A, MAWPS or SVAMP in the CSV of github.com/arkilpatel/SVAMP. Raises like read_sst2.
 
@@ -202,6 +288,11 @@ def byte_rows(texts: Iterable[str], length: int) -> Tensor:
 
 TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
     "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
+    "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
+    "copa": (read_copa, "copa", "COPA/train.jsonl", "COPA/val.jsonl"),
+    "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
+    "winogrande": (read_winogrande, "winogrande", "winogrande_1.1/train_l.jsonl", "winogrande_1.1/dev.jsonl"),
+    "wikiqa": (read_wikiqa, "wikiqa", "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),
     "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
     "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
     "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
@@ -228,3 +319,31 @@ def load_task(name: str, data_dir: str | Path, fold: int = 0) -> tuple[list, lis
     train, dev = task_files(name, data_dir, fold)
     read = TASKS[name][0]
     return read(train), read(dev)
+
+
+class Prompt(NamedTuple):
+    """A task as text to text: what the model reads, and the one-word answer of each class."""
+
+    template: Callable[[Example], str]
+    words: tuple[str, ...]
+
+
+PROMPTS = {
+    "sst2": Prompt(lambda e: f"sst2 sentence: {e.text}", ("negative", "positive")),
+    "mrpc": Prompt(lambda e: f"mrpc sentence1: {e.text} sentence2: {e.pair}", ("no", "yes")),
+    "copa": Prompt(
+        lambda e: f"copa premise: {e.text} question: {e.pair} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")
+    ),
+    "multirc": Prompt(lambda e: f"multirc question and answer: {e.pair} paragraph: {e.text}", ("no", "yes")),
+    "winogrande": Prompt(lambda e: f"winogrande sentence: {e.text} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")),
+    "wikiqa": Prompt(lambda e: f"wikiqa question: {e.text} sentence: {e.pair}", ("no", "yes")),
+}
+
+
+def load_prompts(name: str, data_dir: str | Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Training and development examples of a task in PROMPTS as (text, class). Raises like load_task."""
+    if name not in PROMPTS:
+        raise ValueError(f"task is {name!r}; with answers of one word there are {', '.join(PROMPTS)}")
+    template = PROMPTS[name].template
+    train, dev = ([(template(e), e.label) for e in part] for part in load_task(name, data_dir))
+    return train, dev
