@@ -204,14 +204,48 @@ def flops_saved(load: float, base_load: float, ffn_share: float) -> float:
     return ffn_share * (base_load - load) / base_load
 
 
-class AdaMoE(nn.Module):
+class NullRouting(nn.Module):
+    """What the layers below share: they pick experts, and leave behind what the loss and the curious need.
+
+    Every forward leaves `aux_loss` (0-dim, add it to the loss) and `true_counts` [tokens], the number of true experts
+    each token used. `choose`, when set, replaces `route`: a function router_logits -> (expert_index, gates).
+    Raises ValueError for impossible sizes.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_null: int,
+        top_k: int,
+        alpha: float = 0.02,
+        normalize: str = "true_experts",
+        average_nulls: bool = True,
+        backend: str = "auto",
+    ):
+        check_sizes(num_experts, num_null, top_k)
+        super().__init__()
+        self.num_experts, self.num_null, self.top_k, self.alpha = num_experts, num_null, top_k, alpha
+        self.normalize, self.average_nulls, self.backend = normalize, average_nulls, backend
+        self.choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.aux_loss: Tensor | None = None
+        self.true_counts: Tensor | None = None
+
+    def pick(self, router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
+        expert_index, gates = choose(router_logits)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        self.aux_loss = load_balancing_loss(
+            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
+        )
+        self.true_counts = (expert_index >= 0).sum(dim=-1)
+        return expert_index, gates
+
+
+class AdaMoE(NullRouting):
     """A drop-in feed-forward with true and null experts. x [..., d_model] -> the same shape.
 
-    Every forward leaves `aux_loss` (0-dim, add it to the loss), and for the curious `true_counts` [tokens], the number
-    of true experts each token used. num_null=0 is an ordinary top-k mixture. `token_mask` [...] marks padding: padded
-    tokens are routed but count neither in aux_loss nor in balance. `choose`, when set, replaces `route`: a function
-    router_logits -> (expert_index, gates).
-    Raises ValueError for impossible sizes or a wrong width.
+    num_null=0 is an ordinary top-k mixture. `token_mask` [...] marks padding: padded tokens are routed but count
+    neither in aux_loss nor in balance. Raises ValueError for a wrong width.
     """
 
     def __init__(
@@ -221,22 +255,13 @@ class AdaMoE(nn.Module):
         num_experts: int,
         num_null: int,
         top_k: int,
-        alpha: float = 0.02,
-        normalize: str = "true_experts",
-        average_nulls: bool = True,
         act: str = "gelu",
         glu: bool = False,
-        backend: str = "auto",
         generator: torch.Generator | None = None,
+        **routing,
     ):
-        check_sizes(num_experts, num_null, top_k)
-        super().__init__()
-        self.d_model, self.num_experts, self.num_null, self.top_k = d_model, num_experts, num_null, top_k
-        self.alpha, self.normalize, self.average_nulls = alpha, normalize, average_nulls
-        self.act, self.glu, self.backend = act, glu, backend
-        self.choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-        self.aux_loss: Tensor | None = None
-        self.true_counts: Tensor | None = None
+        super().__init__(num_experts, num_null, top_k, **routing)
+        self.d_model, self.act, self.glu = d_model, act, glu
 
         def normal(*shape: int, fan_in: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape, generator=generator) * fan_in**-0.5)
@@ -252,17 +277,195 @@ class AdaMoE(nn.Module):
         tokens = x.reshape(-1, self.d_model)  # [tokens, d_model]
         with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision under bf16
             router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, num_experts + num_null]
-        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
-        expert_index, gates = choose(router_logits)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        self.aux_loss = load_balancing_loss(
-            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
-        )
-        self.true_counts = (expert_index >= 0).sum(dim=-1)
+        expert_index, gates = self.pick(router_logits, token_mask)
         y = kernels.moe_mlp(
             tokens, expert_index, gates, self.w1, self.w2, act=self.act, glu=self.glu, backend=self.backend
         )
         return y.view_as(x)
+
+
+def uniform(*shape: int, like: Tensor, generator: torch.Generator | None = None) -> nn.Parameter:
+    """[..., in, out] within 1 / sqrt(in), as LoRA's A and its routers begin. On the device of `like`, at least fp32."""
+    values = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-2])
+    return nn.Parameter(values.to(like.device, torch.promote_types(like.dtype, torch.float32)))
+
+
+def expert_low_rank(rows: Tensor, a: Tensor, b: Tensor, dispatch: kernels.Dispatch, backend: str) -> Tensor:
+    """rows [rows, in] of experts, a [num_experts, in, rank], b [num_experts, rank, out] -> [rows, out]."""
+    low = kernels.grouped_mm(rows, a.to(rows.dtype), dispatch, backend=backend)
+    return kernels.grouped_mm(low, b.to(rows.dtype), dispatch, backend=backend)
+
+
+def live_dispatch(expert_index: Tensor, num_experts: int) -> kernels.Dispatch:
+    """A dispatch without the rows of null picks, so that nothing between the products touches them either."""
+    dispatch = kernels.make_dispatch(expert_index, num_experts)
+    return dispatch._replace(slot=dispatch.slot[: int(dispatch.offsets[-1])])
+
+
+class NullExpertMoE(NullRouting):
+    """A trained mixture with null experts added, and LoRA on router and experts. x [..., d_model] -> the same shape.
+
+    block   a module with gate.weight [num_experts, d_model] and SiLU-like gated experts, experts.gate_up_proj
+            [num_experts, 2 * d_ff, d_model] and experts.down_proj [num_experts, d_model, d_ff]: the layout of Mixtral,
+            OLMoE and Qwen-MoE in transformers 5. A shared expert, if there is one, is kept. Router noise is not.
+    rank    0: no LoRA, and every weight can be trained. The rank of gate and up projection is shared.
+    `token_mask`, when set, is [...] bool and False at padding: see load_balancing_loss.
+    Null rows start as copies (section 3.5), or, with copy_rows=False, at random with the same spread.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        num_null: int,
+        top_k: int,
+        act: str = "silu",
+        rank: int = 0,
+        lora_alpha: float = 16.0,
+        copy_rows: bool = True,
+        generator: torch.Generator | None = None,
+        **routing,
+    ):
+        num_experts, d_model = block.gate.weight.shape
+        d_ff = block.experts.down_proj.shape[-1]
+        shapes = [list(weight.shape) for weight in (block.experts.gate_up_proj, block.experts.down_proj)]
+        if shapes != [[num_experts, 2 * d_ff, d_model], [num_experts, d_model, d_ff]]:
+            raise ValueError(f"experts of shapes {shapes} do not fit a gate of shape {list(block.gate.weight.shape)}")
+        if act not in kernels.ACTIVATIONS:
+            raise ValueError(f"act is {act!r}; allowed: {', '.join(kernels.ACTIVATIONS)}")
+        # Without it gates keep the scale that the model was trained with: softmax over all its experts.
+        normalized = getattr(block.gate, "norm_topk_prob", True)
+        super().__init__(
+            num_experts, num_null, top_k, **({"normalize": "true_experts" if normalized else "none"} | routing)
+        )
+        self.gate, self.experts, self.act, self.rank = block.gate, block.experts, act, rank
+        self.shared_expert = getattr(block, "shared_expert", None)
+        self.shared_expert_gate = getattr(block, "shared_expert_gate", None)
+        precise = self.gate.weight.detach().to(torch.promote_types(self.gate.weight.dtype, torch.float32))
+        rows = copy_null_rows(precise, num_null, generator=generator)[num_experts:]  # bf16 would round the noise away
+        if not copy_rows:
+            rows = precise.std() * torch.randn(rows.shape, generator=generator).to(rows)
+        self.null_rows = nn.Parameter(rows.contiguous(), requires_grad=not rank)  # [num_null, d_model]
+        self.token_mask: Tensor | None = None
+        if rank:
+            like, self.lora_scale = self.gate.weight, lora_alpha / rank
+            shapes = {"gate": (d_model, num_experts + num_null)}
+            shapes |= {"up": (num_experts, d_model, 2 * d_ff), "down": (num_experts, d_ff, d_model)}
+            for name, (*batch, fan_in, fan_out) in shapes.items():
+                a = uniform(*batch, fan_in, rank, like=like, generator=generator)
+                setattr(self, f"{name}_a", a)
+                setattr(self, f"{name}_b", nn.Parameter(a.new_zeros(*batch, rank, fan_out)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
+        with torch.autocast(x.device.type, enabled=False):  # routing in full precision, as in AdaMoE
+            router = torch.cat([self.gate.weight, self.null_rows])  # [num_experts + num_null, d_model]
+            router = router.to(torch.promote_types(router.dtype, torch.float32))
+            router_logits = tokens.to(router.dtype) @ router.T
+            if self.rank:
+                router_logits = router_logits + self.lora_scale * (tokens.to(router.dtype) @ self.gate_a @ self.gate_b)
+        expert_index, gates = self.pick(router_logits, self.token_mask)
+        w1, w2 = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))  # [experts, in, out]
+        if self.rank:
+            y = self.lora_experts(tokens, live_dispatch(expert_index, self.num_experts), gates, w1, w2)
+        else:
+            y = kernels.moe_mlp(tokens, expert_index, gates, w1, w2, act=self.act, glu=True, backend=self.backend)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert_gate(tokens).sigmoid() * self.shared_expert(tokens)
+        return y.view_as(x)
+
+    def lora_experts(self, tokens: Tensor, dispatch: kernels.Dispatch, gates: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """moe_mlp with w1 + scale * up_a @ up_b and w2 + scale * down_a @ down_b, which are never formed."""
+        product = lambda rows, w: kernels.grouped_mm(rows, w, dispatch, backend=self.backend)
+        low = lambda rows, a, b: self.lora_scale * expert_low_rank(rows, a, b, dispatch, self.backend)
+        rows = kernels.gather(tokens, dispatch, backend=self.backend)  # [live rows, d_model], expert by expert
+        gate, up = (product(rows, w1) + low(rows, self.up_a, self.up_b)).chunk(2, dim=-1)
+        rows = kernels.ACTIVATIONS[self.act](gate) * up  # [live rows, d_ff]
+        rows = product(rows, w2) + low(rows, self.down_a, self.down_b)
+        return kernels.scatter(rows, dispatch, gates, backend=self.backend)
+
+
+def add_null_experts(
+    model: nn.Module, num_null: int, top_k: int | None = None, rank: int = 0, **options
+) -> list[NullExpertMoE]:
+    """Put null experts into every mixture of a model, in place; returns the new layers.
+
+    A mixture is any module with `gate` and `experts` in the layout of NullExpertMoE, which takes `options`. top_k None
+    keeps each layer's own. With rank > 0 all weights of the model are frozen; LoRA's alone are trained.
+    Raises ValueError if the model has no such module, or is patched already.
+    """
+    is_mixture = lambda m: hasattr(getattr(m, "gate", None), "weight") and hasattr(m, "experts")
+    found = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if is_mixture(child)
+    ]
+    if any(isinstance(getattr(*place), NullExpertMoE) for place in found):
+        raise ValueError("this model has null experts already; load it anew")
+    if not found or not all(hasattr(getattr(*place).experts, "gate_up_proj") for place in found):
+        raise ValueError(f"{type(model).__name__} has no mixture with gate.weight, experts.gate_up_proj and .down_proj")
+    act = getattr(getattr(model, "config", None), "hidden_act", "silu")
+    if rank:
+        model.requires_grad_(False)
+    for parent, name in found:
+        block = getattr(parent, name)
+        layer = NullExpertMoE(block, num_null, top_k or block.gate.top_k, **({"act": act, "rank": rank} | options))
+        setattr(parent, name, layer.train(block.training))
+    return [getattr(*place) for place in found]
+
+
+class LoRAExperts(NullRouting):
+    """A frozen linear layer plus routed low-rank experts, nulls among them: section 4.1. x [..., in] -> [..., out].
+
+    y = W x + lora_alpha / rank * sum of gates * B_j A_j x. A token without a true expert gets W x.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        num_experts: int,
+        num_null: int,
+        top_k: int,
+        rank: int = 8,
+        lora_alpha: float = 16.0,
+        generator: torch.Generator | None = None,
+        **routing,
+    ):
+        super().__init__(num_experts, num_null, top_k, **routing)
+        self.linear, self.scale = linear.requires_grad_(False), lora_alpha / rank
+        options = {"like": linear.weight, "generator": generator}
+        self.a = uniform(num_experts, linear.in_features, rank, **options)
+        self.b = nn.Parameter(self.a.new_zeros(num_experts, rank, linear.out_features))
+        self.router = uniform(linear.in_features, num_experts + num_null, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        with torch.autocast(x.device.type, enabled=False):
+            router_logits = tokens.to(self.router.dtype) @ self.router  # [tokens, num_experts + num_null]
+        expert_index, gates = self.pick(router_logits, None)
+        dispatch = live_dispatch(expert_index, self.num_experts)
+        rows = kernels.gather(tokens, dispatch, backend=self.backend)
+        rows = expert_low_rank(rows, self.a, self.b, dispatch, self.backend)
+        y = kernels.scatter(rows, dispatch, gates, backend=self.backend)  # [tokens, out]
+        return self.linear(x) + self.scale * y.view(*x.shape[:-1], -1)
+
+
+def add_lora_experts(module: nn.Module, num_experts: int, num_null: int, top_k: int, **options) -> list[LoRAExperts]:
+    """Give every nn.Linear inside a module its own router and LoRA experts, in place; returns the new layers."""
+    found = [(m, name) for m in module.modules() for name, child in m.named_children() if type(child) is nn.Linear]
+    for parent, name in found:
+        setattr(parent, name, LoRAExperts(getattr(parent, name), num_experts, num_null, top_k, **options))
+    return [getattr(*place) for place in found]
+
+
+def routed(model: nn.Module) -> list[NullRouting]:
+    """The layers that pick experts, first to last."""
+    return [module for module in model.modules() if isinstance(module, NullRouting)]
+
+
+def take_aux_loss(layers: list[NullRouting]) -> Tensor:
+    """Mean balance loss of the last forward over the layers, and forget it: kept, it would keep the graph alive."""
+    losses = [layer.aux_loss for layer in layers]
+    for layer in layers:
+        layer.aux_loss = None
+    return torch.stack(losses).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
