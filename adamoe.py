@@ -49,17 +49,25 @@ normalize="all_picks" (the load creeps up when alpha drops).
 
 import copy
 import math
+import os
+import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
 import kernels
 from common import Claim, Run
+from data import pretrained
+from data import tasks as task_data
 from data import text as text_data
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,8 +78,8 @@ from data import text as text_data
 @dataclass(frozen=True)
 class Config:
     num_experts: int = 8  # true experts; Mixtral has 8
-    num_null: int = 8  # null experts; the paper's main setting
-    top_k: int = 3  # picks a token, nulls included; the paper's main setting
+    num_null: int | None = 8  # null experts; the paper's main setting
+    top_k: int | None = 3  # picks a token, nulls included; the paper's main setting
     load: float | None = None  # budget of true experts a token; chooses num_null from top_k
     alpha: float = 0.02  # weight of the balance loss, first half; paper section 4.2.1
     alpha_late: float = 1e-4  # second half; paper section 4.2.1
@@ -80,7 +88,7 @@ class Config:
     d_model: int = 64  # width
     d_ff: int = 128  # hidden width of one expert
     num_heads: int = 4  # attention heads
-    context: int = 128  # bytes
+    context: int = 128  # bytes; at full scale tokens, of a longer question the end
     batch_size: int = 16  # sequences a step
     pretrain_steps: int = 400  # of the top-2 base
     steps: int = 300  # fine-tuning steps of every arm
@@ -88,9 +96,33 @@ class Config:
     lr: float = 8e-3  # peak, cosine to a tenth; from LR_GRID, best for every arm on seeds 100-102
     init: float = 0.1  # standard deviation of initial weights outside the experts
     text: str = ""  # file or folder to fine-tune on instead of Python's documentation
+    setting: str = "moe"  # or "lora": LoRA experts on a dense model, small scale only; paper section 4.1
+    lora_experts: int = 4  # true LoRA experts a linear layer with --setting lora; paper section 4.1
+    lora_lr: float = 8e-3  # peak learning rate with --setting lora
+    lora_rank: int = 8  # of router and experts; paper section 4.1
+    lora_alpha: float = 16.0  # LoRA is scaled by lora_alpha / lora_rank; the paper's is not stated
+    model: str = "auto"  # folder, Hugging Face name, "random", or "auto": Mixtral where it fits, else OLMoE
+    task: str = "arc-c"  # arc-c arc-e obqa siqa winogrande piqa hellaswag csqa
+    train_examples: int = 1000  # questions; paper section 4.2
+    accumulate: int = 1  # parts of a batch; the balance loss is then that of a part
 
 
 SMALL = Config()
+FULL = replace(
+    SMALL,
+    num_null=None,  # as many as the model has experts: the paper's ratio
+    top_k=None,  # one and a half times the model's own: the paper's ratio
+    steps=125,  # two epochs of 1000 questions
+    lr=5e-5,
+    context=512,
+    num_layers=32,  # this and the next three are Mixtral's, for --model random; else the model's own
+    d_model=4096,
+    d_ff=14336,
+    num_heads=32,
+)
+SMALL_ONLY = ("alpha_pretrain", "pretrain_steps", "pretrain_lr", "init", "text", "setting", "lora_experts", "lora_lr")
+FULL_ONLY = ("model", "task", "train_examples", "accumulate")
+SHAPE = ("num_layers", "d_model", "d_ff", "num_heads", "num_experts")  # read from a checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
@@ -447,11 +479,14 @@ class LoRAExperts(NullRouting):
         return self.linear(x) + self.scale * y.view(*x.shape[:-1], -1)
 
 
-def add_lora_experts(module: nn.Module, num_experts: int, num_null: int, top_k: int, **options) -> list[LoRAExperts]:
-    """Give every nn.Linear inside a module its own router and LoRA experts, in place; returns the new layers."""
+def add_lora_experts(module: nn.Module, *sizes, **options) -> list[LoRAExperts]:
+    """Give every nn.Linear inside a module its own router and LoRA experts, in place; returns the new layers.
+
+    sizes, options  of LoRAExperts, after its first argument
+    """
     found = [(m, name) for m in module.modules() for name, child in m.named_children() if type(child) is nn.Linear]
     for parent, name in found:
-        setattr(parent, name, LoRAExperts(getattr(parent, name), num_experts, num_null, top_k, **options))
+        setattr(parent, name, LoRAExperts(getattr(parent, name), *sizes, **options))
     return [getattr(*place) for place in found]
 
 
@@ -516,7 +551,7 @@ NUM_BLOCKS = 16  # of the validation text: what a run of one seed takes its stan
 @dataclass(frozen=True)
 class Arm:
     num_null: int
-    top_k: int
+    top_k: int | None  # None: the model's own
     normalize: str = "true_experts"
     average_nulls: bool = True
     copy_rows: bool = True
@@ -536,10 +571,28 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     return arms
 
 
+def lora_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    """The paper's Table 7, whose names these are: m null experts, k picks."""
+    arms = {"k1": Arm(0, 1), "k2": Arm(0, 2), "m5k4": Arm(5, 4)}
+    return arms | ({"m7k4": Arm(7, 4), "m9k4": Arm(9, 4), "m5k2": Arm(5, 2)} if ablate else {})
+
+
 def build(config: Config, arm: Arm, generator: torch.Generator) -> common.TransformerLM:
-    sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
-    options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
-    make_ffn = lambda layer: AdaMoE(*sizes, **options)
+    """A byte model with AdaMoE layers; with --setting lora a dense one."""
+    if config.setting == "lora":
+        widths = (config.d_model, 2 * config.d_ff, config.d_model)  # as much work as top-2
+
+        def make_ffn(layer: int) -> nn.Module:
+            linears = [nn.Linear(*pair, bias=False) for pair in zip(widths, widths[1:])]
+            for linear in linears:
+                linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=generator))
+                linear.weight.data *= linear.in_features**-0.5
+            return nn.Sequential(linears[0], nn.GELU(), linears[1])
+
+    else:
+        sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
+        options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
+        make_ffn = lambda layer: AdaMoE(*sizes, **options)
     shape = (256, config.num_layers, config.d_model, config.num_heads, config.context, make_ffn)
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
 
@@ -548,18 +601,20 @@ def train_text(
     model: nn.Module, data: Tensor, config: Config, steps: int, lr: float, alphas: tuple, stream: int, options: dict
 ) -> None:
     """Language-model loss plus balance loss. The batch of a step depends on `stream` and the step, not on the arm."""
-    device = next(model.parameters()).device
+    device, layers = next(model.parameters()).device, routed(model)
 
     def batches(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * stream + step)
         return text_data.sample_windows(data, config.batch_size, config.context + 1, generator).to(device)
 
     def loss_fn(windows: Tensor, step: int) -> tuple[Tensor, dict]:
-        for ffn in model.ffns():
-            ffn.alpha = alpha_at(step, steps, *alphas)
+        for layer in layers:
+            layer.alpha = alpha_at(step, steps, *alphas)
         loss = common.lm_loss(model, windows).mean()
-        load = torch.stack([ffn.true_counts.float().mean() for ffn in model.ffns()]).mean()
-        aux_loss = model.aux_loss()
+        if not layers:  # the dense base
+            return loss, {"lm_loss": loss.detach()}
+        load = torch.stack([layer.true_counts.float().mean() for layer in layers]).mean()
+        aux_loss = take_aux_loss(layers)
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
 
     schedule = common.cosine(steps, warmup=min(20, steps // 5))
@@ -574,18 +629,18 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
              and once more with the dictated ones.
     """
     model.eval()
-    losses, counts = [], []
+    losses, counts, layers = [], [], routed(model)
     for batch in windows.split(32):
         loss = common.lm_loss(model, batch)
         if dictate is not None:
-            for ffn in model.ffns():
-                given = dictate(ffn.true_counts)
-                ffn.choose = lambda logits, given=given, n=ffn.num_experts: route_counts(logits, n, given)
+            for layer in layers:
+                given = dictate(layer.true_counts)
+                layer.choose = lambda logits, given=given, n=layer.num_experts: route_counts(logits, n, given)
             loss = common.lm_loss(model, batch)
-            for ffn in model.ffns():
-                ffn.choose = None
+            for layer in layers:
+                layer.choose = None
         losses.append(loss.mean(dim=1))  # [batch]
-        counts.append(torch.stack([ffn.true_counts.view(len(batch), -1) for ffn in model.ffns()], dim=-1))
+        counts.append(torch.stack([layer.true_counts.view(len(batch), -1) for layer in layers], dim=-1))
     loss, count = torch.cat(losses).double(), torch.cat(counts)  # [windows], [windows, context, layers]
     tokens = windows[:, :-1].unsqueeze(-1).expand_as(count)
     classes = {name: torch.isin(tokens, torch.tensor(members).to(tokens)) for name, members in BYTE_CLASSES.items()}
@@ -654,7 +709,7 @@ def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
     alphas, options = (config.alpha_pretrain, config.alpha_pretrain), run.train_options(arm, seed)
     train_text(model, python.train, config, config.pretrain_steps, config.pretrain_lr, alphas, 2 * seed, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
-    return evaluate(model, validation_windows(downstream_text(config), config, run))
+    return evaluate(model, validation_windows(downstream_text(config), config, run)) if routed(model) else {}
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -678,6 +733,22 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     if arm == "adamoe":
         result |= {"leak": future_leak(model, windows[0, :-1]), "sample": count_sample(model, windows[-4:])}
     return result
+
+
+def lora_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Setting A: from the dense base, frozen; every linear layer gets LoRA experts and a router of its own."""
+    settings, downstream = lora_arms(config, ablate=True)[arm], downstream_text(config)
+    generator = torch.Generator().manual_seed(seed)
+    model = build(config, settings, generator)
+    model.load_state_dict(common.load(run.path("base", seed, ".pt")))
+    model.requires_grad_(False)
+    sizes = (config.lora_experts, settings.num_null, settings.top_k, config.lora_rank, config.lora_alpha)
+    add_lora_experts(model.blocks, *sizes, generator=generator)
+    model = run.prepare(model)
+    alphas, options = (config.alpha, config.alpha_late), run.train_options(arm, seed)
+    train_text(model, downstream.train, config, config.steps, config.lora_lr, alphas, 2 * seed + 1, options)
+    common.save(run.path(arm, seed, ".pt"), model.state_dict())
+    return evaluate(model, validation_windows(downstream, config, run))
 
 
 def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -704,6 +775,225 @@ def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The experiment at full scale: LoRA fine-tuning of a pre-trained mixture on multiple-choice questions
+# ---------------------------------------------------------------------------------------------------------------
+
+MIXTRAL, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "allenai/OLMoE-1B-7B-0924"
+RANDOM_VOCABULARY = 32000  # of --model random: Mixtral's
+COST_BATCHES = 4  # development batches on which FLOPs and times are taken
+
+
+class Questions(NamedTuple):
+    tokens: Tensor  # [questions, longest] int64, padded on the right
+    lengths: Tensor  # [questions]
+    labels: Tensor  # [questions], which letter is right
+
+    def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = self.lengths[rows]
+        return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
+
+
+def full_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    """ "original" is not fine-tuned, "vanilla" is with the model's own top-k; the rest have null experts."""
+    adamoe = Arm(config.num_null, config.top_k)
+    arms = {"original": Arm(0, None), "vanilla": Arm(0, None), "adamoe": adamoe}
+    more = {"l_bal": replace(adamoe, average_nulls=False), "random_nulls": replace(adamoe, copy_rows=False)}
+    return arms | (more if ablate else {})
+
+
+def load_questions(config: Config, seed: int, run: Run) -> tuple[Questions, Questions, list[int], list[str]]:
+    """Training and development questions, the letters' tokens, the tokens of the first development question as text."""
+    generator = torch.Generator().manual_seed(seed)
+    if config.model == "random":
+        size, generator = (config.batch_size * COST_BATCHES, config.context), torch.Generator().manual_seed(seed)
+        part = Questions(
+            torch.randint(RANDOM_VOCABULARY, size, generator=generator),
+            torch.full(size[:1], config.context),
+            torch.randint(4, size[:1], generator=generator),
+        )
+        return part, part, [0, 1, 2, 3], [str(int(token)) for token in part.tokens[0]]
+    tokenizer = pretrained.load_tokenizer(config.model)
+    train, dev = task_data.load_task(config.task, run.data_dir)
+    options = statistics.mode(len(example.choices) for example in dev)  # a few questions of ARC have three or five
+    train, dev = ([e for e in part if len(e.choices) == options] for part in (train, dev))
+    chosen = torch.randperm(len(train), generator=generator)[: config.train_examples].tolist()
+    parts = []
+    for part in ([train[i] for i in chosen], dev):
+        prompts = [task_data.letter_prompt(example) for example in part]
+        encoded = pretrained.encode(tokenizer, prompts, config.context)
+        parts.append(Questions(*encoded, torch.tensor([example.label for example in part])))
+    letters = pretrained.answer_ids(tokenizer, task_data.LETTERS[:options])
+    first = parts[1].tokens[0, : int(parts[1].lengths[0])]
+    return *parts, letters, tokenizer.batch_decode(first[:, None])
+
+
+def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [batch, time]
+
+
+def model_config(config: Config):
+    if config.model == "random":
+        shape = (config.num_layers, config.d_model, config.d_ff, config.num_heads, config.num_experts)
+        return pretrained.mixtral_config(*shape, vocab_size=RANDOM_VOCABULARY)
+    return pretrained.causal_config(config.model)
+
+
+def pretrained_model(config: Config, arm: str, seed: int, run: Run) -> nn.Module:
+    """The model, patched as the arm wants it, on its device; under torchrun spread over all processes."""
+    settings, generator = full_arms(config, ablate=True)[arm], torch.Generator().manual_seed(seed)
+    first, spread = int(os.environ.get("RANK", 0)) == 0, dist.is_initialized()
+    torch.manual_seed(seed)  # for random weights
+    if not first or config.model == "random":
+        device = ("cpu" if spread else run.device) if first else "meta"
+        model = pretrained.random_causal(model_config(config), run.dtype, device)
+    else:
+        model = pretrained.load_causal(config.model, run.dtype)
+    if arm != "original":
+        options = {"average_nulls": settings.average_nulls, "copy_rows": settings.copy_rows, "generator": generator}
+        rank = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+        add_null_experts(model, settings.num_null, settings.top_k, **rank, **options)
+    return pretrained.shard(model, run.device) if spread else model.to(run.device)
+
+
+def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -> tuple[Tensor, dict]:
+    """Loss of the letter alone, plus balance loss over the real tokens."""
+    tokens, lengths, labels = batch
+    mask = token_mask(tokens, lengths)
+    for layer in layers:
+        layer.token_mask = mask
+    loss = F.cross_entropy(pretrained.last_logits(model, tokens, lengths), letters[labels])
+    counts = torch.stack([layer.true_counts for layer in layers])  # [layers, tokens]
+    load, aux_loss = counts[:, mask.flatten()].float().mean(), take_aux_loss(layers)
+    return loss + aux_loss, {"answer_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
+
+
+def train_answers(
+    model: nn.Module, train: Questions, letters: Tensor, config: Config, seed: int, run: Run, options: dict
+) -> None:
+    """The batch of a step depends on seed and step, not on the arm. Checkpoints hold what is trained and no more."""
+    layers, count, processes = routed(model), len(train.labels), int(os.environ.get("WORLD_SIZE", 1))
+
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        shuffled = [
+            torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + int(epoch)))
+            for epoch in places // count
+        ]
+        rows = torch.stack([order[place % count] for order, place in zip(shuffled, places)])
+        return train.batch(rows[int(os.environ.get("RANK", 0)) :: processes], run.device)
+
+    def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
+        for layer in layers:
+            layer.alpha = alpha_at(step, config.steps, config.alpha, config.alpha_late)
+        return answer_loss(model, layers, letters, batch)
+
+    trained = {name.replace(".", "/"): p for name, p in model.named_parameters() if p.requires_grad}
+    if processes > 1:
+        options = options | {"checkpoint": None}  # each process holds a part; finished arms are kept all the same
+    schedule = common.cosine(config.steps, warmup=min(10, config.steps // 5))
+    options = options | {"accumulate": config.accumulate, "schedule": schedule}
+    model.train()
+    common.train(nn.ParameterDict(trained), loss_fn, config.steps, batches=batches, lr=config.lr, **options)
+    model.eval()
+
+
+@torch.no_grad()
+def answer_questions(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run: Run) -> dict:
+    """Which questions are answered rightly (the likeliest letter counts), and how many experts the tokens used."""
+    layers, right, counts = routed(model), [], []
+    for rows in torch.arange(len(dev.labels)).split(config.batch_size):
+        tokens, lengths, labels = dev.batch(rows, run.device)
+        scores = pretrained.last_logits(model, tokens, lengths)[:, letters]  # [batch, letters]
+        right += (scores.argmax(dim=-1) == labels).int().tolist()
+        mask = token_mask(tokens, lengths).flatten()
+        counts += [torch.stack([layer.true_counts for layer in layers], dim=-1)[mask].cpu()] if layers else []
+    if not layers:
+        return {"right": right}
+    count = torch.cat(counts)  # [real tokens, layers]
+    return {
+        "right": right,
+        "load": float(count.double().mean()),
+        "load_by_layer": count.double().mean(dim=0).tolist(),
+        "histogram": (torch.bincount(count.flatten()).double() / count.numel()).tolist(),
+        "sample": count[: int(dev.lengths[0])].sum(dim=1).tolist(),
+    }
+
+
+def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run: Run) -> dict:
+    """Per real token, one entry a batch: forward FLOPs counted from the operators that ran, seconds of a forward and
+    of a training step; and the peak memory of all of it in bytes."""
+    layers, found = routed(model), {"forward_flops": [], "forward_seconds": [], "step_seconds": []}
+    for rows in torch.arange(len(dev.labels)).split(config.batch_size)[:COST_BATCHES]:
+        batch = dev.batch(rows, run.device)
+        num_tokens = int(batch[1].sum())
+
+        def forward(batch=batch) -> None:
+            with torch.no_grad():
+                pretrained.last_logits(model, *batch[:2])
+
+        def step(batch=batch) -> None:
+            with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
+                loss, _ = answer_loss(model, layers, letters, batch)
+            loss.backward()
+            model.zero_grad()
+
+        for layer in layers:
+            layer.token_mask, layer.backend = None, "torch"  # the Triton kernels' work is not seen by the counter
+        found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
+        for layer in layers:
+            layer.backend = "auto"
+        found["forward_seconds"].append(common.measure_step(forward, run.device)["seconds"] / num_tokens)
+        if layers:
+            model.train()
+            measured = common.measure_step(step, run.device)
+            found["step_seconds"].append(measured["seconds"] / num_tokens)
+            found["memory"] = measured["memory"]
+            model.eval()
+    return found
+
+
+def full_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Load, patch, fine-tune, save what was trained, answer the questions, and measure the cost."""
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    train, dev, letters, _ = load_questions(config, seed, run)
+    model, letters = pretrained_model(config, arm, seed, run), torch.tensor(letters, device=run.device)
+    if arm != "original":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train_answers(model, train, letters, config, seed, run, run.train_options(arm, seed))
+        settings = full_arms(config, ablate=True)[arm]
+        sizes = {"num_null": settings.num_null, "top_k": settings.top_k}
+        save_null_experts(
+            run.path(arm, seed, ".npz"), model, **sizes, rank=config.lora_rank, lora_alpha=config.lora_alpha
+        )
+    return answer_questions(model, dev, letters, config, run) | cost(model, dev, letters, config, run)
+
+
+def save_null_experts(path: Path, model: nn.Module, **sizes) -> None:
+    """What add_null_experts added, and with which sizes; megabytes, while the model stays where it was."""
+    added = {name: p for name, p in model.named_parameters() if p.requires_grad or name.endswith("null_rows")}
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in added.items()}
+    common.save_arrays(path, whole, {"sizes": sizes})
+
+
+def load_null_experts(path: str | Path, model: nn.Module) -> list[NullExpertMoE]:
+    """Patch a freshly loaded model as it was saved. Raises ValueError for a file of another model."""
+    arrays, meta = common.load_arrays(path)
+    layers = add_null_experts(model, **meta["sizes"])
+    there = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if odd := [name for name, array in arrays.items() if there.get(name) != tuple(array.shape)]:
+        raise ValueError(f"{path} does not fit this model: {', '.join(sorted(odd)[:3])}")
+    model.load_state_dict(arrays, strict=False)
+    return layers
+
+
+def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % confidence interval of the mean of paired differences [questions]: questions drawn anew, with repetition."""
+    drawn = np.random.default_rng(0).integers(len(differences), size=(draws, len(differences)))
+    return tuple(np.quantile(differences[drawn].mean(axis=1), (0.025, 0.975)).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Claims
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -713,6 +1003,10 @@ ADAPTIVE = "tokens use different numbers of experts; the same numbers dealt out 
 NULL_FREE = "null experts cost nothing: rows processed = true picks"
 TRUE_NORM = "gates over true picks beat gates over all picks (distance to the line: their loads differ)"
 NULL_LOSS = "averaging the nulls in the balance loss beats balancing each null"
+FULL_ACCURACY = "a pre-trained mixture fine-tuned with null experts answers better than with its own top-k"
+FULL_FLOPS = "and needs fewer FLOPs"
+FULL_TIME = "and less time: the FLOPs saving shows in a training step"
+NEEDS_FULL = "not measured; run --full"
 CLAIMS = [
     Claim("adamoe.load", LOAD, "1.66 measured, 1.5 predicted (Mixtral, mean of six tasks)", required=True),
     Claim(
@@ -733,6 +1027,11 @@ CLAIMS = [
     Claim("adamoe.true_norm", TRUE_NORM, "accuracy 81.27 at load 1.54 against 80.19 at 1.50 (SIQA)"),
     Claim("adamoe.copy_init", "copied null rows beat random null rows", "not verified"),
     Claim("adamoe.null_loss", NULL_LOSS, "accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)"),
+    Claim("adamoe.full_accuracy", FULL_ACCURACY, "89.15 against 87.46 (Mixtral, ARC-C)", measured=NEEDS_FULL),
+    Claim(
+        "adamoe.full_flops", FULL_FLOPS, "14.55 % of all FLOPs saved at load 1.67 (Mixtral, ARC-C)", measured=NEEDS_FULL
+    ),
+    Claim("adamoe.full_time", FULL_TIME, "not verified (no times in the paper)", measured=NEEDS_FULL),
 ]
 
 Results = dict[str, list[dict]]  # {arm: [one result a seed]}
@@ -793,6 +1092,54 @@ def judge(config: Config, run: Run, results: Results) -> None:
         report("null_loss", ahead("l_bal"), "{margin} nats/byte better than l_bal")
 
 
+def judge_full(config: Config, run: Run, results: Results, base_k: int, share: float) -> None:
+    """The three claims of --full, AdaMoE against "vanilla". One seed: the margins are taken over questions, batches."""
+    of = lambda arm, key: np.array([result[key] for result in results[arm]], dtype=float)  # [seeds, ...]
+    over = lambda values: values.mean(axis=1) if len(values) > 1 else values[0]
+    if config.model != "random":
+        mine, other = of("adamoe", "right"), of("vanilla", "right")  # [seeds, questions]
+        low, high = bootstrap((mine - other).mean(axis=0))
+        text = (
+            f"{100 * mine.mean():.2f} against {100 * other.mean():.2f} % of {mine.shape[1]} questions ({config.task}), "
+        )
+        text += (
+            f"difference {100 * (mine - other).mean():.2f} points, 95 % interval {100 * low:.2f} to {100 * high:.2f}"
+        )
+        numbers = {
+            "adamoe": mine.mean(axis=1).tolist(),
+            "vanilla": other.mean(axis=1).tolist(),
+            "interval": [low, high],
+        }
+        run.claim("adamoe.full_accuracy", text, numbers, over(mine - other))
+    else:
+        run.claim("adamoe.full_accuracy", "not measured: random weights answer at random", {})
+    saved = {
+        key: 1 - of("adamoe", key) / of("vanilla", key) for key in ("forward_flops", "forward_seconds", "step_seconds")
+    }
+    load, percent = of("adamoe", "load"), {key: f"{100 * value.mean():.1f} %" for key, value in saved.items()}
+    formula = flops_saved(load.mean(), base_k, share)
+    text = f"{percent['forward_flops']} fewer, counted; load {common.show(load, 3)} of {base_k}; "
+    text += f"{100 * formula:.1f} % by the paper's formula, with {100 * share:.1f} % of all FLOPs in the experts"
+    numbers = {"saved": saved["forward_flops"].tolist(), "load": load.tolist(), "ffn_share": share}
+    run.claim("adamoe.full_flops", text, numbers, over(saved["forward_flops"]))
+    text = f"{percent['step_seconds']} less time a training step, {percent['forward_seconds']} less a forward"
+    run.claim(
+        "adamoe.full_time", text, {key: value.tolist() for key, value in saved.items()}, over(saved["step_seconds"])
+    )
+
+
+def judge_lora(config: Config, run: Run, results: Results) -> None:
+    """Setting A: of the claims, the load's; the table says the rest."""
+    arms = lora_arms(config, run.ablate)
+    predicted = {arm: predicted_load(config.lora_experts, arms[arm].num_null, arms[arm].top_k) for arm in arms}
+    loads = {arm: values(results, arm, "load") for arm in arms}
+    off = np.max([abs(loads[arm] - predicted[arm]) for arm in arms], axis=0)  # [seeds]
+    texts = [
+        f"{arm} {common.show(loads[arm], 3)} (predicted {predicted[arm]:.3f})" for arm in arms if arms[arm].num_null
+    ]
+    run.claim("adamoe.load", "; ".join(texts), {arm: load.tolist() for arm, load in loads.items()}, 0.15 - off)
+
+
 def print_tables(config: Config, run: Run, results: Results) -> None:
     rows, num_seeds = [], len(run.seeds)
     for arm in (arm for arm in results if "@" not in arm):
@@ -818,6 +1165,75 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
             gain = shown(under_line(results, trio[2], *trio[:2]), num_seeds)
             rows.append([f"{lr:g}", *(common.show(values(results, arm, "loss")) for arm in trio), gain])
         run.table("the learning-rate grid", ["lr", "top1", "top2", "adamoe", "under the line"], rows)
+
+
+def print_lora(config: Config, run: Run, results: Results) -> None:
+    rows = []
+    for arm, settings in lora_arms(config, run.ablate).items():
+        predicted = predicted_load(config.lora_experts, settings.num_null, settings.top_k)
+        gain, load = under_line(results, arm, "k1", "k2"), values(results, arm, "load")
+        rows.append([arm, common.show(values(results, arm, "loss")), common.show(load, 3), f"{predicted:.3f}"])
+        rows[-1].append(shown(gain, len(run.seeds)))
+    header = ["arm", "nats/byte", "load", "predicted", "under the line k1-k2"]
+    run.table(f"LoRA experts on a dense model: validation loss, {len(run.seeds)} seed(s)", header, rows)
+
+
+PAPER = {  # Table 1, Mixtral: accuracy of the original, of top-2 fine-tuned, of AdaMoE; FLOPs saved; load
+    "winogrande": (55.96, 80.43, 81.93, 14.99, 1.66),
+    "hellaswag": (53.62, 84.10, 85.50, 14.10, 1.68),
+    "piqa": (68.06, 90.48, 90.32, 18.07, 1.59),
+    "siqa": (64.59, 76.36, 76.97, 16.31, 1.63),
+    "obqa": (65.40, 89.00, 88.20, 13.22, 1.70),
+    "arc-c": (83.73, 87.46, 89.15, 14.55, 1.67),
+}
+
+
+def painted(words: list[str], counts: list[int], color: bool) -> str:
+    """Tokens of a text, the brighter the more true experts; without colors the number follows each token."""
+    if not color:
+        return " ".join(f"{word.strip() or repr(word)}·{count}" for word, count in zip(words, counts))
+    low, span = min(counts), max(1, max(counts) - min(counts))
+    greys = [round(23 * (count - low) / span) for count in counts]
+    cells = [f"\x1b[48;5;{232 + grey};38;5;{15 if grey < 12 else 16}m{word}" for word, grey in zip(words, greys)]
+    return "".join(cells).replace("\n", "\x1b[0m\n") + "\x1b[0m"
+
+
+def print_full(config: Config, run: Run, results: Results, words: list[str]) -> None:
+    per = lambda arm, key, scale: (
+        f"{scale * np.mean([r[key] for r in results[arm]]):.3f}" if results[arm][0].get(key) else ""
+    )
+    paper = dict(zip(("original", "vanilla", "adamoe"), PAPER.get(config.task, ()) if config.model != "random" else ()))
+    rows = []
+    for arm, found in results.items():
+        right = np.array([result["right"] for result in found])  # [seeds, questions]
+        error = 100 * math.sqrt(right.mean() * (1 - right.mean()) / right.shape[1])
+        row = [arm, f"{100 * right.mean():.2f} ± {error:.2f}", per(arm, "load", 1.0), per(arm, "forward_flops", 1e-9)]
+        row += [per(arm, "forward_seconds", 1e6), per(arm, "step_seconds", 1e6), per(arm, "memory", 1e-9)]
+        rows.append([*row, paper.get(arm, "")])
+    header = ["arm", "accuracy %", "load", "GFLOP/token", "forward µs/token", "step µs/token", "peak GB", "paper %"]
+    title = (
+        f"{config.task if config.model != 'random' else 'random tokens'}, {len(run.seeds)} seed(s); ± is the standard "
+    )
+    run.table(title + f"error over {right.shape[1]} questions; paper: Mixtral-8x7B", header, rows)
+    adamoe = results["adamoe"]
+    loads = np.mean([result["load_by_layer"] for result in adamoe], axis=0)
+    run.table("AdaMoE: load by layer", ["layer", "load"], [[i, f"{load:.3f}"] for i, load in enumerate(loads)])
+    shares = [f"{100 * share:.1f} %" for share in adamoe[0]["histogram"]]
+    run.table("AdaMoE: true experts a token, first seed", [*range(len(shares))], [shares])
+    common.say("\nthe first question, true experts of each token over all layers")
+    common.say(painted(words, adamoe[0]["sample"], sys.stdout.isatty()))
+
+
+def draw_full(run: Run, results: Results, words: list[str]) -> None:
+    accuracy = {arm: 100 * np.mean([result["right"] for result in found]) for arm, found in results.items()}
+    shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
+    cells = [(char, count) for word, count in zip(words, results["adamoe"][0]["sample"]) for char in word]
+    panels = [
+        lambda ax: common.bars(ax, accuracy, ylabel="accuracy %", title="right answers"),
+        lambda ax: common.bars(ax, shares, xlabel="true experts", ylabel="share of tokens", title="first seed"),
+        lambda ax: common.painted_text(ax, *zip(*cells), title="the brighter, the more true experts"),
+    ]
+    run.plot("adamoe", panels)
 
 
 def draw(run: Run, results: Results) -> None:
@@ -855,6 +1271,8 @@ def check(config: Config, corpus: text_data.Corpus) -> Config:
     if min(sizes) < needed:
         text = f"{sizes[0]} bytes to train on, {sizes[1]} to validate, at least {needed} needed of each"
         raise ValueError(f"text {corpus.name!r} is too short: {text}")
+    if config.num_null is None or config.top_k is None:
+        raise ValueError(f"num_null is {config.num_null}, top_k {config.top_k}; at this scale both need a number")
     if config.load is not None:
         if config.num_null != SMALL.num_null:
             raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
@@ -870,12 +1288,143 @@ def check(config: Config, corpus: text_data.Corpus) -> Config:
     return config
 
 
+def refuse_foreign(config: Config, run: Run) -> None:
+    """An option that would do nothing is an error."""
+    foreign, default, where = (
+        (SMALL_ONLY, FULL, "the small scale") if run.scale == "full" else (FULL_ONLY, SMALL, "--full")
+    )
+    for name in foreign:
+        if getattr(config, name) != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
+    if config.setting not in ("moe", "lora"):
+        raise ValueError(f"setting is {config.setting!r}; allowed: moe, lora")
+    if config.setting == "lora":
+        for name in ("num_experts", "num_null", "top_k", "load", "lr"):
+            if getattr(config, name) != getattr(SMALL, name):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to --setting moe; lora has the paper's arms")
+
+
+def fit(config: Config, shape, top_k: int) -> Config:
+    """The sizes that the model decides: its shape, and the nulls and picks that were not given."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    own = dict(zip(SHAPE, [getattr(shape, name) for name in names]))
+    own["d_ff"] = getattr(shape, "moe_intermediate_size", None) or own["d_ff"]
+    own["num_experts"] = getattr(shape, "num_local_experts", None) or shape.num_experts
+    for name, value in own.items():
+        if getattr(config, name) not in (getattr(FULL, name), value):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, this model's {value}")
+    picks = config.top_k or round(1.5 * top_k)
+    if config.load is not None and config.num_null is not None:
+        raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
+    num_null = own["num_experts"] if config.num_null is None else config.num_null
+    if config.load is not None:
+        num_null = num_null_for_load(own["num_experts"], picks, config.load)
+    check_sizes(own["num_experts"], num_null, picks)
+    return replace(config, **own, num_null=num_null, top_k=picks)
+
+
+def agree(run: Run, arms: list[str]) -> None:
+    """After an interrupt, processes of torchrun may have stored different arms: forget what not all of them have."""
+    files = [run.path(arm, seed, ".json") for arm in arms for seed in run.seeds]
+    mine, everybody = [path.exists() for path in files], [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    for path, done in zip(files, np.all(everybody, axis=0)):
+        if not done:
+            path.unlink(missing_ok=True)
+
+
+def main_full(config: Config, run: Run) -> dict:
+    """Settle the model, say what it will cost, then every arm; see full_arm."""
+    run.claims[:] = [claim for claim in run.claims if claim.id.startswith("adamoe.full_")]
+    for name in ("batch_size", "steps", "context", "train_examples", "accumulate", "lora_rank"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
+    if config.task not in task_data.LETTER_TASKS:
+        raise ValueError(f"task is {config.task!r}; allowed: {', '.join(task_data.LETTER_TASKS)}")
+    common.join_torchrun(run.device)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size is {config.batch_size}; {processes} processes share it, so it must be a multiple")
+    capacity = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
+    if config.model == "auto":
+        config = replace(config, model=MIXTRAL if capacity > 110e9 else OLMOE)
+    shape = None if config.model == "random" else pretrained.published_config(config.model)
+    if shape is None:
+        if config.model != "random":
+            config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
+        shape = model_config(config)
+    base_k = shape.num_experts_per_tok
+    config = fit(config, shape, base_k)
+    share, needed = estimate_full(config, run, shape, capacity, processes)
+    if run.dry_run:
+        return {}
+    if needed > capacity:
+        remedy = f"take a smaller --model ({OLMOE}), or more GPUs: torchrun --nproc-per-node N adamoe.py --full"
+        if config.model == "random":
+            remedy = f"lower --num-layers (to about {int(config.num_layers * capacity / needed)})"
+        raise ValueError(f"{needed / 1e9:.0f} GB needed, {capacity / 1e9:.0f} GB there: {remedy}")
+    run.workers = (
+        1 if processes > 1 else max(1, min(run.workers, int(capacity / needed) if run.device == "cpu" else 99))
+    )
+    if config.model == "random":
+        run.data = {"random": "tokens"}
+    else:
+        files = task_data.task_files(config.task, run.data_dir)
+        config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
+        files = [*files, Path(config.model) / "config.json"]
+        run.data = dict(zip(("train", "dev", "model"), (common.sha256(path)[:12] for path in files)))
+    run.config = config
+    train, dev, _, words = load_questions(config, run.seed, run)
+    text = f"{len(train.labels)} questions to train on, {len(dev.labels)} to answer"
+    run.header(f"{Path(config.model).name} · {config.task if config.model != 'random' else 'random tokens'}: {text}")
+    arms = list(full_arms(config, run.ablate))
+    if processes > 1 and run.resume:
+        agree(run, arms)
+    results = run.measure(full_arm, config, arms)
+    print_full(config, run, results, words)
+    judge_full(config, run, results, base_k, share)
+    draw_full(run, results, words)
+    return {"arms": results}
+
+
+def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int) -> tuple[float, float]:
+    """Print what --full will take, from the model's shape: (experts' share of a token's FLOPs, bytes needed)."""
+    model = pretrained.random_causal(shape, run.dtype, "meta")  # shapes, no memory
+    embedding, base_k = model.get_input_embeddings().weight.numel(), shape.num_experts_per_tok
+    met = lambda experts: common.count_parameters(model, experts) - embedding  # a FLOP pair each, attention's aside
+    share, weights = 1 - met(0) / met(base_k), sum(p.numel() * p.element_size() for p in model.parameters())
+    load = predicted_load(config.num_experts, config.num_null, config.top_k)
+    rows = [["parameters", f"{common.count_parameters(model):,}"], ["met by a token", f"{met(base_k) + embedding:,}"]]
+    rows += [["experts' share of its FLOPs", f"{100 * share:.1f} %"]]
+    nulls = f"{config.num_null} nulls, {config.top_k} picks: {load:.3f} of {base_k} experts"
+    rows += [["predicted load, FLOPs saved", f"{nulls}, {100 * flops_saved(load, base_k, share):.1f} %"]]
+    add_null_experts(model, config.num_null, config.top_k, rank=config.lora_rank)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = config.batch_size * config.context / config.accumulate
+    held = config.num_layers * config.d_model + config.top_k * (4 * config.d_model + 6 * config.d_ff)
+    bytes_of = {"weights": weights, "LoRA, gradients, Adam": 16 * trained, "activations at most": tokens * held * 4}
+    rows += [[name, f"{size / 1e9:.2f} GB"] for name, size in bytes_of.items()]
+    where = f"{processes} processes" if processes > 1 else run.device
+    rows += [["memory needed, there", f"{sum(bytes_of.values()) / 1e9:.2f} GB, {capacity / 1e9:.2f} GB ({where})"]]
+    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
+    rows += [["weights to download", "none" if here else f"{weights / 1e9:.1f} GB in 16 bits"]]
+    # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
+    flops = 6 * met(base_k) * config.steps * config.batch_size * config.context
+    rows += [["training FLOPs an arm, at most", f"{flops:.1e}"]]
+    run.table(f"estimate for {config.model}", ["", ""], rows)
+    return share, sum(bytes_of.values())
+
+
 def main(config: Config, run: Run) -> dict:
+    refuse_foreign(config, run)
+    if run.scale == "full":
+        return main_full(config, run)
     python, downstream = text_data.load_domain("python"), downstream_text(config)
     run.config = config = check(config, downstream)
     run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
     windows = validation_windows(downstream, config, run)
-    arms = list(trained_arms(config, run.ablate))
+    lora = config.setting == "lora"
+    arms = list((lora_arms if lora else trained_arms)(config, run.ablate))
     model = build(config, Arm(0, 2), torch.Generator().manual_seed(run.seed)).to(run.device)
     step = lambda: common.lm_loss(model, windows[: config.batch_size]).mean().backward()
     if run.dry_run:
@@ -892,6 +1441,11 @@ def main(config: Config, run: Run) -> dict:
         print(f"load {config.load:g}: {config.num_null} nulls, predicted load {predicted:.3f}")
 
     run.measure(pretrain_base, config, ["base"])
+    if lora:
+        results = run.measure(lora_arm, config, arms)
+        print_lora(config, run, results)
+        judge_lora(config, run, results)
+        return {"arms": results}
     results = run.measure(finetune_arm, config, arms)
     results |= run.measure(control_arm, config, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])
     print_tables(config, run, results)
@@ -901,4 +1455,4 @@ def main(config: Config, run: Run) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, claims=CLAIMS)
+    common.run(main, SMALL, FULL, CLAIMS)

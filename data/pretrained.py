@@ -10,6 +10,7 @@ Needs transformers (requirements-full.txt), imported only when used. Nothing is 
 safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -255,3 +256,28 @@ def last_logits(model: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
     positions, column = (lengths - 1).unique(return_inverse=True)
     logits = model(input_ids=tokens, logits_to_keep=positions.to(tokens.device)).logits  # [batch, positions, vocab]
     return logits[torch.arange(len(tokens), device=logits.device), column.to(logits.device)].float()
+
+
+def published_config(model: str):
+    """The configuration of a well-known checkpoint, known before it is downloaded; else None."""
+    transformers = require_transformers()
+    if model == "mistralai/Mixtral-8x7B-v0.1":
+        return _plain_forward(transformers.MixtralConfig())
+    if model == "allenai/OLMoE-1B-7B-0924":
+        return _plain_forward(transformers.OlmoeConfig(intermediate_size=1024))
+    return None
+
+
+def is_here(model: str, data_dir: str | Path) -> bool:
+    """Whether locate() finds a model without downloading it."""
+    return any(
+        folder.is_dir()
+        for folder in (Path(model).expanduser(), Path(data_dir).expanduser() / "models" / model.replace("/", "--"))
+    )
+
+
+def device_memory(device: str) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
