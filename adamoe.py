@@ -827,8 +827,12 @@ def load_questions(config: Config, seed: int, run: Run) -> tuple[Questions, Ques
     return *parts, letters, tokenizer.batch_decode(first[:, None])
 
 
-def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [batch, time]
+def set_mask(layers: list[NullExpertMoE], tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Tell the layers which of the next forward's tokens are real: [batch * time] bool."""
+    mask = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).flatten()
+    for layer in layers:
+        layer.token_mask = mask
+    return mask
 
 
 def model_config(config: Config):
@@ -858,12 +862,10 @@ def pretrained_model(config: Config, arm: str, seed: int, run: Run) -> nn.Module
 def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -> tuple[Tensor, dict]:
     """Loss of the letter alone, plus balance loss over the real tokens."""
     tokens, lengths, labels = batch
-    mask = token_mask(tokens, lengths)
-    for layer in layers:
-        layer.token_mask = mask
+    mask = set_mask(layers, tokens, lengths)
     loss = F.cross_entropy(pretrained.last_logits(model, tokens, lengths), letters[labels])
     counts = torch.stack([layer.true_counts for layer in layers])  # [layers, tokens]
-    load, aux_loss = counts[:, mask.flatten()].float().mean(), take_aux_loss(layers)
+    load, aux_loss = counts[:, mask].float().mean(), take_aux_loss(layers)
     return loss + aux_loss, {"answer_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
 
 
@@ -903,9 +905,9 @@ def answer_questions(model: nn.Module, dev: Questions, letters: Tensor, config: 
     layers, right, counts = routed(model), [], []
     for rows in torch.arange(len(dev.labels)).split(config.batch_size):
         tokens, lengths, labels = dev.batch(rows, run.device)
+        mask = set_mask(layers, tokens, lengths)
         scores = pretrained.last_logits(model, tokens, lengths)[:, letters]  # [batch, letters]
         right += (scores.argmax(dim=-1) == labels).int().tolist()
-        mask = token_mask(tokens, lengths).flatten()
         counts += [torch.stack([layer.true_counts for layer in layers], dim=-1)[mask].cpu()] if layers else []
     if not layers:
         return {"right": right}
@@ -929,6 +931,7 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
 
         def forward(batch=batch) -> None:
             with torch.no_grad():
+                set_mask(layers, *batch[:2])
                 pretrained.last_logits(model, *batch[:2])
 
         def step(batch=batch) -> None:
@@ -937,13 +940,13 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
             loss.backward()
             model.zero_grad()
 
-        for layer in layers:
-            layer.token_mask, layer.backend = None, "torch"  # the Triton kernels' work is not seen by the counter
-        found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
-        for layer in layers:
-            layer.backend = "auto"
         found["forward_seconds"].append(common.measure_step(forward, run.device)["seconds"] / num_tokens)
-        if layers:
+        if layers:  # the library's own layers may compute with operators that the counter does not know
+            for layer in layers:
+                layer.backend = "torch"  # nor does it see into Triton kernels
+            found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
+            for layer in layers:
+                layer.backend = "auto"
             model.train()
             measured = common.measure_step(step, run.device)
             found["step_seconds"].append(measured["seconds"] / num_tokens)
@@ -959,7 +962,7 @@ def full_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     train, dev, letters, _ = load_questions(config, seed, run)
     model, letters = pretrained_model(config, arm, seed, run), torch.tensor(letters, device=run.device)
     if arm != "original":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         train_answers(model, train, letters, config, seed, run, run.train_options(arm, seed))
         settings = full_arms(config, ablate=True)[arm]
         sizes = {"num_null": settings.num_null, "top_k": settings.top_k}
@@ -1200,7 +1203,7 @@ def painted(words: list[str], counts: list[int], color: bool) -> str:
 
 def print_full(config: Config, run: Run, results: Results, words: list[str]) -> None:
     per = lambda arm, key, scale: (
-        f"{scale * np.mean([r[key] for r in results[arm]]):.3f}" if results[arm][0].get(key) else ""
+        f"{scale * np.mean([r[key] for r in results[arm]]):.4g}" if results[arm][0].get(key) else ""
     )
     paper = dict(zip(("original", "vanilla", "adamoe"), PAPER.get(config.task, ()) if config.model != "random" else ()))
     rows = []
