@@ -168,7 +168,9 @@ TABLE = (
     ),
     Dataset(
         name="mrpc",
-        files=(File(MRPC + "msr_paraphrase_train.txt"), File(MRPC + "msr_paraphrase_test.txt")),
+        files=tuple(
+            File(MRPC + name, save_as=name) for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
+        ),
         licence="Microsoft Research data licence",
         citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus",
     ),

@@ -4,7 +4,7 @@
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
     load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE); last_logits of it
     random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
-    load_tokenizer(folder)              its tokenizer; encode texts; word_ids(tokenizer, words): one token for each word
+    load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
 safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
@@ -88,7 +88,12 @@ def load_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
     config = _switch_config(folder)
     try:
         model, report = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
         )
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
@@ -129,17 +134,6 @@ def load_tokenizer(folder: str | Path):
         return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}") from error
-
-
-def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
-    """The token of each word. Raises ValueError for a word that is not one token, or two words with the same."""
-    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    for word, ids in zip(words, tokens):
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(f"the answer {word!r} is not one token of this tokenizer: {ids}")
-    if len({ids[0] for ids in tokens}) < len(words):
-        raise ValueError(f"two of the answers {', '.join(words)} are the same token")
-    return [ids[0] for ids in tokens]
 
 
 # Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever shares their layout,
@@ -191,7 +185,12 @@ def load_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     transformers, config = require_transformers(), causal_config(folder)
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
         )
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error

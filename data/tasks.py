@@ -20,7 +20,7 @@ request, through data/download.py.
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -347,6 +347,10 @@ def byte_rows(texts: Iterable[str], length: int) -> Tensor:
 
 TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
     "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
+    "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
+    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
+    "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
+    "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
     "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
     "copa": (read_copa, "copa", "COPA/train.jsonl", "COPA/val.jsonl"),
     "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
@@ -359,10 +363,6 @@ TASKS = {  # name: (reader, data set of data/download.py, training file, develop
     "siqa": (read_siqa, "siqa", "socialiqa-train-dev/train.jsonl", "socialiqa-train-dev/dev.jsonl"),
     "piqa": (read_piqa, "piqa", "physicaliqa-train-dev/train.jsonl", "physicaliqa-train-dev/dev.jsonl"),
     "hellaswag": (read_hellaswag, "hellaswag", "hellaswag_train.jsonl", "hellaswag_val.jsonl"),
-    "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
-    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
-    "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
-    "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
 }
 
 
@@ -427,3 +427,54 @@ def letter_prompt(example: Example) -> str:
     lines = [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, example.choices)]
     context = [example.context.strip()] if example.context else []
     return "\n".join([*context, f"Question: {example.text.strip()}", *lines, "Answer:"])
+
+
+def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
+    """The token of each word. Raises ValueError for a word that is not one token, or two words with the same."""
+    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    for word, ids in zip(words, tokens):
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"the answer {word!r} is not one token of this tokenizer: {ids}")
+    if len({ids[0] for ids in tokens}) < len(words):
+        raise ValueError(f"two of the answers {', '.join(words)} are the same token")
+    return [ids[0] for ids in tokens]
+
+
+class PromptBatches:
+    """A task of PROMPTS for a text-to-text model and its tokenizer (of transformers).
+
+    A batch is {"input_ids", "attention_mask": [batch, tokens], "labels": [batch, 2]}, padded on the right, prompts cut
+    at max_tokens; labels are the token of the answer, then the end of text.
+    """
+
+    def __init__(self, name: str, data_dir: str | Path, tokenizer, max_tokens: int):
+        self.train, self.dev = load_prompts(name, data_dir)
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.words = word_ids(tokenizer, PROMPTS[name].words)
+
+    def encode(self, examples: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+        options = {"truncation": True, "max_length": self.max_tokens, "padding": True, "return_tensors": "pt"}
+        batch = self.tokenizer([text for text, _ in examples], **options)
+        labels = torch.tensor([[self.words[label], self.tokenizer.eos_token_id] for _, label in examples])
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    def train_batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
+        """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
+        first, last = step * size, (step + 1) * size
+        epochs = range(first // len(self.train), (last - 1) // len(self.train) + 1)
+        shuffled = lambda epoch: torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.cat([torch.randperm(len(self.train), generator=shuffled(epoch)) for epoch in epochs])
+        skipped = epochs[0] * len(self.train)
+        return self.encode([self.train[i] for i in order[first - skipped : last - skipped].tolist()])
+
+    def sample(self, num: int, size: int, seed: int) -> list[dict[str, Tensor]]:
+        """`num` random training examples (all, if there are fewer) in batches."""
+        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:num].tolist()
+        return self._in_batches([self.train[i] for i in chosen], size)
+
+    def dev_batches(self, num: int, size: int) -> list[dict[str, Tensor]]:
+        """The development examples in batches; num 0: all."""
+        return self._in_batches(self.dev[: num or None], size)
+
+    def _in_batches(self, examples: list, size: int) -> list[dict[str, Tensor]]:
+        return [self.encode(examples[i : i + size]) for i in range(0, len(examples), size)]
