@@ -318,8 +318,11 @@ class AdaMoE(NullRouting):
 
 def uniform(*shape: int, like: Tensor, generator: torch.Generator | None = None) -> nn.Parameter:
     """[..., in, out] within 1 / sqrt(in), as LoRA's A and its routers begin. On the device of `like`, at least fp32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if like.is_meta:  # nothing to draw for shapes without memory
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     values = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-2])
-    return nn.Parameter(values.to(like.device, torch.promote_types(like.dtype, torch.float32)))
+    return nn.Parameter(values.to(like.device, dtype))
 
 
 def expert_low_rank(rows: Tensor, a: Tensor, b: Tensor, dispatch: kernels.Dispatch, backend: str) -> Tensor:
@@ -1133,6 +1136,7 @@ def judge_full(config: Config, run: Run, results: Results, base_k: int, share: f
 
 def judge_lora(config: Config, run: Run, results: Results) -> None:
     """Setting A: of the claims, the load's; the table says the rest."""
+    run.claims[:] = [claim for claim in run.claims if claim.id == "adamoe.load"]
     arms = lora_arms(config, run.ablate)
     predicted = {arm: predicted_load(config.lora_experts, arms[arm].num_null, arms[arm].top_k) for arm in arms}
     loads = {arm: values(results, arm, "load") for arm in arms}
@@ -1401,6 +1405,8 @@ def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int
     rows += [["experts' share of its FLOPs", f"{100 * share:.1f} %"]]
     nulls = f"{config.num_null} nulls, {config.top_k} picks: {load:.3f} of {base_k} experts"
     rows += [["predicted load, FLOPs saved", f"{nulls}, {100 * flops_saved(load, base_k, share):.1f} %"]]
+    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
+    rows += [["weights to download", "none" if here else f"{2 * common.count_parameters(model) / 1e9:.1f} GB in 16 bits"]]
     add_null_experts(model, config.num_null, config.top_k, rank=config.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = config.batch_size * config.context / config.accumulate
@@ -1409,8 +1415,6 @@ def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int
     rows += [[name, f"{size / 1e9:.2f} GB"] for name, size in bytes_of.items()]
     where = f"{processes} processes" if processes > 1 else run.device
     rows += [["memory needed, there", f"{sum(bytes_of.values()) / 1e9:.2f} GB, {capacity / 1e9:.2f} GB ({where})"]]
-    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
-    rows += [["weights to download", "none" if here else f"{weights / 1e9:.1f} GB in 16 bits"]]
     # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
     flops = 6 * met(base_k) * config.steps * config.batch_size * config.context
     rows += [["training FLOPs an arm, at most", f"{flops:.1e}"]]

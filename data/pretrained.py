@@ -2,7 +2,7 @@
 
     load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
-    load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE); last_logits of it
+    load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
     random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
