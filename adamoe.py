@@ -50,12 +50,10 @@ normalize="all_picks" (the load creeps up when alpha drops).
 import copy
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +67,7 @@ from common import Claim, Run
 from data import pretrained
 from data import tasks as task_data
 from data import text as text_data
+from data.pretrained import Questions
 
 # ---------------------------------------------------------------------------------------------------------------
 # Config
@@ -122,7 +121,6 @@ FULL = replace(
 )
 SMALL_ONLY = ("alpha_pretrain", "pretrain_steps", "pretrain_lr", "init", "text", "setting", "lora_experts", "lora_lr")
 FULL_ONLY = ("model", "task", "train_examples", "accumulate")
-SHAPE = ("num_layers", "d_model", "d_ff", "num_heads", "num_experts")  # read from a checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
@@ -786,16 +784,6 @@ RANDOM_VOCABULARY = 32000  # of --model random: Mixtral's
 COST_BATCHES = 4  # development batches on which FLOPs and times are taken
 
 
-class Questions(NamedTuple):
-    tokens: Tensor  # [questions, longest] int64, padded on the right
-    lengths: Tensor  # [questions]
-    labels: Tensor  # [questions], which letter is right
-
-    def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = self.lengths[rows]
-        return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
-
-
 def full_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     """ "original" is not fine-tuned, "vanilla" is with the model's own top-k; the rest have null experts."""
     adamoe = Arm(config.num_null, config.top_k)
@@ -806,28 +794,10 @@ def full_arms(config: Config, ablate: bool) -> dict[str, Arm]:
 
 def load_questions(config: Config, seed: int, run: Run) -> tuple[Questions, Questions, list[int], list[str]]:
     """Training and development questions, the letters' tokens, the tokens of the first development question as text."""
-    generator = torch.Generator().manual_seed(seed)
     if config.model == "random":
-        size, generator = (config.batch_size * COST_BATCHES, config.context), torch.Generator().manual_seed(seed)
-        part = Questions(
-            torch.randint(RANDOM_VOCABULARY, size, generator=generator),
-            torch.full(size[:1], config.context),
-            torch.randint(4, size[:1], generator=generator),
-        )
-        return part, part, [0, 1, 2, 3], [str(int(token)) for token in part.tokens[0]]
-    tokenizer = pretrained.load_tokenizer(config.model)
-    train, dev = task_data.load_task(config.task, run.data_dir)
-    options = statistics.mode(len(example.choices) for example in dev)  # a few questions of ARC have three or five
-    train, dev = ([e for e in part if len(e.choices) == options] for part in (train, dev))
-    chosen = torch.randperm(len(train), generator=generator)[: config.train_examples].tolist()
-    parts = []
-    for part in ([train[i] for i in chosen], dev):
-        prompts = [task_data.letter_prompt(example) for example in part]
-        encoded = pretrained.encode(tokenizer, prompts, config.context)
-        parts.append(Questions(*encoded, torch.tensor([example.label for example in part])))
-    letters = pretrained.answer_ids(tokenizer, task_data.LETTERS[:options])
-    first = parts[1].tokens[0, : int(parts[1].lengths[0])]
-    return *parts, letters, tokenizer.batch_decode(first[:, None])
+        return pretrained.random_questions(config.batch_size * COST_BATCHES, config.context, RANDOM_VOCABULARY, seed)
+    sizes = (config.train_examples, config.context)
+    return pretrained.letter_questions(config.model, config.task, run.data_dir, *sizes, seed)
 
 
 def set_mask(layers: list[NullExpertMoE], tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -1311,16 +1281,13 @@ def refuse_foreign(config: Config, run: Run) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} belongs to --setting moe; lora has the paper's arms")
 
 
-def fit(config: Config, shape, top_k: int) -> Config:
+def fit(config: Config, shape) -> Config:
     """The sizes that the model decides: its shape, and the nulls and picks that were not given."""
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    own = dict(zip(SHAPE, [getattr(shape, name) for name in names]))
-    own["d_ff"] = getattr(shape, "moe_intermediate_size", None) or own["d_ff"]
-    own["num_experts"] = getattr(shape, "num_local_experts", None) or shape.num_experts
+    own = pretrained.sizes(shape)
     for name, value in own.items():
         if getattr(config, name) not in (getattr(FULL, name), value):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, this model's {value}")
-    picks = config.top_k or round(1.5 * top_k)
+    picks = config.top_k or round(1.5 * shape.num_experts_per_tok)
     if config.load is not None and config.num_null is not None:
         raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
     num_null = own["num_experts"] if config.num_null is None else config.num_null
@@ -1361,7 +1328,7 @@ def main_full(config: Config, run: Run) -> dict:
             config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
         shape = model_config(config)
     base_k = shape.num_experts_per_tok
-    config = fit(config, shape, base_k)
+    config = fit(config, shape)
     share, needed = estimate_full(config, run, shape, capacity, processes)
     if run.dry_run:
         return {}
@@ -1388,6 +1355,8 @@ def main_full(config: Config, run: Run) -> dict:
     if processes > 1 and run.resume:
         agree(run, arms)
     results = run.measure(full_arm, config, arms)
+    if processes > 1:
+        dist.destroy_process_group()
     print_full(config, run, results, words)
     judge_full(config, run, results, base_k, share)
     draw_full(run, results, words)
@@ -1399,27 +1368,32 @@ def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int
     model = pretrained.random_causal(shape, run.dtype, "meta")  # shapes, no memory
     embedding, base_k = model.get_input_embeddings().weight.numel(), shape.num_experts_per_tok
     met = lambda experts: common.count_parameters(model, experts) - embedding  # a FLOP pair each, attention's aside
-    share, weights = 1 - met(0) / met(base_k), sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters, active, share = met(None) + embedding, met(base_k), 1 - met(0) / met(base_k)
     load = predicted_load(config.num_experts, config.num_null, config.top_k)
-    rows = [["parameters", f"{common.count_parameters(model):,}"], ["met by a token", f"{met(base_k) + embedding:,}"]]
-    rows += [["experts' share of its FLOPs", f"{100 * share:.1f} %"]]
-    nulls = f"{config.num_null} nulls, {config.top_k} picks: {load:.3f} of {base_k} experts"
-    rows += [["predicted load, FLOPs saved", f"{nulls}, {100 * flops_saved(load, base_k, share):.1f} %"]]
-    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
-    rows += [["weights to download", "none" if here else f"{2 * common.count_parameters(model) / 1e9:.1f} GB in 16 bits"]]
+    saved = 100 * flops_saved(load, base_k, share)
     add_null_experts(model, config.num_null, config.top_k, rank=config.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = config.batch_size * config.context / config.accumulate
+    tokens = config.batch_size * config.context
     held = config.num_layers * config.d_model + config.top_k * (4 * config.d_model + 6 * config.d_ff)
-    bytes_of = {"weights": weights, "LoRA, gradients, Adam": 16 * trained, "activations at most": tokens * held * 4}
-    rows += [[name, f"{size / 1e9:.2f} GB"] for name, size in bytes_of.items()]
-    where = f"{processes} processes" if processes > 1 else run.device
-    rows += [["memory needed, there", f"{sum(bytes_of.values()) / 1e9:.2f} GB, {capacity / 1e9:.2f} GB ({where})"]]
+    weights, adam, held = parameters * run.dtype.itemsize, 16 * trained, 4 * held * tokens / config.accumulate
+    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
+    size = lambda count: f"{count / 1e9:.2f} GB"
     # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
-    flops = 6 * met(base_k) * config.steps * config.batch_size * config.context
-    rows += [["training FLOPs an arm, at most", f"{flops:.1e}"]]
+    flops = 6 * active * config.steps * tokens
+    rows = [
+        ["parameters", f"{parameters:,}"],
+        ["of which a token meets", f"{active:,} and its embedding, {100 * share:.1f} % of them in experts"],
+        ["predicted load", f"{load:.3f} of {base_k} experts ({config.num_null} nulls, {config.top_k} picks)"],
+        ["FLOPs saved, predicted", f"{saved:.1f} %"],
+        ["training FLOPs an arm, at most", f"{flops:.1e}"],
+        ["weights to download", "none" if here else f"{size(2 * parameters)} in 16 bits"],
+        ["weights", size(weights)],
+        ["LoRA, its gradient and Adam", size(adam)],
+        ["activations, at most", size(held)],
+        ["memory there", f"{size(capacity)} ({run.device if processes == 1 else f'{processes} processes'})"],
+    ]
     run.table(f"estimate for {config.model}", ["", ""], rows)
-    return share, sum(bytes_of.values())
+    return share, weights + adam + held
 
 
 def main(config: Config, run: Run) -> dict:

@@ -11,11 +11,15 @@ safetensors, or a .bin that torch reads with weights_only. A script brings its o
 """
 
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from data import tasks
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff, d_model], act, capacity)
 MakeLayer = Callable[[Tensor, Tensor, Tensor, str, int], nn.Module]
@@ -280,3 +284,55 @@ def device_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def sizes(config) -> dict[str, int]:
+    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration, whatever it calls them."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "d_ff": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        "num_heads": config.num_attention_heads,
+        "num_experts": getattr(config, "num_local_experts", None) or config.num_experts,
+    }
+
+
+class Questions(NamedTuple):
+    """Multiple-choice questions as tokens."""
+
+    tokens: Tensor  # [questions, longest] int64, padded on the right
+    lengths: Tensor  # [questions]
+    labels: Tensor  # [questions], which letter is right
+
+    def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = self.lengths[rows]
+        return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
+
+
+def letter_questions(
+    folder: str | Path, task: str, data_dir: str | Path, num_train: int, length: int, seed: int
+) -> tuple[Questions, Questions, list[int], list[str]]:
+    """num_train random training questions, all development questions, the letters' tokens, the words of the first one.
+
+    Questions with an uncommon number of choices are left out (a few of ARC's have three or five).
+    """
+    tokenizer, (train, dev) = load_tokenizer(folder), tasks.load_task(task, data_dir)
+    options = statistics.mode(len(example.choices) for example in dev)
+    train, dev = ([example for example in part if len(example.choices) == options] for part in (train, dev))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:num_train].tolist()
+    parts = []
+    for part in ([train[i] for i in chosen], dev):
+        encoded = encode(tokenizer, [tasks.letter_prompt(example) for example in part], length)
+        parts.append(Questions(*encoded, torch.tensor([example.label for example in part])))
+    words = tokenizer.batch_decode(parts[1].tokens[0, : int(parts[1].lengths[0]), None])
+    return *parts, answer_ids(tokenizer, tasks.LETTERS[:options]), words
+
+
+def random_questions(
+    count: int, length: int, vocab_size: int, seed: int
+) -> tuple[Questions, Questions, list[int], list[str]]:
+    """The same from random tokens, to measure costs: nothing can be learnt from them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (count, length), generator=generator)
+    part = Questions(tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator))
+    return part, part, [0, 1, 2, 3], [str(token) for token in tokens[0].tolist()]

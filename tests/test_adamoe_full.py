@@ -395,11 +395,30 @@ def test_every_epoch_asks_every_question_once(checkpoint, monkeypatch, tmp_path)
         asked.extend(batches(step)[2] for step in range(steps))
 
     monkeypatch.setattr(common, "train", train)
-    questions = adamoe.Questions(torch.zeros(12, 3, dtype=torch.long), torch.full((12,), 3), torch.arange(12))
+    questions = pretrained.Questions(torch.zeros(12, 3, dtype=torch.long), torch.full((12,), 3), torch.arange(12))
     adamoe.train_answers(nn.Linear(2, 2), questions, torch.arange(4), config, 0, run, {})
     asked = torch.cat(asked)
     assert asked[:12].sort().values.tolist() == asked[12:].sort().values.tolist() == list(range(12))
     assert not torch.equal(asked[:12], asked[12:])
+
+
+def test_a_checkpoint_holds_what_is_trained_and_goes_on_bit_for_bit(checkpoint, tmp_path):
+    run = common.Run("adamoe", "full", "cpu", torch.float32, [0], tmp_path)
+    config = replace(adamoe.FULL, model="random", steps=6, batch_size=2, context=5, lr=1e-2)
+    questions, letters = pretrained.random_questions(8, 5, 64, 0)[0], torch.arange(4)
+
+    def trained(**options):
+        model = pretrained.load_causal(checkpoint("mixtral"), torch.float32)
+        adamoe.add_null_experts(model, 8, 3, rank=2, generator=torch.Generator().manual_seed(0))
+        adamoe.train_answers(model, questions, letters, config, 0, run, options)
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole, file = trained(), tmp_path / "half.ckpt"
+    trained(checkpoint=file, checkpoint_seconds=0.0, stop_step=3)
+    state = common.load(file)
+    assert state["step"] == 3 and state["model"].keys() == {name.replace(".", "/") for name in whole}
+    resumed = trained(checkpoint=file)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_letters_must_be_tokens(checkpoint):
@@ -534,7 +553,7 @@ def test_full_run_from_files_to_claims(checkpoint, arc, command_line, tmp_path, 
     ]
     answer = {m["step"]: m["answer_loss"] for m in metrics if m["arm"] == "vanilla-seed0"}
     assert answer[5] < answer[0] - 0.5  # it learns to answer with a letter
-    assert "memory needed" in done.stdout and "paper %" in done.stdout and "Question·" in done.stdout
+    assert "memory there" in done.stdout and "paper %" in done.stdout and "Question·" in done.stdout
     assert ("89.15" in done.stdout) and (not plot or (tmp_path / "runs" / "adamoe-full" / "adamoe.png").exists())
     saved = pretrained.load_causal(checkpoint(family), torch.float32)
     layers = adamoe.load_null_experts(tmp_path / "runs" / "adamoe-full" / "arms" / "adamoe-seed0.npz", saved)
@@ -558,13 +577,13 @@ def test_random_weights_measure_flops_and_time_alone(command_line, tmp_path):
 
 def test_budget_and_dry_run(command_line, tmp_path):
     done = command_line(adamoe, *RANDOM, "--load", "1.2", "--dry-run")
-    assert done.returncode == 0 and "12 nulls, 3 picks: 1.200 of 2 experts" in done.stdout
+    assert done.returncode == 0 and "1.200 of 2 experts (12 nulls, 3 picks)" in done.stdout
     assert not list(tmp_path.iterdir())
     if "transformers" in sys.modules:
         done = command_line(
             adamoe, "--full", "--device", "cpu", "--model", adamoe.MIXTRAL, "--dry-run", "--data-dir", tmp_path
         )
-        assert "46,702,792,704" in done.stdout and "88.4 %" in done.stdout and "93.4 GB in 16 bits" in done.stdout
+        assert "46,702,792,704" in done.stdout and "88.4 %" in done.stdout and "93.41 GB in 16 bits" in done.stdout
 
 
 def test_two_processes_share_a_model_and_train_the_same(tmp_path):
