@@ -29,6 +29,11 @@ them. Nothing rewards "hard token, more experts": true logits that sink below th
 Run      python adamoe.py              about a minute on two cores, no download
          python adamoe.py --ablate     every arm below
          python adamoe.py --text FILE  fine-tune on your own text
+         python adamoe.py --setting lora            LoRA experts on a dense model (section 4.1)
+         python adamoe.py --full [--dry-run]        null experts in OLMoE, or in Mixtral where it fits, on ARC-Challenge
+         python adamoe.py --full --model FOLDER --task siqa --load 1.5
+         python adamoe.py --full --model random --num-layers 12 --steps 20   Mixtral's width, no download: time, memory
+         torchrun --nproc-per-node 4 adamoe.py --full       a model that one GPU does not hold (FSDP2)
 You see  a byte model pre-trained on Python's library with top-2, then fine-tuned on its documentation as top-1, top-2
          and AdaMoE: loss, load and expert FLOPs of each, who gets how many experts, what the paper's claims became.
 Found    (seeds 0-2) the budget is met, a quarter of top-2's expert work is saved, and the loss lies under the line from
@@ -40,8 +45,13 @@ Differences from the paper and its code
 2. The loss is per layer, then averaged; the released code pools all layers, which lets two collapsed layers cancel.
 3. A copied null row ties with its twin and the winner would depend on the top-k kernel; rows get 1e-3 of noise.
 4. alpha falls from alpha to alpha_late at half time, within one run (the paper: first epoch, second epoch).
-5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA.
-6. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
+5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA, as --full
+   does. There the base stays in bf16 (the paper: 4 bits), one LoRA serves router and null rows, one gate and up
+   projection; the answer is the likeliest letter, not a generated text. Where a model was trained without normalised
+   gates (OLMoE, Qwen-MoE) they keep their scale: softmax over all true experts. Not stated in the paper and ours: batch
+   16, cosine, lora_alpha 16.
+6. LoRA experts (--setting lora) have no dropout, and q, k, v are one matrix here. Load and its law are the claim.
+7. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
 
 Break it yourself: --alpha 0 --alpha-late 0 (nothing holds the load); --num-null 32 (tokens starve);
 normalize="all_picks" (the load creeps up when alpha drops).
