@@ -216,7 +216,7 @@ TABLE = (
     Dataset(name="piqa", files=(_mosaic("physicaliqa"),), licence="AFL 3.0", citation="Bisk et al. 2020, PIQA"),
     Dataset(
         name="hellaswag",
-        files=(File(HELLASWAG + "hellaswag_train.jsonl"), File(HELLASWAG + "hellaswag_val.jsonl")),
+        files=tuple(File(HELLASWAG + name, save_as=name) for name in ("hellaswag_train.jsonl", "hellaswag_val.jsonl")),
         licence="MIT",
         citation="Zellers et al. 2019, HellaSwag",
     ),

@@ -61,6 +61,7 @@ def _download(model: str, folder: Path) -> None:
     require_transformers()
     import huggingface_hub  # comes with transformers; checks sizes and hashes, resumes
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         files = huggingface_hub.HfApi().list_repo_files(model)
         kind = "safetensors" if any(name.endswith(".safetensors") for name in files) else "bin"

@@ -154,8 +154,86 @@ def test_missing_files_are_asked_of_the_download_table(tmp_path, monkeypatch):
     for name in tasks.TASKS:
         with pytest.raises(FileNotFoundError):
             tasks.load_task(name, tmp_path)
-    assert [name for name, _ in asked] == ["sst2", "csqa", "svamp", "svamp", "svamp"]
+    assert [name for name, _ in asked] == [dataset for _, dataset, *_ in tasks.TASKS.values()]
     for name, (_, dataset, *files) in tasks.TASKS.items():  # the table has what the readers ask for
         offered = [file.save_as for file in tasks.download.DATASETS[dataset].files]
         offered += [member for file in tasks.download.DATASETS[dataset].files for member in file.members]
         assert all(file.format(fold=fold) in offered for file in files for fold in range(5)), name
+
+
+MRPC = 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said "no" .\tHe refused .\n0\t9\t10\tOne .\tTwo .\n'
+WIKIQA = "QuestionID\tQuestion\tDocumentID\tDocumentTitle\tSentenceID\tSentence\tLabel\n"
+WIKIQA += "Q1\thow are glacier caves formed?\tD1\tCave\tD1-0\tIce melts .\t1\nQ1\thow ?\tD1\tCave\tD1-1\tNo .\t0\n"
+COPA = {
+    "premise": "I fell.",
+    "choice1": "It was wet.",
+    "choice2": "It was dry.",
+    "question": "cause",
+    "label": 0,
+    "idx": 0,
+}
+GAP = {"qID": "a-1", "sentence": "Ann thanked Eve because _ helped.", "option1": "Ann", "option2": "Eve", "answer": "2"}
+ANSWERS = [{"text": "a fox", "idx": 0, "label": 1}, {"text": "a dog", "idx": 1, "label": 0}]
+PASSAGE = {"idx": 0, "passage": {"text": "A fox ran.", "questions": [{"question": "Who ran?", "answers": ANSWERS}]}}
+
+
+def lines(*items):
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def test_two_sentences(write):
+    expected = [Example('He said "no" .', 1, "He refused ."), Example("One .", 0, "Two .")]
+    assert tasks.read_mrpc(write("\ufeff" + MRPC)) == expected
+    read = tasks.read_wikiqa(write(WIKIQA))
+    assert read == [Example("how are glacier caves formed?", 1, "Ice melts ."), Example("how ?", 0, "No .")]
+
+
+def test_objects(write):
+    assert tasks.read_copa(write(lines(COPA))) == [Example("I fell.", 0, "cause", ("It was wet.", "It was dry."))]
+    assert tasks.read_winogrande(write(lines(GAP))) == [Example(GAP["sentence"], 1, choices=("Ann", "Eve"))]
+    read = tasks.read_multirc(write(lines(PASSAGE)))
+    assert read == [Example("A fox ran.", 1, "Who ran? a fox"), Example("A fox ran.", 0, "Who ran? a dog")]
+
+
+@pytest.mark.parametrize(
+    "reader, content, expected",
+    [
+        (tasks.read_mrpc, MRPC.split("\n", 1)[1], "line 1: needs the header Quality"),
+        (tasks.read_mrpc, MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
+        (tasks.read_mrpc, MRPC + "1\t1\t2\ta\n", "line 4: 4 tab-separated columns, not 5"),
+        (tasks.read_mrpc, MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
+        (tasks.read_wikiqa, WIKIQA.replace("Label", "Answer"), "line 1: the header lacks Label"),
+        (tasks.read_wikiqa, WIKIQA + "Q1\tx\n", "line 4: 2 tab-separated columns, not 7"),
+        (tasks.read_wikiqa, WIKIQA + "Q1\t\tD\tT\tS\tyes\t1\n", "line 4: the question or the sentence is empty"),
+        (tasks.read_copa, lines(COPA, {**COPA, "label": 2}), "line 2: needs"),
+        (tasks.read_copa, lines({**COPA, "question": "why"}), "line 1: needs"),
+        (tasks.read_copa, lines({**COPA, "choice2": " "}), "line 1: needs"),
+        (tasks.read_copa, "[]\n", "line 1: needs"),
+        (tasks.read_winogrande, lines({**GAP, "sentence": "no gap"}), "line 1: needs"),
+        (tasks.read_winogrande, lines({**GAP, "answer": ""}), "line 1: needs"),
+        (tasks.read_multirc, lines({"passage": {"text": "x"}}), "line 1: needs"),
+        (tasks.read_multirc, lines({"passage": {"text": "x", "questions": []}}), "no examples"),
+    ],
+)
+def test_the_readers_refuse(write, reader, content, expected):
+    path = write(content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        reader(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_show_all_parts_of_an_example(tmp_path):
+    example = Example("first part", 1, "second part", ("left choice", "right choice"))
+    for name, prompt in tasks.PROMPTS.items():
+        text = prompt.template(example)
+        parts = ["first part"] + ([] if name in ("sst2", "winogrande") else ["second part"])
+        parts += ["left choice", "right choice"] if name in ("copa", "winogrande") else []
+        assert all(part in text for part in parts) and text.startswith(name) and len(prompt.words) == 2
+        assert name in tasks.TASKS
+    for name in ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt"):
+        (tmp_path / "mrpc").mkdir(exist_ok=True)
+        (tmp_path / name).write_text(MRPC)
+    train, dev = tasks.load_prompts("mrpc", tmp_path)
+    assert train == dev and train[1] == ("mrpc sentence1: One . sentence2: Two .", 0)
+    with pytest.raises(ValueError, match="task is 'svamp'; with answers of one word there are sst2"):
+        tasks.load_prompts("svamp", tmp_path)
