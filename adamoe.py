@@ -1343,10 +1343,10 @@ def main_full(config: Config, run: Run) -> dict:
     if run.dry_run:
         return {}
     if needed > capacity:
-        remedy = f"take a smaller --model ({OLMOE}), or more GPUs: torchrun --nproc-per-node N adamoe.py --full"
+        remedy = "a lower --batch-size or --context, a smaller --model, --dtype bf16, or more GPUs with torchrun"
         if config.model == "random":
-            remedy = f"lower --num-layers (to about {int(config.num_layers * capacity / needed)})"
-        raise ValueError(f"{needed / 1e9:.0f} GB needed, {capacity / 1e9:.0f} GB there: {remedy}")
+            remedy = f"a lower --num-layers (about {int(config.num_layers * capacity / needed)})"
+        raise ValueError(f"{needed / 1e9:.0f} GB needed, {capacity / 1e9:.0f} GB there; what helps: {remedy}")
     run.workers = (
         1 if processes > 1 else max(1, min(run.workers, int(capacity / needed) if run.device == "cpu" else 99))
     )
@@ -1402,7 +1402,7 @@ def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int
         ["activations, at most", size(held)],
         ["memory there", f"{size(capacity)} ({run.device if processes == 1 else f'{processes} processes'})"],
     ]
-    run.table(f"estimate for {config.model}", ["", ""], rows)
+    run.table(f"what {config.model} will take", ["", "estimate"], rows)
     return share, weights + adam + held
 
 

@@ -654,7 +654,7 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, arc, command_line, tmp_pat
         (["--full", "--model", "MIXTRAL", "--load", "1", "--num-null", "3"], "not both"),
         (["--full", "--model", "MIXTRAL", "--top-k", "40"], "top_k 40"),
         (["--full", "--model", "MIXTRAL", "--task", "mmlu"], "task is 'mmlu'; allowed: arc-c"),
-        (["--full", "--model", "random", "--d-ff", "1000000000"], "lower --num-layers"),
+        (["--full", "--model", "random", "--d-ff", "1000000000"], "a lower --num-layers (about 0)"),
         (["--full", "--text", "x"], "--text belongs to the small scale"),
         (["--full", "--batch-size", "0"], "batch_size is 0"),
         (["--model", "x"], "--model belongs to --full"),
