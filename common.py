@@ -48,7 +48,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -666,19 +665,6 @@ def painted_text(ax, text: str, values: Sequence[float], title: str, rows: int =
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def join_torchrun(device: str) -> int:
-    """Under torchrun: join the group (NCCL between GPUs, else gloo), silence all but the first. The rank; else 0."""
-    if "RANK" not in os.environ:
-        return 0
-    rank = int(os.environ["RANK"])
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank
-
-
 @dataclass
 class Run:
     """What `main(config, run)` gets; also handed to every arm, in whatever process trains it."""
@@ -1006,8 +992,6 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         raise UsageError("--overwrite and --resume exclude each other")
     scale, cores = ("full" if options["full"] else "small"), _cores()
     out = options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}"
-    if rank := int(os.environ.get("RANK", 0)):  # torchrun: the first process writes the run, the others beside it
-        out = out / f"rank{rank}"
     if options["resume"] and not (out / "run.json").exists():
         raise UsageError(f"--resume: there is no run in {out}")
     if not (options["resume"] or options["overwrite"] or options["dry_run"]):
