@@ -59,7 +59,6 @@ normalize="all_picks" (the load creeps up when alpha drops).
 
 import copy
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -828,18 +827,18 @@ def model_config(config: Config):
 def pretrained_model(config: Config, arm: str, seed: int, run: Run) -> nn.Module:
     """The model, patched as the arm wants it, on its device; under torchrun spread over all processes."""
     settings, generator = full_arms(config, ablate=True)[arm], torch.Generator().manual_seed(seed)
-    first, spread = int(os.environ.get("RANK", 0)) == 0, dist.is_initialized()
+    rank, processes = common.processes()
     torch.manual_seed(seed)  # for random weights
-    if not first or config.model == "random":
-        device = ("cpu" if spread else run.device) if first else "meta"
+    if rank > 0 or config.model == "random":
+        device = "meta" if rank > 0 else run.device if processes == 1 else "cpu"
         model = pretrained.random_causal(model_config(config), run.dtype, device)
     else:
         model = pretrained.load_causal(config.model, run.dtype)
     if arm != "original":
         options = {"average_nulls": settings.average_nulls, "copy_rows": settings.copy_rows, "generator": generator}
-        rank = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
-        add_null_experts(model, settings.num_null, settings.top_k, **rank, **options)
-    return pretrained.shard(model, run.device) if spread else model.to(run.device)
+        lora = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+        add_null_experts(model, settings.num_null, settings.top_k, **lora, **options)
+    return pretrained.shard(model, run.device) if processes > 1 else model.to(run.device)
 
 
 def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -> tuple[Tensor, dict]:
@@ -856,7 +855,7 @@ def train_answers(
     model: nn.Module, train: Questions, letters: Tensor, config: Config, seed: int, run: Run, options: dict
 ) -> None:
     """The batch of a step depends on seed and step, not on the arm. Checkpoints hold what is trained and no more."""
-    layers, count, processes = routed(model), len(train.labels), int(os.environ.get("WORLD_SIZE", 1))
+    layers, count = routed(model), len(train.labels)
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
@@ -865,7 +864,7 @@ def train_answers(
             for epoch in places // count
         ]
         rows = torch.stack([order[place % count] for order, place in zip(shuffled, places)])
-        return train.batch(rows[int(os.environ.get("RANK", 0)) :: processes], run.device)
+        return train.batch(rows, run.device)
 
     def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
         for layer in layers:
@@ -873,8 +872,8 @@ def train_answers(
         return answer_loss(model, layers, letters, batch)
 
     trained = {name.replace(".", "/"): p for name, p in model.named_parameters() if p.requires_grad}
-    if processes > 1:
-        options = options | {"checkpoint": None}  # each process holds a part; finished arms are kept all the same
+    if common.processes()[1] > 1:  # each process holds a part; finished arms are kept all the same
+        options = options | {"checkpoint": None, "checkpoint_seconds": math.inf}
     schedule = common.cosine(config.steps, warmup=min(10, config.steps // 5))
     options = options | {"accumulate": config.accumulate, "schedule": schedule}
     model.train()
@@ -959,7 +958,8 @@ def save_null_experts(path: Path, model: nn.Module, **sizes) -> None:
     """What add_null_experts added, and with which sizes; megabytes, while the model stays where it was."""
     added = {name: p for name, p in model.named_parameters() if p.requires_grad or name.endswith("null_rows")}
     whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in added.items()}
-    common.save_arrays(path, whole, {"sizes": sizes})
+    if common.processes()[0] == 0:
+        common.save_arrays(path, whole, {"sizes": sizes})
 
 
 def load_null_experts(path: str | Path, model: nn.Module) -> list[NullExpertMoE]:
@@ -1307,16 +1307,6 @@ def fit(config: Config, shape) -> Config:
     return replace(config, **own, num_null=num_null, top_k=picks)
 
 
-def agree(run: Run, arms: list[str]) -> None:
-    """After an interrupt, processes of torchrun may have stored different arms: forget what not all of them have."""
-    files = [run.path(arm, seed, ".json") for arm in arms for seed in run.seeds]
-    mine, everybody = [path.exists() for path in files], [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    for path, done in zip(files, np.all(everybody, axis=0)):
-        if not done:
-            path.unlink(missing_ok=True)
-
-
 def main_full(config: Config, run: Run) -> dict:
     """Settle the model, say what it will cost, then every arm; see full_arm."""
     run.claims[:] = [claim for claim in run.claims if claim.id.startswith("adamoe.full_")]
@@ -1325,10 +1315,7 @@ def main_full(config: Config, run: Run) -> dict:
             raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
     if config.task not in task_data.LETTER_TASKS:
         raise ValueError(f"task is {config.task!r}; allowed: {', '.join(task_data.LETTER_TASKS)}")
-    common.join_torchrun(run.device)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % processes:
-        raise ValueError(f"batch_size is {config.batch_size}; {processes} processes share it, so it must be a multiple")
+    _, processes = common.processes()
     capacity = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
     if config.model == "auto":
         config = replace(config, model=MIXTRAL if capacity > 110e9 else OLMOE)
@@ -1362,11 +1349,7 @@ def main_full(config: Config, run: Run) -> dict:
     text = f"{len(train.labels)} questions to train on, {len(dev.labels)} to answer"
     run.header(f"{Path(config.model).name} · {config.task if config.model != 'random' else 'random tokens'}: {text}")
     arms = list(full_arms(config, run.ablate))
-    if processes > 1 and run.resume:
-        agree(run, arms)
     results = run.measure(full_arm, config, arms)
-    if processes > 1:
-        dist.destroy_process_group()
     print_full(config, run, results, words)
     judge_full(config, run, results, base_k, share)
     draw_full(run, results, words)
@@ -1446,4 +1429,4 @@ def main(config: Config, run: Run) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, FULL, CLAIMS)
+    common.run(main, SMALL, FULL, CLAIMS, data_parallel=True)

@@ -48,6 +48,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -357,6 +358,17 @@ def milestones(steps: Sequence[int], gamma: float = 0.1) -> Callable[[int], floa
     return lambda step: gamma ** sum(step >= milestone for milestone in steps)
 
 
+def processes() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun, once `run` has joined them; (0, 1) alone."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def _barrier() -> None:
+    if processes()[1] > 1:
+        dist.barrier()
+
+
 @contextmanager
 def deferred_signals():
     """Inside, Ctrl-C and SIGTERM only leave a note, so that a step and its checkpoint are never cut in two."""
@@ -407,8 +419,14 @@ def train(
     checkpoint           file to write every checkpoint_seconds and on an interrupt, and to continue from if it exists
     metrics              file that gets a JSON line per step
 
+    Under torchrun every process takes its part of each batch, and gradients are summed: the same training as alone,
+    but for rounding. Only the first process writes files.
+
     Raises NonFiniteLoss at the first NaN or infinite loss, KeyboardInterrupt after saving when interrupted.
     """
+    rank, world_size = processes()
+    if backward is not None and world_size > 1:
+        raise UsageError("this training has its own backward pass and runs in one process; start it without torchrun")
     optimizer = optimizer or adamw(model, lr)
     schedule = schedule or cosine(steps)
     stop_step = steps if stop_step is None else stop_step
@@ -427,6 +445,7 @@ def train(
             raise UsageError(f"{checkpoint} is a checkpoint of something else; {_afresh(checkpoint)}") from error
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    metrics = metrics if rank == 0 else None
     if metrics is not None and metrics.exists():  # forget the metrics of steps that run again, and a torn last line
         whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
         with atomic_file(metrics, "w") as file:
@@ -455,7 +474,7 @@ def train(
     def keep(step: int) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
             fail(f"a weight is not finite after step {step - 1}")
-        if checkpoint is not None:
+        if checkpoint is not None and rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "last": last}
             state["rng"] = torch.get_rng_state()
             if device.type == "cuda":
@@ -464,14 +483,19 @@ def train(
 
     model.train()
     saved = time.monotonic()
-    bar = tqdm(total=stop_step, initial=start_step, desc=label, unit="step", leave=False, disable=None, mininterval=0.5)
+    quiet = True if rank else None  # None: no bar where stderr is a file
+    bar = tqdm(
+        total=stop_step, initial=start_step, desc=label, unit="step", leave=False, disable=quiet, mininterval=0.5
+    )
     with bar, deferred_signals() as received:
         for step in range(start_step, stop_step):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step)
             optimizer.zero_grad(set_to_none=True)
             total, values = 0.0, {}
-            for part, share in _parts(batches(step), accumulate):
+            own, own_share = _parts(batches(step), world_size)[rank]
+            for part, share in _parts(own, accumulate):
+                share *= own_share
                 try:
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                         loss, values = loss_fn(part, step)
@@ -484,6 +508,9 @@ def train(
                 else:
                     (loss * share).backward()
                 total = total + share * sum(loss if isinstance(loss, (tuple, list)) else [loss]).detach()
+            stop = max(received, default=0)
+            if world_size > 1:
+                total, values, stop = _sum_over_processes(model, total, values, stop)
             if clip is not None:
                 nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), clip)
             optimizer.step()
@@ -491,24 +518,43 @@ def train(
                 on_step(step)
             pending.append((step, total, values))
             due = time.monotonic() - saved >= checkpoint_seconds
-            if due or received or len(pending) >= log_every or step + 1 == stop_step:
+            if due or stop or len(pending) >= log_every or step + 1 == stop_step:
                 flush(bar)
-            if due or received:  # after flush: a model that has seen NaN must not replace the last good checkpoint
+            if due or stop:  # after flush: a model that has seen NaN must not replace the last good checkpoint
                 keep(step + 1)
                 saved = time.monotonic()
-            if received:
-                raise Terminated if signal.SIGTERM in received else KeyboardInterrupt
+            if stop:
+                raise Terminated if stop == signal.SIGTERM else KeyboardInterrupt
             bar.update()
     return last
 
 
-def _parts(batch: Any, accumulate: int) -> Sequence[tuple[Any, float]]:
-    if accumulate == 1:
+def _parts(batch: Any, count: int) -> Sequence[tuple[Any, float]]:
+    """Cut a tensor, or a tuple of tensors, into `count` parts along dim 0: (part, its share of the batch)."""
+    if count == 1:
         return [(batch, 1.0)]
+    size = len(batch if isinstance(batch, Tensor) else batch[0])
+    if size < count:
+        raise UsageError(f"a batch of {size} cannot be cut into {count} parts; raise --batch-size")
     if isinstance(batch, Tensor):
-        return [(part, len(part) / len(batch)) for part in batch.chunk(accumulate)]
-    chunks = zip(*(tensor.chunk(accumulate) for tensor in batch))
-    return [(part, len(part[0]) / len(batch[0])) for part in chunks]
+        return [(part, len(part) / size) for part in batch.tensor_split(count)]
+    return [(part, len(part[0]) / size) for part in zip(*(tensor.tensor_split(count) for tensor in batch))]
+
+
+def _sum_over_processes(model: nn.Module, loss: Tensor, values: dict, stop: int) -> tuple[Tensor, dict, int]:
+    """Sum gradients and loss over the processes, average the metrics; a signal that one has received, all have."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # FSDP2 has summed those
+    flat = nn.utils.parameters_to_vector(gradients) if gradients else torch.zeros(0, device=loss.device)
+    logged = torch.stack([loss, *(torch.as_tensor(value, device=loss.device).float() for value in values.values())])
+    heard = torch.tensor(stop)  # on the host: nothing waits for a GPU
+    dist.all_reduce(flat)
+    dist.all_reduce(logged)
+    dist.all_reduce(heard, dist.ReduceOp.MAX)
+    if gradients:
+        nn.utils.vector_to_parameters(flat, gradients)
+    averaged = dict(zip(values, logged[1:] / dist.get_world_size()))
+    return logged[0], averaged, int(heard)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -765,7 +811,7 @@ class Run:
         self._begin()
         todo = [job for job in jobs if not self.path(job[1], job[2], ".json").exists()]
         workers = min(self.workers, len(todo))
-        if workers > 1:
+        if workers > 1 and processes()[1] == 1:
             self._map_in_workers(train_arm, todo, workers)
         else:
             for job in todo:
@@ -782,6 +828,12 @@ class Run:
         """Claim the output folder, before the first arm: never mix two runs, never delete one for a mistyped flag."""
         if self.begun:
             return
+        if processes()[0] == 0:
+            self._claim_folder()
+        self.begun = True
+        _barrier()
+
+    def _claim_folder(self) -> None:
         mark, arms, identity = self.out / "run.json", self.out / "arms", self.identity()
         if self.resume:
             before = read_json(mark, "identity")["identity"]
@@ -797,7 +849,6 @@ class Run:
                 arms.mkdir(exist_ok=True)
             except OSError as error:
                 raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
-        self.begun = True
 
     def measure(self, train_arm: Callable, config: object, arms: Sequence[str]) -> dict[str, list[dict]]:
         """map_arms over every arm and every seed of the run: {arm: [one result a seed]}."""
@@ -839,9 +890,12 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
     start = time.monotonic()
     result = train_arm(config, arm, seed, run)
     seconds = round(time.monotonic() - start, 2)
-    write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
-    run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
-    tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
+    _barrier()
+    if processes()[0] == 0:
+        write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
+        run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
+        tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
+    _barrier()
 
 
 def _start_worker(run: Run, ranks: multiprocessing.Queue, bar_lock: object) -> None:
@@ -895,8 +949,11 @@ def run(
     full: object | None = None,
     claims: Sequence[Claim] = (),
     argv: Sequence[str] | None = None,
+    data_parallel: bool = False,
 ) -> NoReturn:
     """Parse the command line, call main(config, run) -> dict, report, and exit.
+
+    data_parallel: under torchrun, the processes train every arm together; see `train`.
 
     Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
     130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
@@ -905,7 +962,12 @@ def run(
     program = Path(inspect.getfile(main)).name
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(_run(main, small, full, claims, argv, program))
+        if data_parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _join_processes()
+        code = _run(main, small, full, claims, argv, program)
+        if processes()[1] > 1:
+            dist.destroy_process_group()
+        sys.exit(code)
     except KeyboardInterrupt as stop:
         again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
         command = shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
@@ -925,6 +987,15 @@ def run(
         sys.exit(2 if usage else 1)
 
 
+def _join_processes() -> None:
+    """Become one of torchrun's processes. Only the first one prints."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
@@ -940,6 +1011,7 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
     run = _make_run(options, program.removesuffix(".py"), claims)
     run.config = dataclasses.replace(full if options["full"] else small, **settings)
     torch.set_num_threads(run.threads)
+    _barrier()  # before the first process claims the folder that the others have just looked at
     if run.dry_run:
         main(run.config, run)
         return 0
@@ -954,8 +1026,10 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
         return 130
     finally:
         wall_seconds = round(earlier + time.monotonic() - start, 1)
-        if run.begun:
+        if run.begun and processes()[0] == 0:
             write_json(mark, {"identity": run.identity(), "wall_seconds": wall_seconds})
+    if processes()[0] > 0:
+        return 0
     with atomic_file(run.out / "metrics.jsonl") as file:
         file.writelines(part.read_bytes() for part in sorted((run.out / "arms").glob("*.jsonl")))
     report = {

@@ -220,9 +220,8 @@ def shard(model: nn.Module, device: str) -> nn.Module:
     buffers = [buffer.detach().to(device) if first else None for _, buffer in model.named_buffers()]
     model.to("meta")
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
-    for layer in model.base_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in [*model.base_model.layers, model]:
+        fully_shard(module, mesh=mesh).set_gradient_divide_factor(1.0)  # the gradients' sum, not their mean
     model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)

@@ -5,3 +5,4 @@ ADAMOE = (
 ).split()
 
 SCRIPTS = {"adamoe.py": ADAMOE}
+DATA_PARALLEL = ("adamoe.py",)  # those that torchrun spreads over processes

@@ -74,4 +74,4 @@ def main(config: Config, run: common.Run) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, FULL, CLAIMS)
+    common.run(main, SMALL, FULL, CLAIMS, data_parallel=True)
