@@ -221,7 +221,9 @@ def shard(model: nn.Module, device: str) -> nn.Module:
     model.to("meta")
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     for module in [*model.base_model.layers, model]:
-        fully_shard(module, mesh=mesh).set_gradient_divide_factor(1.0)  # the gradients' sum, not their mean
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # the gradients' sum, not their mean
+        module.set_force_sum_reduction_for_comms(True)  # the one way to it that gloo has
     model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)

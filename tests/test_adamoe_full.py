@@ -591,11 +591,13 @@ def test_two_processes_share_a_model_and_train_the_same(tmp_path):
         found.append(report["results"]["arms"]["adamoe"][0])
     assert done.stdout.count("claims of the paper") == 1  # the second process is silent
     one, alone, two, shared = found
-    assert alone["right"] == shared["right"] and alone["load"] == pytest.approx(shared["load"], abs=0.02)
+    assert alone["right"] == shared["right"] and alone["load"] == pytest.approx(shared["load"], abs=0.01)
+    first, second = ([json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in "01")
+    assert first == pytest.approx(second, abs=1e-4)  # of the whole batch, whoever computed which part
     assert one.keys() == two.keys() and len(one) == 14
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0, msg=name)
-    assert max(array.abs().max() for name, array in one.items() if name.endswith("_b")) > 0.02
+        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=0)
+    assert max(array.abs().max() for name, array in one.items() if name.endswith("_b")) > 0.01
 
 
 def test_lora_setting_end_to_end(command_line, tmp_path):
