@@ -577,27 +577,26 @@ def test_budget_and_dry_run(checkpoint, command_line, tmp_path):
     assert "46,702,792,704" in done.stdout and "88.4 %" in done.stdout and "93.41 GB in 16 bits" in done.stdout
 
 
-def test_two_processes_share_a_model_and_train_the_same(tmp_path):
-    pytest.importorskip("transformers", reason="pip install -r requirements-full.txt")
-    found = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        out = tmp_path / str(len(found))
-        command = [*launcher, str(ROOT / "adamoe.py"), *RANDOM, "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(common.load_arrays(out / "arms" / "adamoe-seed0.npz")[0])
-        report = json.loads((out / "results.json").read_text())
-        found.append(report["results"]["arms"]["adamoe"][0])
+def test_two_processes_share_a_model_and_train_the_same(checkpoint, command_line, tmp_path):
+    assert command_line(adamoe, *RANDOM, "--out", tmp_path / "one").returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "adamoe.py"), *RANDOM, "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("claims of the paper") == 1  # the second process is silent
-    one, alone, two, shared = found
-    assert alone["right"] == shared["right"] and alone["load"] == pytest.approx(shared["load"], abs=0.01)
-    first, second = ([json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in "01")
-    assert first == pytest.approx(second, abs=1e-4)  # of the whole batch, whoever computed which part
-    assert one.keys() == two.keys() and len(one) == 14
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=0)
-    assert max(array.abs().max() for name, array in one.items() if name.endswith("_b")) > 0.01
+    arrays, results, losses = [], [], []
+    for name in ("one", "two"):
+        arrays.append(common.load_arrays(tmp_path / name / "arms" / "adamoe-seed0.npz")[0])
+        results.append(json.loads((tmp_path / name / "results.json").read_text())["results"]["arms"]["adamoe"][0])
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()])
+    assert results[0]["right"] == results[1]["right"]
+    assert results[0]["load"] == pytest.approx(results[1]["load"], abs=0.01)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the whole batch, whoever computed which part
+    assert arrays[0].keys() == arrays[1].keys() and len(arrays[0]) == 14
+    for name in arrays[0]:
+        torch.testing.assert_close(*(array[name] for array in arrays), atol=2e-4, rtol=0)
+    assert max(array.abs().max() for name, array in arrays[0].items() if name.endswith("_b")) > 0.01
 
 
 def test_lora_setting_end_to_end(command_line, tmp_path):
