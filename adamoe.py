@@ -448,7 +448,8 @@ def add_null_experts(
         model.requires_grad_(False)
     for parent, name in found:
         block = getattr(parent, name)
-        layer = NullExpertMoE(block, num_null, top_k or block.gate.top_k, **({"act": act, "rank": rank} | options))
+        picks = block.gate.top_k if top_k is None else top_k
+        layer = NullExpertMoE(block, num_null, picks, **({"act": act, "rank": rank} | options))
         setattr(parent, name, layer.train(block.training))
     return [getattr(*place) for place in found]
 
@@ -923,17 +924,18 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
             model.zero_grad()
 
         found["forward_seconds"].append(common.measure_step(forward, run.device)["seconds"] / num_tokens)
-        if layers:  # the library's own layers may compute with operators that the counter does not know
+        if not layers:  # the library's own layers may compute with operators that the counter does not know
+            continue
+        model.train()
+        measured = common.measure_step(step, run.device)
+        found["step_seconds"].append(measured["seconds"] / num_tokens)
+        found.setdefault("memory", measured["memory"])
+        model.eval()
+        for backend in ("torch", "auto"):  # the counter does not see into Triton kernels
             for layer in layers:
-                layer.backend = "torch"  # nor does it see into Triton kernels
-            found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
-            for layer in layers:
-                layer.backend = "auto"
-            model.train()
-            measured = common.measure_step(step, run.device)
-            found["step_seconds"].append(measured["seconds"] / num_tokens)
-            found["memory"] = measured["memory"]
-            model.eval()
+                layer.backend = backend
+            if backend == "torch":
+                found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
     return found
 
 
@@ -1223,13 +1225,19 @@ def draw_full(run: Run, results: Results, words: list[str]) -> None:
     run.plot("adamoe", panels)
 
 
-def draw(run: Run, results: Results) -> None:
-    def trade_off(ax) -> None:
+def trade_off(results: Results, one: str, two: str) -> Callable:
+    """Panel: loss against load, with the line through the arms that use one and two experts."""
+
+    def panel(ax) -> None:
         mean = {arm: [np.mean([r[key] for r in found]) for key in ("load", "loss")] for arm, found in results.items()}
-        line = {"top-1 to top-2": ([1, 2], [mean["top1"][1], mean["top2"][1]])}
+        line = {f"{one} to {two}": ([1, 2], [mean[one][1], mean[two][1]])}
         points = {arm: ([x], [y]) for arm, (x, y) in mean.items() if "@" not in arm}
         common.lines(ax, line | points, xlabel="true experts a token", ylabel="nats/byte", title="loss against load")
 
+    return panel
+
+
+def draw(run: Run, results: Results) -> None:
     def histogram(ax) -> None:
         shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
         common.bars(
@@ -1244,7 +1252,7 @@ def draw(run: Run, results: Results) -> None:
         sample = results["adamoe"][0]["sample"]
         common.painted_text(ax, sample["text"], sample["counts"], title="the brighter, the more true experts")
 
-    run.plot("adamoe", [trade_off, histogram, painted])
+    run.plot("adamoe", [trade_off(results, "top1", "top2"), histogram, painted])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1277,18 +1285,21 @@ def check(config: Config, corpus: text_data.Corpus) -> Config:
 
 def refuse_foreign(config: Config, run: Run) -> None:
     """An option that would do nothing is an error."""
-    foreign, default, where = (
-        (SMALL_ONLY, FULL, "the small scale") if run.scale == "full" else (FULL_ONLY, SMALL, "--full")
-    )
-    for name in foreign:
-        if getattr(config, name) != getattr(default, name):
-            raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
+    full, lora = run.scale == "full", config.setting == "lora"
+    default = FULL if full else SMALL
+    foreign = [(SMALL_ONLY, "the small scale") if full else (FULL_ONLY, "--full")]
+    if lora:
+        foreign.append((("num_experts", "num_null", "top_k", "load", "lr", "alpha_pretrain"), "--setting moe"))
+    elif not full:
+        foreign.append((("lora_experts", "lora_lr", "lora_rank", "lora_alpha"), "--setting lora"))
+    for names, where in foreign:
+        for name in names:
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
     if config.setting not in ("moe", "lora"):
         raise ValueError(f"setting is {config.setting!r}; allowed: moe, lora")
-    if config.setting == "lora":
-        for name in ("num_experts", "num_null", "top_k", "load", "lr"):
-            if getattr(config, name) != getattr(SMALL, name):
-                raise ValueError(f"--{name.replace('_', '-')} belongs to --setting moe; lora has the paper's arms")
+    if full and run.compile:
+        raise ValueError("--compile belongs to the small scale: here the rows of an expert change with every batch")
 
 
 def fit(config: Config, shape) -> Config:
@@ -1297,7 +1308,7 @@ def fit(config: Config, shape) -> Config:
     for name, value in own.items():
         if getattr(config, name) not in (getattr(FULL, name), value):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, this model's {value}")
-    picks = config.top_k or round(1.5 * shape.num_experts_per_tok)
+    picks = round(1.5 * shape.num_experts_per_tok) if config.top_k is None else config.top_k
     if config.load is not None and config.num_null is not None:
         raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
     num_null = own["num_experts"] if config.num_null is None else config.num_null
@@ -1321,6 +1332,10 @@ def main_full(config: Config, run: Run) -> dict:
         config = replace(config, model=MIXTRAL if capacity > 110e9 else OLMOE)
     shape = None if config.model == "random" else pretrained.published_config(config.model)
     if shape is None:
+        if run.dry_run and config.model != "random" and not pretrained.is_here(config.model, run.data_dir):
+            raise ValueError(
+                f"{config.model} is not here, so its size is not known; without --dry-run it is downloaded"
+            )
         if config.model != "random":
             config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
         shape = model_config(config)
@@ -1419,6 +1434,7 @@ def main(config: Config, run: Run) -> dict:
         results = run.measure(lora_arm, config, arms)
         print_lora(config, run, results)
         judge_lora(config, run, results)
+        run.plot("adamoe", [trade_off(results, "k1", "k2")])
         return {"arms": results}
     results = run.measure(finetune_arm, config, arms)
     results |= run.measure(control_arm, config, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])

@@ -4,6 +4,7 @@ Models and tokenizers are tiny, random, and made here with transformers; without
 """
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -215,9 +216,10 @@ for backend in ("torch", "triton"):
     for name, p in layer.named_parameters():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(2)) if name.endswith("_b") else None
     layer.backend = backend
+    x = x.detach().requires_grad_()
     y = layer(x)
     y.square().sum().backward()
-    found.append([y.detach(), *(p.grad for name, p in layer.named_parameters() if p.requires_grad)])
+    found.append([y.detach(), x.grad, *(p.grad for name, p in layer.named_parameters() if p.requires_grad)])
 for one, other in zip(*found):
     torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
 print(layer.true_counts.float().mean())
@@ -525,7 +527,7 @@ RANDOM = (
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_full_run_from_files_to_claims(checkpoint, arc, command_line, tmp_path, family):
-    plot = ["--plot"] if family == "mixtral" and pytest.importorskip("matplotlib") else []
+    plot = ["--plot"] if family == "mixtral" and importlib.util.find_spec("matplotlib") else []
     flags = [*TINY, "--model", checkpoint(family), "--data-dir", arc, "--lr", "1e-2", "--ablate", *plot]
     done = command_line(adamoe, *flags)
     assert done.returncode == 0, done.stderr
@@ -601,7 +603,8 @@ def test_two_processes_share_a_model_and_train_the_same(checkpoint, command_line
 
 def test_lora_setting_end_to_end(command_line, tmp_path):
     flags = "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 3".split()
-    done = command_line(adamoe, *flags, "--setting", "lora", "--steps", 3, "--ablate", "--workers", 1)
+    plot = ["--plot"] if importlib.util.find_spec("matplotlib") else []
+    done = command_line(adamoe, *flags, "--setting", "lora", "--steps", 3, "--ablate", "--workers", 1, *plot)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "adamoe-small" / "results.json").read_text())
     assert list(report["results"]["arms"]) == ["k1", "k2", "m5k4", "m7k4", "m9k4", "m5k2"]
@@ -661,7 +664,12 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, arc, command_line, tmp_pat
         (["--model", "x"], "--model belongs to --full"),
         (["--setting", "dense"], "setting is 'dense'"),
         (["--setting", "lora", "--num-null", "3"], "--num-null belongs to --setting moe"),
+        (["--setting", "lora", "--alpha-pretrain", "1"], "--alpha-pretrain belongs to --setting moe"),
+        (["--lora-rank", "3"], "--lora-rank belongs to --setting lora"),
         (["--num-null", "none"], "num_null is None"),
+        (["--full", "--compile"], "--compile belongs to the small scale"),
+        (["--full", "--model", "someone/something", "--dry-run"], "is not here, so its size is not known"),
+        (["--full", "--model", "MIXTRAL", "--top-k", "0"], "top_k 0"),
     ],
 )
 def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(checkpoint, command_line, tmp_path, flags, expected):
