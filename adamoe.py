@@ -931,11 +931,11 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
         found["step_seconds"].append(measured["seconds"] / num_tokens)
         found.setdefault("memory", measured["memory"])
         model.eval()
-        for backend in ("torch", "auto"):  # the counter does not see into Triton kernels
-            for layer in layers:
-                layer.backend = backend
-            if backend == "torch":
-                found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
+        for layer in layers:
+            layer.backend = "torch"  # the counter does not see into Triton kernels
+        found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
+        for layer in layers:
+            layer.backend = "auto"
     return found
 
 

@@ -389,6 +389,11 @@ def test_questions_are_read_cut_and_dealt_out(checkpoint, arc, tmp_path):
     assert not torch.equal(other.labels, train.labels)
 
 
+def test_only_real_tokens_are_marked():
+    mask = adamoe.set_mask([layer := patched()], torch.zeros(3, 4), torch.tensor([4, 1, 3]))
+    assert mask.tolist() == [True] * 5 + [False] * 3 + [True] * 3 + [False] and layer.token_mask is mask
+
+
 def test_every_epoch_asks_every_question_once(checkpoint, monkeypatch, tmp_path):
     run = common.Run("adamoe", "full", "cpu", torch.float32, [0], tmp_path)
     config, asked = replace(adamoe.FULL, steps=6, batch_size=4), []
