@@ -310,7 +310,8 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(checkpoint):
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         batch = (torch.arange(18).view(2, 9), torch.tensor([9, 5]), torch.tensor([1, 0]))
-        loss, _ = adamoe.answer_loss(model.train(), layers, torch.tensor([2, 3]), batch)
+        loss, parts = adamoe.answer_loss(model.train(), layers, torch.tensor([2, 3]), batch)
+        assert loss.item() == pytest.approx(float(parts["answer_loss"] + parts["aux_loss"])) and parts["aux_loss"] > 0.5
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*found):
@@ -426,6 +427,22 @@ def test_a_checkpoint_holds_what_is_trained_and_goes_on_bit_for_bit(checkpoint, 
     assert state["step"] == 3 and state["model"].keys() == {name.replace(".", "/") for name in whole}
     resumed = trained(checkpoint=file)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_alpha_falls_at_half_time(checkpoint, monkeypatch, tmp_path):
+    run, alphas, balance = (
+        common.Run("adamoe", "full", "cpu", torch.float32, [0], tmp_path),
+        [],
+        adamoe.load_balancing_loss,
+    )
+    record = lambda z, n, k, alpha, *rest: (alphas.append(alpha), balance(z, n, k, alpha, *rest))[1]
+    monkeypatch.setattr(adamoe, "load_balancing_loss", record)
+    model = pretrained.load_causal(checkpoint("mixtral"), torch.float32)
+    adamoe.add_null_experts(model, 8, 3, rank=2)
+    config = replace(adamoe.FULL, steps=4, batch_size=2)
+    questions = pretrained.random_questions(8, 5, 64, 0)[0]
+    adamoe.train_answers(model, questions, torch.arange(4), config, 0, run, {})
+    assert alphas == [0.02] * 4 + [1e-4] * 4  # two layers, four steps
 
 
 def test_letters_must_be_tokens(checkpoint):
