@@ -567,10 +567,13 @@ def count_parameters(model: nn.Module, experts_per_token: float | None = None) -
 
     A parameter is an expert's when its module has `num_experts` and it is stacked [num_experts, ...] beyond a matrix.
     """
-    total = 0.0
+    total, counted = 0.0, set()
     for module in model.modules():
         num_experts = getattr(module, "num_experts", None)
         for parameter in module.parameters(recurse=False):
+            if id(parameter) in counted:  # tied, as embeddings and head often are
+                continue
+            counted.add(id(parameter))
             is_expert = num_experts is not None and parameter.dim() == 3 and parameter.shape[0] == num_experts
             share = experts_per_token / num_experts if is_expert and experts_per_token is not None else 1.0
             total += share * parameter.numel()
