@@ -586,7 +586,8 @@ def count_flops(function: Callable[[], object]) -> dict[str, int]:
     Counted from the shapes of the operators torch executed, forward and backward. Triton kernels are not seen:
     count with backend="torch".
     """
-    with FlopCounterMode(display=False) as counter:
+    # Eagerly: compiled operators are not counted, and a frame first met while counting would never be compiled again.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         function()
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 

@@ -355,6 +355,21 @@ def test_flops_are_counted_from_what_ran_forward_and_backward():
     assert common.count_flops(lambda: model(x).sum().backward())["Global"] == 3 * 2 * 10 * 4 * 6
 
 
+def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
+    model, x = nn.Linear(4, 6), torch.randn(10, 4)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6 and not graphs
+    model(x)
+    assert len(graphs) == 1
+    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6
+
+
 def test_active_parameters_count_only_the_experts_a_token_meets():
     module = nn.Module()
     module.num_experts, module.w1 = 4, nn.Parameter(torch.zeros(4, 3, 5))
