@@ -508,14 +508,17 @@ def train(
                 else:
                     (loss * share).backward()
                 total = total + share * sum(loss if isinstance(loss, (tuple, list)) else [loss]).detach()
-            stop = max(received, default=0)
             if world_size > 1:
-                total, values, stop = _sum_over_processes(model, total, values, stop)
+                total, values = _sum_over_processes(model, total, values)
             if clip is not None:
                 nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), clip)
             optimizer.step()
             if on_step is not None:
                 on_step(step)
+            stop = max(received, default=0)
+            if world_size > 1:  # what one process has received, all have
+                dist.all_reduce(heard := torch.tensor(stop), dist.ReduceOp.MAX)  # on the host: no GPU is waited for
+                stop = int(heard)
             pending.append((step, total, values))
             due = time.monotonic() - saved >= checkpoint_seconds
             if due or stop or len(pending) >= log_every or step + 1 == stop_step:
@@ -541,20 +544,17 @@ def _parts(batch: Any, count: int) -> Sequence[tuple[Any, float]]:
     return [(part, len(part[0]) / size) for part in zip(*(tensor.tensor_split(count) for tensor in batch))]
 
 
-def _sum_over_processes(model: nn.Module, loss: Tensor, values: dict, stop: int) -> tuple[Tensor, dict, int]:
-    """Sum gradients and loss over the processes, average the metrics; a signal that one has received, all have."""
+def _sum_over_processes(model: nn.Module, loss: Tensor, values: dict) -> tuple[Tensor, dict]:
+    """Sum gradients (in place) and loss over the processes, average the metrics."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # FSDP2 has summed those
-    flat = nn.utils.parameters_to_vector(gradients) if gradients else torch.zeros(0, device=loss.device)
     logged = torch.stack([loss, *(torch.as_tensor(value, device=loss.device).float() for value in values.values())])
-    heard = torch.tensor(stop)  # on the host: nothing waits for a GPU
-    dist.all_reduce(flat)
-    dist.all_reduce(logged)
-    dist.all_reduce(heard, dist.ReduceOp.MAX)
     if gradients:
+        flat = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
-    averaged = dict(zip(values, logged[1:] / dist.get_world_size()))
-    return logged[0], averaged, int(heard)
+    dist.all_reduce(logged)
+    return logged[0], dict(zip(values, logged[1:] / dist.get_world_size()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
