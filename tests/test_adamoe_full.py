@@ -550,12 +550,13 @@ RANDOM = (
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_full_run_from_files_to_claims(checkpoint, arc, command_line, tmp_path, family):
     plot = ["--plot"] if family == "mixtral" and importlib.util.find_spec("matplotlib") else []
-    flags = [*TINY, "--model", checkpoint(family), "--data-dir", arc, "--lr", "1e-2", "--ablate", *plot]
+    ablate = ["--ablate", *plot] if family == "mixtral" else []
+    flags = [*TINY, "--model", checkpoint(family), "--data-dir", arc, "--lr", "1e-2", *ablate]
     done = command_line(adamoe, *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "adamoe-full" / "results.json").read_text())
     arms = {name: found[0] for name, found in report["results"]["arms"].items()}
-    assert list(arms) == ["original", "vanilla", "adamoe", "l_bal", "random_nulls"]
+    assert list(arms) == ["original", "vanilla", "adamoe"] + (["l_bal", "random_nulls"] if ablate else [])
     assert {claim["id"]: type(claim["holds"]) for claim in report["claims"]} == {
         f"adamoe.full_{name}": bool for name in ("accuracy", "flops", "time")
     }
@@ -580,17 +581,6 @@ def test_full_run_from_files_to_claims(checkpoint, arc, command_line, tmp_path, 
     assert again["right"] == arms["adamoe"]["right"] and again["load"] == arms["adamoe"]["load"] and layers
 
 
-def test_random_weights_measure_flops_and_time_alone(checkpoint, command_line, tmp_path):
-    done = command_line(adamoe, *RANDOM)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "runs" / "adamoe-full" / "results.json").read_text())
-    holds = {claim["id"]: claim["holds"] for claim in report["claims"]}
-    assert holds["adamoe.full_accuracy"] is None and holds["adamoe.full_flops"] is True
-    assert holds["adamoe.full_time"] in (True, False)
-    arms = report["results"]["arms"]
-    assert arms["adamoe"][0]["forward_flops"][0] < arms["vanilla"][0]["forward_flops"][0]
-
-
 def test_budget_and_dry_run(checkpoint, command_line, tmp_path):
     done = command_line(adamoe, *RANDOM, "--load", "1.2", "--dry-run")
     assert done.returncode == 0 and "1.200 of 2 experts (12 nulls, 3 picks)" in done.stdout
@@ -601,8 +591,13 @@ def test_budget_and_dry_run(checkpoint, command_line, tmp_path):
     assert "46,702,792,704" in done.stdout and "88.4 %" in done.stdout and "93.41 GB in 16 bits" in done.stdout
 
 
-def test_two_processes_share_a_model_and_train_the_same(checkpoint, command_line, tmp_path):
+def test_random_weights_alone_and_shared_by_two_processes(checkpoint, command_line, tmp_path):
     assert command_line(adamoe, *RANDOM, "--out", tmp_path / "one").returncode == 0
+    report = json.loads((tmp_path / "one" / "results.json").read_text())
+    holds = {claim["id"]: claim["holds"] for claim in report["claims"]}
+    assert holds["adamoe.full_accuracy"] is None and holds["adamoe.full_flops"] is True
+    assert holds["adamoe.full_time"] in (True, False)
+
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "adamoe.py"), *RANDOM, "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
