@@ -121,8 +121,8 @@ FULL = replace(
     num_null=None,  # as many as the model has experts: the paper's ratio
     top_k=None,  # one and a half times the model's own: the paper's ratio
     steps=125,  # two epochs of 1000 questions
-    lr=5e-5,
-    context=512,
+    lr=5e-5,  # the paper's
+    context=512,  # ours; the questions are shorter
     num_layers=32,  # this and the next three are Mixtral's, for --model random; else the model's own
     d_model=4096,
     d_ff=14336,
@@ -372,6 +372,8 @@ class NullExpertMoE(NullRouting):
         shapes = [list(weight.shape) for weight in (block.experts.gate_up_proj, block.experts.down_proj)]
         if shapes != [[num_experts, 2 * d_ff, d_model], [num_experts, d_model, d_ff]]:
             raise ValueError(f"experts of shapes {shapes} do not fit a gate of shape {list(block.gate.weight.shape)}")
+        if odd := [name for name in block.gate.state_dict() if name != "weight"]:  # it would route otherwise
+            raise ValueError(f"the gate has {', '.join(odd)} beside its weight; only softmax over x W is understood")
         if act not in kernels.ACTIVATIONS:
             raise ValueError(f"act is {act!r}; allowed: {', '.join(kernels.ACTIVATIONS)}")
         # Without it gates keep the scale that the model was trained with: softmax over all its experts.

@@ -173,6 +173,12 @@ def test_what_cannot_be_patched_is_refused():
         adamoe.add_null_experts(nn.Sequential(Mixture()), 4, 9)
     with pytest.raises(ValueError, match="act is 'tanh'"):
         adamoe.add_null_experts(nn.Sequential(Mixture()), 4, act="tanh")
+    biased = nn.Sequential(Mixture())
+    biased[0].gate.register_buffer(
+        "e_score_correction_bias", torch.zeros(4)
+    )  # as DeepSeek's, which also has no softmax
+    with pytest.raises(ValueError, match="the gate has e_score_correction_bias"):
+        adamoe.add_null_experts(biased, 4)
     turned = nn.Sequential(Mixture())
     turned[0].experts.gate_up_proj = nn.Parameter(turned[0].experts.gate_up_proj.transpose(1, 2).contiguous())
     with pytest.raises(ValueError, match=r"\[4, 6, 10\]"):
