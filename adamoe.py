@@ -39,6 +39,7 @@ You see  a byte model pre-trained on Python's library with top-2, then fine-tune
 Found    (seeds 0-2) the budget is met, a quarter of top-2's expert work is saved, and the loss lies under the line from
          top-1 to top-2, at every learning rate of the grid. It does not beat top-2. And an honest rival needs no null
          expert: the top-2 model with top-p routing, applied after training, is better at the same load.
+         --full has been run on tiny models of each family, not on the real ones.
 
 Differences from the paper and its code
 1. Equation 6 as written. The released Mixtral code averages an empty slice, so it trains with plain balancing.
