@@ -586,10 +586,19 @@ def count_flops(function: Callable[[], object]) -> dict[str, int]:
     Counted from the shapes of the operators torch executed, forward and backward. Triton kernels are not seen:
     count with backend="torch".
     """
+    count = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: _mm_flops})
     # Eagerly: compiled operators are not counted, and a frame first met while counting would never be compiled again.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), count as counter:
         function()
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+
+
+def _mm_flops(a: Tensor, b: Tensor, *_: object, **__: object) -> int:
+    """torch's own count takes a sparse matrix for a dense one."""
+    return 2 * (a.numel() if a.layout == torch.strided else a._nnz()) * b.shape[1]
+
+
+_mm_flops._get_raw = True  # so that torch passes tensors, not their shapes
 
 
 def measure_step(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
@@ -687,8 +696,10 @@ def bars(ax, values: dict[str, float], **labels: str) -> None:
 def heatmap(ax, values: np.ndarray, **labels: str) -> None:
     """Panel for run.plot: values [rows, columns], each cell labelled."""
     ax.imshow(values, aspect="auto")
+    middle = (values.min() + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white")
+        color = "black" if value > middle else "white"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     ax.set(**labels)
 
 
@@ -735,6 +746,7 @@ class Run:
     data_dir: Path = Path("data/cache")
     overwrite: bool = False
     config: object = None  # what runs; main replaces it when it settles a field
+    actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     begun: bool = False
     claims: list[Claim] = field(default_factory=list)
@@ -793,14 +805,14 @@ class Run:
             figure.savefig(file, format="png", dpi=130)
         say(f"\nwrote {self.out / name}.png")
 
-    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int = 0) -> None:
+    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int | None = 0) -> None:
         """--dry-run: what the whole run would take, from a few real steps on this device."""
         cost = measure_step(step, self.device)
         hours = cost["seconds"] * steps / 3600 / self.workers
         rows = [
             ["parameters", f"{count_parameters(model):,}"],
             ["training FLOPs", f"{cost['flops'] * steps:.2e}"],
-            ["bytes to download", f"{download_bytes:,}"],
+            ["bytes to download", "not known" if download_bytes is None else f"{download_bytes:,}"],
             ["peak memory of a step", f"{cost['memory'] / 2**20:,.0f} MiB"],
             ["training time", f"{hours:.3f} hours, {self.workers} arms at a time"],
         ]
@@ -954,10 +966,13 @@ def run(
     claims: Sequence[Claim] = (),
     argv: Sequence[str] | None = None,
     data_parallel: bool = False,
+    actions: dict[str, tuple] | None = None,
 ) -> NoReturn:
     """Parse the command line, call main(config, run) -> dict, report, and exit.
 
     data_parallel: under torchrun, the processes train every arm together; see `train`.
+    actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`; main then does that
+    instead of a whole run: no claims are judged, no results.json is written, and --out is left alone.
 
     Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
     130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
@@ -968,7 +983,7 @@ def run(
     try:
         if data_parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _join_processes()
-        code = _run(main, small, full, claims, argv, program)
+        code = _run(main, small, full, claims, argv, program, actions or {})
         if processes()[1] > 1:
             dist.destroy_process_group()
         sys.exit(code)
@@ -1004,19 +1019,21 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def _run(main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str) -> int:
-    options, settings = _parse(program, main, small, full, argv)
+def _run(
+    main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str, actions: dict
+) -> int:
+    options, settings = _parse(program, main, small, full, argv, actions)
     claims = [dataclasses.replace(claim) for claim in claims]
     if options["list_claims"]:
         print(format_claims(claims))
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
-    run = _make_run(options, program.removesuffix(".py"), claims)
+    run = _make_run(options, program.removesuffix(".py"), claims, actions)
     run.config = dataclasses.replace(full if options["full"] else small, **settings)
     torch.set_num_threads(run.threads)
     _barrier()  # before the first process claims the folder that the others have just looked at
-    if run.dry_run:
+    if run.dry_run or run.actions:
         main(run.config, run)
         return 0
     mark, start = run.out / "run.json", time.monotonic()
@@ -1062,7 +1079,8 @@ def _run(main: Callable, small: object, full: object, claims: Sequence, argv: li
     return 0
 
 
-def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
+def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) -> Run:
+    given = {name: options[name] for name in actions if name in options["given"]}
     for name in ("seeds", "workers", "threads"):
         if name in options["given"] and options[name] < 1:
             raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
@@ -1070,9 +1088,9 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         raise UsageError("--overwrite and --resume exclude each other")
     scale, cores = ("full" if options["full"] else "small"), _cores()
     out = options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}"
-    if options["resume"] and not (out / "run.json").exists():
+    if options["resume"] and not given and not (out / "run.json").exists():
         raise UsageError(f"--resume: there is no run in {out}")
-    if not (options["resume"] or options["overwrite"] or options["dry_run"]):
+    if not (options["resume"] or options["overwrite"] or options["dry_run"] or given):
         if (out / "run.json").exists() or (out / "arms").exists():
             raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
@@ -1095,6 +1113,7 @@ def _make_run(options: dict, method: str, claims: list[Claim]) -> Run:
         data_dir=options["data_dir"] if "data_dir" in options["given"] else Path(cache),
         draw=options["plot"],
         claims=claims,
+        actions=given,
         **{name: options[name] for name in ("resume", "overwrite", "ablate", "dry_run", "compile")},
     )
 
@@ -1104,7 +1123,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def _parse(program: str, main: Callable, small: object, full: object, argv: list[str]) -> tuple[dict, dict]:
+def _parse(
+    program: str, main: Callable, small: object, full: object, argv: list[str], actions: dict
+) -> tuple[dict, dict]:
     """The house flags, and one flag per config field: ({flag: value, "given": names}, {field: value given})."""
     parser = _Parser(
         prog=program,
@@ -1113,7 +1134,8 @@ def _parse(program: str, main: Callable, small: object, full: object, argv: list
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (default, kind, text) in FLAGS.items():
+    flags = FLAGS | actions
+    for name, (default, kind, text) in flags.items():
         how = {"action": "store_true"} if default is False else {"type": type(default), "metavar": kind}
         if isinstance(kind, tuple):
             how = {"choices": kind}
@@ -1134,8 +1156,8 @@ def _parse(program: str, main: Callable, small: object, full: object, argv: list
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
     given = vars(found)
-    options = {name: given.get(name, default) for name, (default, _, _) in FLAGS.items()}
-    return options | {"given": set(given)}, {name: given[name] for name in given if name not in FLAGS}
+    options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
+    return options | {"given": set(given)}, {name: given[name] for name in given if name not in flags}
 
 
 def _reader(hint: object) -> Callable[[str], object]:

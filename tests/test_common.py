@@ -356,7 +356,7 @@ def test_flops_are_counted_from_what_ran_forward_and_backward():
 
 
 def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
-    model, x = nn.Linear(4, 6), torch.randn(10, 4)
+    model, x = common.TransformerLM(8, 1, 4, 1, 5, lambda layer: nn.Linear(4, 4)), torch.zeros(2, 5, dtype=torch.long)
     graphs = []
 
     def backend(graph, inputs):
@@ -364,10 +364,10 @@ def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
         return graph.forward
 
     model.compile(backend=backend)
-    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6 and not graphs
+    assert common.count_flops(lambda: model(x))["Global"] > 0 and not graphs
     model(x)
     assert len(graphs) == 1
-    assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6
+    assert common.count_flops(lambda: model(x))["Global"] > 0
 
 
 def test_active_parameters_count_only_the_experts_a_token_meets():
@@ -489,6 +489,41 @@ def test_resume_adds_what_is_missing_and_trains_nothing_twice(command_line, tmp_
 def test_strict_fails_on_a_required_claim(command_line):
     done = command_line(toy, "--workers", 1, "--strict", "--steps", 3)
     assert done.returncode == 1 and "toy.fails" in done.stderr and "toy.open" not in done.stderr
+
+
+def test_a_scripts_own_actions_take_the_place_of_a_run(tmp_path, monkeypatch, capsys):
+    """They are flags like the others, see a folder that holds a run, and write no results of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "toy-small" / "arms").mkdir(parents=True)  # as of a run before
+    actions = {"say": ("", "WORD", "a word"), "twice": (False, None, "again")}
+    seen = []
+
+    def act(*flags, doing=lambda run: seen.append(run.actions)):
+        def main(config, run):
+            doing(run)
+
+        main.__module__ = "toy"
+        monkeypatch.setattr(common.inspect, "getfile", lambda thing: "toy.py")
+        with pytest.raises(SystemExit) as stop:
+            common.run(main, toy.SMALL, claims=toy.CLAIMS, argv=flags, actions=actions)
+        return stop.value.code, capsys.readouterr().err
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert act("--say", "hello", "--twice") == (0, "") and seen == [{"say": "hello", "twice": True}]
+        assert act("--say", "hello", "--resume")[0] == 0 and not (tmp_path / "runs" / "toy-small" / "run.json").exists()
+        code, said = act()
+        assert code == 2 and "holds a run" in said and len(seen) == 2
+        code, said = act("--sya", "hello")
+        assert code == 2 and "did you mean --say?" in said
+
+        def interrupted(run):
+            raise KeyboardInterrupt
+
+        code, said = act("--say", "hello", doing=interrupted)
+        assert code == 130 and said.rstrip().endswith("--say hello --resume")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
