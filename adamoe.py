@@ -29,19 +29,30 @@ them. Nothing rewards "hard token, more experts": true logits that sink below th
 Run      python adamoe.py              about a minute on two cores, no download
          python adamoe.py --ablate     every arm below
          python adamoe.py --text FILE  fine-tune on your own text
+         python adamoe.py --setting lora            LoRA experts on a dense model (section 4.1)
+         python adamoe.py --full [--dry-run]        null experts in OLMoE, or in Mixtral where it fits, on ARC-Challenge
+         python adamoe.py --full --model FOLDER --task siqa --load 1.5
+         python adamoe.py --full --model random --num-layers 12 --steps 20   Mixtral's width, no download: time, memory
+         torchrun --nproc-per-node 4 adamoe.py --full       a model that one GPU does not hold (FSDP2)
 You see  a byte model pre-trained on Python's library with top-2, then fine-tuned on its documentation as top-1, top-2
          and AdaMoE: loss, load and expert FLOPs of each, who gets how many experts, what the paper's claims became.
 Found    (seeds 0-2) the budget is met, a quarter of top-2's expert work is saved, and the loss lies under the line from
          top-1 to top-2, at every learning rate of the grid. It does not beat top-2. And an honest rival needs no null
          expert: the top-2 model with top-p routing, applied after training, is better at the same load.
+         --full has been run on tiny models of each family, not on the real ones.
 
 Differences from the paper and its code
 1. Equation 6 as written. The released Mixtral code averages an empty slice, so it trains with plain balancing.
 2. The loss is per layer, then averaged; the released code pools all layers, which lets two collapsed layers cancel.
 3. A copied null row ties with its twin and the winner would depend on the top-k kernel; rows get 1e-3 of noise.
 4. alpha falls from alpha to alpha_late at half time, within one run (the paper: first epoch, second epoch).
-5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA.
-6. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
+5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA, as --full
+   does. There the base stays in bf16 (the paper: 4 bits), one LoRA serves router and null rows, one gate and up
+   projection; the answer is the likeliest letter, not a generated text. Where a model was trained without normalised
+   gates (OLMoE, Qwen-MoE) they keep their scale: softmax over all true experts. Not stated in the paper and ours: batch
+   16, cosine, lora_alpha 16.
+6. LoRA experts (--setting lora) have no dropout, and q, k, v are one matrix here. Load and its law are the claim.
+7. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
 
 Break it yourself: --alpha 0 --alpha-late 0 (nothing holds the load); --num-null 32 (tokens starve);
 normalize="all_picks" (the load creeps up when alpha drops).
@@ -49,18 +60,24 @@ normalize="all_picks" (the load creeps up when alpha drops).
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
 import kernels
 from common import Claim, Run
+from data import pretrained
+from data import tasks as task_data
 from data import text as text_data
+from data.pretrained import Questions
 
 # ---------------------------------------------------------------------------------------------------------------
 # Config
@@ -70,8 +87,8 @@ from data import text as text_data
 @dataclass(frozen=True)
 class Config:
     num_experts: int = 8  # true experts; Mixtral has 8
-    num_null: int = 8  # null experts; the paper's main setting
-    top_k: int = 3  # picks a token, nulls included; the paper's main setting
+    num_null: int | None = 8  # null experts; the paper's main setting
+    top_k: int | None = 3  # picks a token, nulls included; the paper's main setting
     load: float | None = None  # budget of true experts a token; chooses num_null from top_k
     alpha: float = 0.02  # weight of the balance loss, first half; paper section 4.2.1
     alpha_late: float = 1e-4  # second half; paper section 4.2.1
@@ -80,7 +97,7 @@ class Config:
     d_model: int = 64  # width
     d_ff: int = 128  # hidden width of one expert
     num_heads: int = 4  # attention heads
-    context: int = 128  # bytes
+    context: int = 128  # bytes; at full scale tokens, of a longer question the end
     batch_size: int = 16  # sequences a step
     pretrain_steps: int = 400  # of the top-2 base
     steps: int = 300  # fine-tuning steps of every arm
@@ -88,9 +105,32 @@ class Config:
     lr: float = 8e-3  # peak, cosine to a tenth; from LR_GRID, best for every arm on seeds 100-102
     init: float = 0.1  # standard deviation of initial weights outside the experts
     text: str = ""  # file or folder to fine-tune on instead of Python's documentation
+    setting: str = "moe"  # or "lora": LoRA experts on a dense model, small scale only; paper section 4.1
+    lora_experts: int = 4  # true LoRA experts a linear layer with --setting lora; paper section 4.1
+    lora_lr: float = 8e-3  # peak learning rate with --setting lora; that of --setting moe, not tuned for it
+    lora_rank: int = 8  # of router and experts; paper section 4.1
+    lora_alpha: float = 16.0  # LoRA is scaled by lora_alpha / lora_rank; the paper's is not stated
+    model: str = "auto"  # folder, Hugging Face name, "random", or "auto": Mixtral where it fits, else OLMoE
+    task: str = "arc-c"  # arc-c arc-e obqa siqa winogrande piqa hellaswag csqa
+    train_examples: int = 1000  # questions; paper section 4.2
+    accumulate: int = 1  # parts of a batch; the balance loss is then that of a part
 
 
 SMALL = Config()
+FULL = replace(
+    SMALL,
+    num_null=None,  # as many as the model has experts: the paper's ratio
+    top_k=None,  # one and a half times the model's own: the paper's ratio
+    steps=125,  # two epochs of 1000 questions
+    lr=5e-5,  # the paper's
+    context=512,  # ours; the questions are shorter
+    num_layers=32,  # this and the next three are Mixtral's, for --model random; else the model's own
+    d_model=4096,
+    d_ff=14336,
+    num_heads=32,
+)
+SMALL_ONLY = ("alpha_pretrain", "pretrain_steps", "pretrain_lr", "init", "text", "setting", "lora_experts", "lora_lr")
+FULL_ONLY = ("model", "task", "train_examples", "accumulate")
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
@@ -204,14 +244,48 @@ def flops_saved(load: float, base_load: float, ffn_share: float) -> float:
     return ffn_share * (base_load - load) / base_load
 
 
-class AdaMoE(nn.Module):
+class NullRouting(nn.Module):
+    """What the layers below share: they pick experts, and leave behind what the loss and the curious need.
+
+    Every forward leaves `aux_loss` (0-dim, add it to the loss) and `true_counts` [tokens], the number of true experts
+    each token used. `choose`, when set, replaces `route`: a function router_logits -> (expert_index, gates).
+    Raises ValueError for impossible sizes.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_null: int,
+        top_k: int,
+        alpha: float = 0.02,
+        normalize: str = "true_experts",
+        average_nulls: bool = True,
+        backend: str = "auto",
+    ):
+        check_sizes(num_experts, num_null, top_k)
+        super().__init__()
+        self.num_experts, self.num_null, self.top_k, self.alpha = num_experts, num_null, top_k, alpha
+        self.normalize, self.average_nulls, self.backend = normalize, average_nulls, backend
+        self.choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.aux_loss: Tensor | None = None
+        self.true_counts: Tensor | None = None
+
+    def pick(self, router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
+        expert_index, gates = choose(router_logits)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        self.aux_loss = load_balancing_loss(
+            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
+        )
+        self.true_counts = (expert_index >= 0).sum(dim=-1)
+        return expert_index, gates
+
+
+class AdaMoE(NullRouting):
     """A drop-in feed-forward with true and null experts. x [..., d_model] -> the same shape.
 
-    Every forward leaves `aux_loss` (0-dim, add it to the loss), and for the curious `true_counts` [tokens], the number
-    of true experts each token used. num_null=0 is an ordinary top-k mixture. `token_mask` [...] marks padding: padded
-    tokens are routed but count neither in aux_loss nor in balance. `choose`, when set, replaces `route`: a function
-    router_logits -> (expert_index, gates).
-    Raises ValueError for impossible sizes or a wrong width.
+    num_null=0 is an ordinary top-k mixture. `token_mask` [...] marks padding: padded tokens are routed but count
+    neither in aux_loss nor in balance. Raises ValueError for a wrong width.
     """
 
     def __init__(
@@ -221,22 +295,13 @@ class AdaMoE(nn.Module):
         num_experts: int,
         num_null: int,
         top_k: int,
-        alpha: float = 0.02,
-        normalize: str = "true_experts",
-        average_nulls: bool = True,
         act: str = "gelu",
         glu: bool = False,
-        backend: str = "auto",
         generator: torch.Generator | None = None,
+        **routing,
     ):
-        check_sizes(num_experts, num_null, top_k)
-        super().__init__()
-        self.d_model, self.num_experts, self.num_null, self.top_k = d_model, num_experts, num_null, top_k
-        self.alpha, self.normalize, self.average_nulls = alpha, normalize, average_nulls
-        self.act, self.glu, self.backend = act, glu, backend
-        self.choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-        self.aux_loss: Tensor | None = None
-        self.true_counts: Tensor | None = None
+        super().__init__(num_experts, num_null, top_k, **routing)
+        self.d_model, self.act, self.glu = d_model, act, glu
 
         def normal(*shape: int, fan_in: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape, generator=generator) * fan_in**-0.5)
@@ -252,17 +317,204 @@ class AdaMoE(nn.Module):
         tokens = x.reshape(-1, self.d_model)  # [tokens, d_model]
         with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision under bf16
             router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, num_experts + num_null]
-        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
-        expert_index, gates = choose(router_logits)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        self.aux_loss = load_balancing_loss(
-            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
-        )
-        self.true_counts = (expert_index >= 0).sum(dim=-1)
+        expert_index, gates = self.pick(router_logits, token_mask)
         y = kernels.moe_mlp(
             tokens, expert_index, gates, self.w1, self.w2, act=self.act, glu=self.glu, backend=self.backend
         )
         return y.view_as(x)
+
+
+def uniform(*shape: int, like: Tensor, generator: torch.Generator | None = None) -> nn.Parameter:
+    """[..., in, out] within 1 / sqrt(in), as LoRA's A and its routers begin. On the device of `like`, at least fp32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if like.is_meta:  # nothing to draw for shapes without memory
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    values = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-2])
+    return nn.Parameter(values.to(like.device, dtype))
+
+
+def expert_low_rank(rows: Tensor, a: Tensor, b: Tensor, dispatch: kernels.Dispatch, backend: str) -> Tensor:
+    """rows [rows, in] of experts, a [num_experts, in, rank], b [num_experts, rank, out] -> [rows, out]."""
+    low = kernels.grouped_mm(rows, a.to(rows.dtype), dispatch, backend=backend)
+    return kernels.grouped_mm(low, b.to(rows.dtype), dispatch, backend=backend)
+
+
+def live_dispatch(expert_index: Tensor, num_experts: int) -> kernels.Dispatch:
+    """A dispatch without the rows of null picks, so that nothing between the products touches them either."""
+    dispatch = kernels.make_dispatch(expert_index, num_experts)
+    return dispatch._replace(slot=dispatch.slot[: int(dispatch.offsets[-1])])
+
+
+class NullExpertMoE(NullRouting):
+    """A trained mixture with null experts added, and LoRA on router and experts. x [..., d_model] -> the same shape.
+
+    block   a module with gate.weight [num_experts, d_model] and SiLU-like gated experts, experts.gate_up_proj
+            [num_experts, 2 * d_ff, d_model] and experts.down_proj [num_experts, d_model, d_ff]: the layout of Mixtral,
+            OLMoE and Qwen-MoE in transformers 5. A shared expert, if there is one, is kept. Router noise is not.
+    rank    0: no LoRA, and every weight can be trained. The rank of gate and up projection is shared.
+    `token_mask`, when set, is [...] bool and False at padding: see load_balancing_loss.
+    Null rows start as copies (section 3.5), or, with copy_rows=False, at random with the same spread.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        num_null: int,
+        top_k: int,
+        act: str = "silu",
+        rank: int = 0,
+        lora_alpha: float = 16.0,
+        copy_rows: bool = True,
+        generator: torch.Generator | None = None,
+        **routing,
+    ):
+        num_experts, d_model = block.gate.weight.shape
+        d_ff = block.experts.down_proj.shape[-1]
+        shapes = [list(weight.shape) for weight in (block.experts.gate_up_proj, block.experts.down_proj)]
+        if shapes != [[num_experts, 2 * d_ff, d_model], [num_experts, d_model, d_ff]]:
+            raise ValueError(f"experts of shapes {shapes} do not fit a gate of shape {list(block.gate.weight.shape)}")
+        if odd := [name for name in block.gate.state_dict() if name != "weight"]:  # it would route otherwise
+            raise ValueError(f"the gate has {', '.join(odd)} beside its weight; only softmax over x W is understood")
+        if act not in kernels.ACTIVATIONS:
+            raise ValueError(f"act is {act!r}; allowed: {', '.join(kernels.ACTIVATIONS)}")
+        # Without it gates keep the scale that the model was trained with: softmax over all its experts.
+        normalized = getattr(block.gate, "norm_topk_prob", True)
+        super().__init__(
+            num_experts, num_null, top_k, **({"normalize": "true_experts" if normalized else "none"} | routing)
+        )
+        self.gate, self.experts, self.act, self.rank = block.gate, block.experts, act, rank
+        self.shared_expert = getattr(block, "shared_expert", None)
+        self.shared_expert_gate = getattr(block, "shared_expert_gate", None)
+        precise = self.gate.weight.detach().to(torch.promote_types(self.gate.weight.dtype, torch.float32))
+        rows = copy_null_rows(precise, num_null, generator=generator)[num_experts:]  # bf16 would round the noise away
+        if not copy_rows:
+            rows = precise.std() * torch.randn(rows.shape, generator=generator).to(rows)
+        self.null_rows = nn.Parameter(rows.contiguous(), requires_grad=not rank)  # [num_null, d_model]
+        self.token_mask: Tensor | None = None
+        if rank:
+            like, self.lora_scale = self.gate.weight, lora_alpha / rank
+            shapes = {"gate": (d_model, num_experts + num_null)}
+            shapes |= {"up": (num_experts, d_model, 2 * d_ff), "down": (num_experts, d_ff, d_model)}
+            for name, (*batch, fan_in, fan_out) in shapes.items():
+                a = uniform(*batch, fan_in, rank, like=like, generator=generator)
+                setattr(self, f"{name}_a", a)
+                setattr(self, f"{name}_b", nn.Parameter(a.new_zeros(*batch, rank, fan_out)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
+        with torch.autocast(x.device.type, enabled=False):  # routing in full precision, as in AdaMoE
+            router = torch.cat([self.gate.weight, self.null_rows])  # [num_experts + num_null, d_model]
+            router = router.to(torch.promote_types(router.dtype, torch.float32))
+            router_logits = tokens.to(router.dtype) @ router.T
+            if self.rank:
+                router_logits = router_logits + self.lora_scale * (tokens.to(router.dtype) @ self.gate_a @ self.gate_b)
+        expert_index, gates = self.pick(router_logits, self.token_mask)
+        w1, w2 = (w.transpose(1, 2) for w in (self.experts.gate_up_proj, self.experts.down_proj))  # [experts, in, out]
+        if self.rank:
+            y = self.lora_experts(tokens, live_dispatch(expert_index, self.num_experts), gates, w1, w2)
+        else:
+            y = kernels.moe_mlp(tokens, expert_index, gates, w1, w2, act=self.act, glu=True, backend=self.backend)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert_gate(tokens).sigmoid() * self.shared_expert(tokens)
+        return y.view_as(x)
+
+    def lora_experts(self, tokens: Tensor, dispatch: kernels.Dispatch, gates: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """moe_mlp with w1 + scale * up_a @ up_b and w2 + scale * down_a @ down_b, which are never formed."""
+        product = lambda rows, w: kernels.grouped_mm(rows, w, dispatch, backend=self.backend)
+        low = lambda rows, a, b: self.lora_scale * expert_low_rank(rows, a, b, dispatch, self.backend)
+        rows = kernels.gather(tokens, dispatch, backend=self.backend)  # [live rows, d_model], expert by expert
+        gate, up = (product(rows, w1) + low(rows, self.up_a, self.up_b)).chunk(2, dim=-1)
+        rows = kernels.ACTIVATIONS[self.act](gate) * up  # [live rows, d_ff]
+        rows = product(rows, w2) + low(rows, self.down_a, self.down_b)
+        return kernels.scatter(rows, dispatch, gates, backend=self.backend)
+
+
+def add_null_experts(
+    model: nn.Module, num_null: int, top_k: int | None = None, rank: int = 0, **options
+) -> list[NullExpertMoE]:
+    """Put null experts into every mixture of a model, in place; returns the new layers.
+
+    A mixture is any module with `gate` and `experts` in the layout of NullExpertMoE, which takes `options`. top_k None
+    keeps each layer's own. With rank > 0 all weights of the model are frozen; LoRA's alone are trained.
+    Raises ValueError if the model has no such module, or is patched already.
+    """
+    is_mixture = lambda m: hasattr(getattr(m, "gate", None), "weight") and hasattr(m, "experts")
+    found = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if is_mixture(child)
+    ]
+    if any(isinstance(getattr(*place), NullExpertMoE) for place in found):
+        raise ValueError("this model has null experts already; load it anew")
+    if not found or not all(hasattr(getattr(*place).experts, "gate_up_proj") for place in found):
+        raise ValueError(f"{type(model).__name__} has no mixture with gate.weight, experts.gate_up_proj and .down_proj")
+    act = getattr(getattr(model, "config", None), "hidden_act", "silu")
+    if rank:
+        model.requires_grad_(False)
+    for parent, name in found:
+        block = getattr(parent, name)
+        picks = block.gate.top_k if top_k is None else top_k
+        layer = NullExpertMoE(block, num_null, picks, **({"act": act, "rank": rank} | options))
+        setattr(parent, name, layer.train(block.training))
+    return [getattr(*place) for place in found]
+
+
+class LoRAExperts(NullRouting):
+    """A frozen linear layer plus routed low-rank experts, nulls among them: section 4.1. x [..., in] -> [..., out].
+
+    y = W x + lora_alpha / rank * sum of gates * B_j A_j x. A token without a true expert gets W x.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        num_experts: int,
+        num_null: int,
+        top_k: int,
+        rank: int = 8,
+        lora_alpha: float = 16.0,
+        generator: torch.Generator | None = None,
+        **routing,
+    ):
+        super().__init__(num_experts, num_null, top_k, **routing)
+        self.linear, self.scale = linear.requires_grad_(False), lora_alpha / rank
+        options = {"like": linear.weight, "generator": generator}
+        self.a = uniform(num_experts, linear.in_features, rank, **options)
+        self.b = nn.Parameter(self.a.new_zeros(num_experts, rank, linear.out_features))
+        self.router = uniform(linear.in_features, num_experts + num_null, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        with torch.autocast(x.device.type, enabled=False):
+            router_logits = tokens.to(self.router.dtype) @ self.router  # [tokens, num_experts + num_null]
+        expert_index, gates = self.pick(router_logits, None)
+        dispatch = live_dispatch(expert_index, self.num_experts)
+        rows = kernels.gather(tokens, dispatch, backend=self.backend)
+        rows = expert_low_rank(rows, self.a, self.b, dispatch, self.backend)
+        y = kernels.scatter(rows, dispatch, gates, backend=self.backend)  # [tokens, out]
+        return self.linear(x) + self.scale * y.view(*x.shape[:-1], -1)
+
+
+def add_lora_experts(module: nn.Module, *sizes, **options) -> list[LoRAExperts]:
+    """Give every nn.Linear inside a module its own router and LoRA experts, in place; returns the new layers.
+
+    sizes, options  of LoRAExperts, after its first argument
+    """
+    found = [(m, name) for m in module.modules() for name, child in m.named_children() if type(child) is nn.Linear]
+    for parent, name in found:
+        setattr(parent, name, LoRAExperts(getattr(parent, name), *sizes, **options))
+    return [getattr(*place) for place in found]
+
+
+def routed(model: nn.Module) -> list[NullRouting]:
+    """The layers that pick experts, first to last."""
+    return [module for module in model.modules() if isinstance(module, NullRouting)]
+
+
+def take_aux_loss(layers: list[NullRouting]) -> Tensor:
+    """Mean balance loss of the last forward over the layers, and forget it: kept, it would keep the graph alive."""
+    losses = [layer.aux_loss for layer in layers]
+    for layer in layers:
+        layer.aux_loss = None
+    return torch.stack(losses).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,7 +565,7 @@ NUM_BLOCKS = 16  # of the validation text: what a run of one seed takes its stan
 @dataclass(frozen=True)
 class Arm:
     num_null: int
-    top_k: int
+    top_k: int | None  # None: the model's own
     normalize: str = "true_experts"
     average_nulls: bool = True
     copy_rows: bool = True
@@ -333,10 +585,28 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     return arms
 
 
+def lora_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    """The paper's Table 7, whose names these are: m null experts, k picks."""
+    arms = {"k1": Arm(0, 1), "k2": Arm(0, 2), "m5k4": Arm(5, 4)}
+    return arms | ({"m7k4": Arm(7, 4), "m9k4": Arm(9, 4), "m5k2": Arm(5, 2)} if ablate else {})
+
+
 def build(config: Config, arm: Arm, generator: torch.Generator) -> common.TransformerLM:
-    sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
-    options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
-    make_ffn = lambda layer: AdaMoE(*sizes, **options)
+    """A byte model with AdaMoE layers; with --setting lora a dense one."""
+    if config.setting == "lora":
+        widths = (config.d_model, 2 * config.d_ff, config.d_model)  # as much work as top-2
+
+        def make_ffn(layer: int) -> nn.Module:
+            linears = [nn.Linear(*pair, bias=False) for pair in zip(widths, widths[1:])]
+            for linear in linears:
+                linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=generator))
+                linear.weight.data *= linear.in_features**-0.5
+            return nn.Sequential(linears[0], nn.GELU(), linears[1])
+
+    else:
+        sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
+        options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
+        make_ffn = lambda layer: AdaMoE(*sizes, **options)
     shape = (256, config.num_layers, config.d_model, config.num_heads, config.context, make_ffn)
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
 
@@ -345,18 +615,20 @@ def train_text(
     model: nn.Module, data: Tensor, config: Config, steps: int, lr: float, alphas: tuple, stream: int, options: dict
 ) -> None:
     """Language-model loss plus balance loss. The batch of a step depends on `stream` and the step, not on the arm."""
-    device = next(model.parameters()).device
+    device, layers = next(model.parameters()).device, routed(model)
 
     def batches(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * stream + step)
         return text_data.sample_windows(data, config.batch_size, config.context + 1, generator).to(device)
 
     def loss_fn(windows: Tensor, step: int) -> tuple[Tensor, dict]:
-        for ffn in model.ffns():
-            ffn.alpha = alpha_at(step, steps, *alphas)
+        for layer in layers:
+            layer.alpha = alpha_at(step, steps, *alphas)
         loss = common.lm_loss(model, windows).mean()
-        load = torch.stack([ffn.true_counts.float().mean() for ffn in model.ffns()]).mean()
-        aux_loss = model.aux_loss()
+        if not layers:  # the dense base
+            return loss, {"lm_loss": loss.detach()}
+        load = torch.stack([layer.true_counts.float().mean() for layer in layers]).mean()
+        aux_loss = take_aux_loss(layers)
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
 
     schedule = common.cosine(steps, warmup=min(20, steps // 5))
@@ -371,18 +643,18 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
              and once more with the dictated ones.
     """
     model.eval()
-    losses, counts = [], []
+    losses, counts, layers = [], [], routed(model)
     for batch in windows.split(32):
         loss = common.lm_loss(model, batch)
         if dictate is not None:
-            for ffn in model.ffns():
-                given = dictate(ffn.true_counts)
-                ffn.choose = lambda logits, given=given, n=ffn.num_experts: route_counts(logits, n, given)
+            for layer in layers:
+                given = dictate(layer.true_counts)
+                layer.choose = lambda logits, given=given, n=layer.num_experts: route_counts(logits, n, given)
             loss = common.lm_loss(model, batch)
-            for ffn in model.ffns():
-                ffn.choose = None
+            for layer in layers:
+                layer.choose = None
         losses.append(loss.mean(dim=1))  # [batch]
-        counts.append(torch.stack([ffn.true_counts.view(len(batch), -1) for ffn in model.ffns()], dim=-1))
+        counts.append(torch.stack([layer.true_counts.view(len(batch), -1) for layer in layers], dim=-1))
     loss, count = torch.cat(losses).double(), torch.cat(counts)  # [windows], [windows, context, layers]
     tokens = windows[:, :-1].unsqueeze(-1).expand_as(count)
     classes = {name: torch.isin(tokens, torch.tensor(members).to(tokens)) for name, members in BYTE_CLASSES.items()}
@@ -451,7 +723,7 @@ def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
     alphas, options = (config.alpha_pretrain, config.alpha_pretrain), run.train_options(arm, seed)
     train_text(model, python.train, config, config.pretrain_steps, config.pretrain_lr, alphas, 2 * seed, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
-    return evaluate(model, validation_windows(downstream_text(config), config, run))
+    return evaluate(model, validation_windows(downstream_text(config), config, run)) if routed(model) else {}
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -475,6 +747,22 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     if arm == "adamoe":
         result |= {"leak": future_leak(model, windows[0, :-1]), "sample": count_sample(model, windows[-4:])}
     return result
+
+
+def lora_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Setting A: from the dense base, frozen; every linear layer gets LoRA experts and a router of its own."""
+    settings, downstream = lora_arms(config, ablate=True)[arm], downstream_text(config)
+    generator = torch.Generator().manual_seed(seed)
+    model = build(config, settings, generator)
+    model.load_state_dict(common.load(run.path("base", seed, ".pt")))
+    model.requires_grad_(False)
+    sizes = (config.lora_experts, settings.num_null, settings.top_k, config.lora_rank, config.lora_alpha)
+    add_lora_experts(model.blocks, *sizes, generator=generator)
+    model = run.prepare(model)
+    alphas, options = (config.alpha, config.alpha_late), run.train_options(arm, seed)
+    train_text(model, downstream.train, config, config.steps, config.lora_lr, alphas, 2 * seed + 1, options)
+    common.save(run.path(arm, seed, ".pt"), model.state_dict())
+    return evaluate(model, validation_windows(downstream, config, run))
 
 
 def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -501,6 +789,202 @@ def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The experiment at full scale: LoRA fine-tuning of a pre-trained mixture on multiple-choice questions
+# ---------------------------------------------------------------------------------------------------------------
+
+MIXTRAL, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "allenai/OLMoE-1B-7B-0924"
+RANDOM_VOCABULARY = 32000  # of --model random: Mixtral's
+COST_BATCHES = 4  # development batches on which FLOPs and times are taken
+
+
+def full_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    """ "original" is not fine-tuned, "vanilla" is with the model's own top-k; the rest have null experts."""
+    adamoe = Arm(config.num_null, config.top_k)
+    arms = {"original": Arm(0, None), "vanilla": Arm(0, None), "adamoe": adamoe}
+    more = {"l_bal": replace(adamoe, average_nulls=False), "random_nulls": replace(adamoe, copy_rows=False)}
+    return arms | (more if ablate else {})
+
+
+def load_questions(config: Config, seed: int, run: Run) -> tuple[Questions, Questions, list[int], list[str]]:
+    """Training and development questions, the letters' tokens, the tokens of the first development question as text."""
+    if config.model == "random":
+        return pretrained.random_questions(config.batch_size * COST_BATCHES, config.context, RANDOM_VOCABULARY, seed)
+    sizes = (config.train_examples, config.context)
+    return pretrained.letter_questions(config.model, config.task, run.data_dir, *sizes, seed)
+
+
+def set_mask(layers: list[NullExpertMoE], tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Tell the layers which of the next forward's tokens are real: [batch * time] bool."""
+    mask = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).flatten()
+    for layer in layers:
+        layer.token_mask = mask
+    return mask
+
+
+def model_config(config: Config):
+    if config.model == "random":
+        shape = (config.num_layers, config.d_model, config.d_ff, config.num_heads, config.num_experts)
+        return pretrained.mixtral_config(*shape, vocab_size=RANDOM_VOCABULARY)
+    return pretrained.causal_config(config.model)
+
+
+def pretrained_model(config: Config, arm: str, seed: int, run: Run) -> nn.Module:
+    """The model, patched as the arm wants it, on its device; under torchrun spread over all processes."""
+    settings, generator = full_arms(config, ablate=True)[arm], torch.Generator().manual_seed(seed)
+    rank, processes = common.processes()
+    torch.manual_seed(seed)  # for random weights
+    if rank > 0 or config.model == "random":
+        device = "meta" if rank > 0 else run.device if processes == 1 else "cpu"
+        model = pretrained.random_causal(model_config(config), run.dtype, device)
+    else:
+        model = pretrained.load_causal(config.model, run.dtype)
+    if arm != "original":
+        options = {"average_nulls": settings.average_nulls, "copy_rows": settings.copy_rows, "generator": generator}
+        lora = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+        add_null_experts(model, settings.num_null, settings.top_k, **lora, **options)
+    return pretrained.shard(model, run.device) if processes > 1 else model.to(run.device)
+
+
+def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -> tuple[Tensor, dict]:
+    """Loss of the letter alone, plus balance loss over the real tokens."""
+    tokens, lengths, labels = batch
+    mask = set_mask(layers, tokens, lengths)
+    loss = F.cross_entropy(pretrained.last_logits(model, tokens, lengths), letters[labels])
+    counts = torch.stack([layer.true_counts for layer in layers])  # [layers, tokens]
+    load, aux_loss = counts[:, mask].float().mean(), take_aux_loss(layers)
+    return loss + aux_loss, {"answer_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
+
+
+def train_answers(
+    model: nn.Module, train: Questions, letters: Tensor, config: Config, seed: int, run: Run, options: dict
+) -> None:
+    """The batch of a step depends on seed and step, not on the arm. Checkpoints hold what is trained and no more."""
+    layers, count = routed(model), len(train.labels)
+
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        shuffled = [
+            torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + int(epoch)))
+            for epoch in places // count
+        ]
+        rows = torch.stack([order[place % count] for order, place in zip(shuffled, places)])
+        return train.batch(rows, run.device)
+
+    def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
+        for layer in layers:
+            layer.alpha = alpha_at(step, config.steps, config.alpha, config.alpha_late)
+        return answer_loss(model, layers, letters, batch)
+
+    trained = {name.replace(".", "/"): p for name, p in model.named_parameters() if p.requires_grad}
+    if common.processes()[1] > 1:  # each process holds a part; finished arms are kept all the same
+        options = options | {"checkpoint": None, "checkpoint_seconds": math.inf}
+    schedule = common.cosine(config.steps, warmup=min(10, config.steps // 5))
+    options = options | {"accumulate": config.accumulate, "schedule": schedule}
+    model.train()
+    common.train(nn.ParameterDict(trained), loss_fn, config.steps, batches=batches, lr=config.lr, **options)
+    model.eval()
+
+
+@torch.no_grad()
+def answer_questions(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run: Run) -> dict:
+    """Which questions are answered rightly (the likeliest letter counts), and how many experts the tokens used."""
+    layers, right, counts = routed(model), [], []
+    for rows in torch.arange(len(dev.labels)).split(config.batch_size):
+        tokens, lengths, labels = dev.batch(rows, run.device)
+        mask = set_mask(layers, tokens, lengths)
+        scores = pretrained.last_logits(model, tokens, lengths)[:, letters]  # [batch, letters]
+        right += (scores.argmax(dim=-1) == labels).int().tolist()
+        counts += [torch.stack([layer.true_counts for layer in layers], dim=-1)[mask].cpu()] if layers else []
+    if not layers:
+        return {"right": right}
+    count = torch.cat(counts)  # [real tokens, layers]
+    return {
+        "right": right,
+        "load": float(count.double().mean()),
+        "load_by_layer": count.double().mean(dim=0).tolist(),
+        "histogram": (torch.bincount(count.flatten()).double() / count.numel()).tolist(),
+        "sample": count[: int(dev.lengths[0])].sum(dim=1).tolist(),
+    }
+
+
+def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run: Run) -> dict:
+    """Per real token, one entry a batch: forward FLOPs counted from the operators that ran, seconds of a forward and
+    of a training step; and the peak memory of all of it in bytes."""
+    layers, found = routed(model), {"forward_flops": [], "forward_seconds": [], "step_seconds": []}
+    for rows in torch.arange(len(dev.labels)).split(config.batch_size)[:COST_BATCHES]:
+        batch = dev.batch(rows, run.device)
+        num_tokens = int(batch[1].sum())
+
+        def forward(batch=batch) -> None:
+            with torch.no_grad():
+                set_mask(layers, *batch[:2])
+                pretrained.last_logits(model, *batch[:2])
+
+        def step(batch=batch) -> None:
+            with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
+                loss, _ = answer_loss(model, layers, letters, batch)
+            loss.backward()
+            model.zero_grad()
+
+        found["forward_seconds"].append(common.measure_step(forward, run.device)["seconds"] / num_tokens)
+        if not layers:  # the library's own layers may compute with operators that the counter does not know
+            continue
+        model.train()
+        measured = common.measure_step(step, run.device)
+        found["step_seconds"].append(measured["seconds"] / num_tokens)
+        found.setdefault("memory", measured["memory"])
+        model.eval()
+        for layer in layers:
+            layer.backend = "torch"  # the counter does not see into Triton kernels
+        found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
+        for layer in layers:
+            layer.backend = "auto"
+    return found
+
+
+def full_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
+    """Load, patch, fine-tune, save what was trained, answer the questions, and measure the cost."""
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    train, dev, letters, _ = load_questions(config, seed, run)
+    model, letters = pretrained_model(config, arm, seed, run), torch.tensor(letters, device=run.device)
+    if arm != "original":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        train_answers(model, train, letters, config, seed, run, run.train_options(arm, seed))
+        settings = full_arms(config, ablate=True)[arm]
+        sizes = {"num_null": settings.num_null, "top_k": settings.top_k}
+        save_null_experts(
+            run.path(arm, seed, ".npz"), model, **sizes, rank=config.lora_rank, lora_alpha=config.lora_alpha
+        )
+    return answer_questions(model, dev, letters, config, run) | cost(model, dev, letters, config, run)
+
+
+def save_null_experts(path: Path, model: nn.Module, **sizes) -> None:
+    """What add_null_experts added, and with which sizes; megabytes, while the model stays where it was."""
+    added = {name: p for name, p in model.named_parameters() if p.requires_grad or name.endswith("null_rows")}
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in added.items()}
+    if common.processes()[0] == 0:
+        common.save_arrays(path, whole, {"sizes": sizes})
+
+
+def load_null_experts(path: str | Path, model: nn.Module) -> list[NullExpertMoE]:
+    """Patch a freshly loaded model as it was saved. Raises ValueError for a file of another model."""
+    arrays, meta = common.load_arrays(path)
+    layers = add_null_experts(model, **meta["sizes"])
+    there = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if odd := [name for name, array in arrays.items() if there.get(name) != tuple(array.shape)]:
+        raise ValueError(f"{path} does not fit this model: {', '.join(sorted(odd)[:3])}")
+    model.load_state_dict(arrays, strict=False)
+    return layers
+
+
+def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % confidence interval of the mean of paired differences [questions]: questions drawn anew, with repetition."""
+    drawn = np.random.default_rng(0).integers(len(differences), size=(draws, len(differences)))
+    return tuple(np.quantile(differences[drawn].mean(axis=1), (0.025, 0.975)).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Claims
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -510,6 +994,10 @@ ADAPTIVE = "tokens use different numbers of experts; the same numbers dealt out 
 NULL_FREE = "null experts cost nothing: rows processed = true picks"
 TRUE_NORM = "gates over true picks beat gates over all picks (distance to the line: their loads differ)"
 NULL_LOSS = "averaging the nulls in the balance loss beats balancing each null"
+FULL_ACCURACY = "a pre-trained mixture fine-tuned with null experts answers better than with its own top-k"
+FULL_FLOPS = "and needs fewer FLOPs"
+FULL_TIME = "and less time: the FLOPs saving shows in a training step"
+NEEDS_FULL = "not measured; run --full"
 CLAIMS = [
     Claim("adamoe.load", LOAD, "1.66 measured, 1.5 predicted (Mixtral, mean of six tasks)", required=True),
     Claim(
@@ -530,6 +1018,11 @@ CLAIMS = [
     Claim("adamoe.true_norm", TRUE_NORM, "accuracy 81.27 at load 1.54 against 80.19 at 1.50 (SIQA)"),
     Claim("adamoe.copy_init", "copied null rows beat random null rows", "not verified"),
     Claim("adamoe.null_loss", NULL_LOSS, "accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)"),
+    Claim("adamoe.full_accuracy", FULL_ACCURACY, "89.15 against 87.46 (Mixtral, ARC-C)", measured=NEEDS_FULL),
+    Claim(
+        "adamoe.full_flops", FULL_FLOPS, "14.55 % of all FLOPs saved at load 1.67 (Mixtral, ARC-C)", measured=NEEDS_FULL
+    ),
+    Claim("adamoe.full_time", FULL_TIME, "not verified (no times in the paper)", measured=NEEDS_FULL),
 ]
 
 Results = dict[str, list[dict]]  # {arm: [one result a seed]}
@@ -590,6 +1083,55 @@ def judge(config: Config, run: Run, results: Results) -> None:
         report("null_loss", ahead("l_bal"), "{margin} nats/byte better than l_bal")
 
 
+def judge_full(config: Config, run: Run, results: Results, base_k: int, share: float) -> None:
+    """The three claims of --full, AdaMoE against "vanilla". One seed: the margins are taken over questions, batches."""
+    of = lambda arm, key: np.array([result[key] for result in results[arm]], dtype=float)  # [seeds, ...]
+    over = lambda values: values.mean(axis=1) if len(values) > 1 else values[0]
+    if config.model != "random":
+        mine, other = of("adamoe", "right"), of("vanilla", "right")  # [seeds, questions]
+        low, high = bootstrap((mine - other).mean(axis=0))
+        text = (
+            f"{100 * mine.mean():.2f} against {100 * other.mean():.2f} % of {mine.shape[1]} questions ({config.task}), "
+        )
+        text += (
+            f"difference {100 * (mine - other).mean():.2f} points, 95 % interval {100 * low:.2f} to {100 * high:.2f}"
+        )
+        numbers = {
+            "adamoe": mine.mean(axis=1).tolist(),
+            "vanilla": other.mean(axis=1).tolist(),
+            "interval": [low, high],
+        }
+        run.claim("adamoe.full_accuracy", text, numbers, over(mine - other))
+    else:
+        run.claim("adamoe.full_accuracy", "not measured: random weights answer at random", {})
+    saved = {
+        key: 1 - of("adamoe", key) / of("vanilla", key) for key in ("forward_flops", "forward_seconds", "step_seconds")
+    }
+    load, percent = of("adamoe", "load"), {key: f"{100 * value.mean():.1f} %" for key, value in saved.items()}
+    formula = flops_saved(load.mean(), base_k, share)
+    text = f"{percent['forward_flops']} fewer, counted; load {common.show(load, 3)} of {base_k}; "
+    text += f"{100 * formula:.1f} % by the paper's formula, with {100 * share:.1f} % of all FLOPs in the experts"
+    numbers = {"saved": saved["forward_flops"].tolist(), "load": load.tolist(), "ffn_share": share}
+    run.claim("adamoe.full_flops", text, numbers, over(saved["forward_flops"]))
+    text = f"{percent['step_seconds']} less time a training step, {percent['forward_seconds']} less a forward"
+    run.claim(
+        "adamoe.full_time", text, {key: value.tolist() for key, value in saved.items()}, over(saved["step_seconds"])
+    )
+
+
+def judge_lora(config: Config, run: Run, results: Results) -> None:
+    """Setting A: of the claims, the load's; the table says the rest."""
+    run.claims[:] = [claim for claim in run.claims if claim.id == "adamoe.load"]
+    arms = lora_arms(config, run.ablate)
+    predicted = {arm: predicted_load(config.lora_experts, arms[arm].num_null, arms[arm].top_k) for arm in arms}
+    loads = {arm: values(results, arm, "load") for arm in arms}
+    off = np.max([abs(loads[arm] - predicted[arm]) for arm in arms], axis=0)  # [seeds]
+    texts = [
+        f"{arm} {common.show(loads[arm], 3)} (predicted {predicted[arm]:.3f})" for arm in arms if arms[arm].num_null
+    ]
+    run.claim("adamoe.load", "; ".join(texts), {arm: load.tolist() for arm, load in loads.items()}, 0.15 - off)
+
+
 def print_tables(config: Config, run: Run, results: Results) -> None:
     rows, num_seeds = [], len(run.seeds)
     for arm in (arm for arm in results if "@" not in arm):
@@ -617,13 +1159,88 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         run.table("the learning-rate grid", ["lr", "top1", "top2", "adamoe", "under the line"], rows)
 
 
-def draw(run: Run, results: Results) -> None:
-    def trade_off(ax) -> None:
+def print_lora(config: Config, run: Run, results: Results) -> None:
+    rows = []
+    for arm, settings in lora_arms(config, run.ablate).items():
+        predicted = predicted_load(config.lora_experts, settings.num_null, settings.top_k)
+        gain, load = under_line(results, arm, "k1", "k2"), values(results, arm, "load")
+        rows.append([arm, common.show(values(results, arm, "loss")), common.show(load, 3), f"{predicted:.3f}"])
+        rows[-1].append(shown(gain, len(run.seeds)))
+    header = ["arm", "nats/byte", "load", "predicted", "under the line k1-k2"]
+    run.table(f"LoRA experts on a dense model: validation loss, {len(run.seeds)} seed(s)", header, rows)
+
+
+PAPER = {  # Table 1, Mixtral: accuracy of the original, of top-2 fine-tuned, of AdaMoE; FLOPs saved; load
+    "winogrande": (55.96, 80.43, 81.93, 14.99, 1.66),
+    "hellaswag": (53.62, 84.10, 85.50, 14.10, 1.68),
+    "piqa": (68.06, 90.48, 90.32, 18.07, 1.59),
+    "siqa": (64.59, 76.36, 76.97, 16.31, 1.63),
+    "obqa": (65.40, 89.00, 88.20, 13.22, 1.70),
+    "arc-c": (83.73, 87.46, 89.15, 14.55, 1.67),
+}
+
+
+def painted(words: list[str], counts: list[int], color: bool) -> str:
+    """Tokens of a text, the brighter the more true experts; without colors the number follows each token."""
+    if not color:
+        return " ".join(f"{word.strip() or repr(word)}·{count}" for word, count in zip(words, counts))
+    low, span = min(counts), max(1, max(counts) - min(counts))
+    greys = [round(23 * (count - low) / span) for count in counts]
+    cells = [f"\x1b[48;5;{232 + grey};38;5;{15 if grey < 12 else 16}m{word}" for word, grey in zip(words, greys)]
+    return "".join(cells).replace("\n", "\x1b[0m\n") + "\x1b[0m"
+
+
+def print_full(config: Config, run: Run, results: Results, words: list[str]) -> None:
+    per = lambda arm, key, scale: (
+        f"{scale * np.mean([r[key] for r in results[arm]]):.4g}" if results[arm][0].get(key) else ""
+    )
+    paper = dict(zip(("original", "vanilla", "adamoe"), PAPER.get(config.task, ()) if config.model != "random" else ()))
+    rows = []
+    for arm, found in results.items():
+        right = np.array([result["right"] for result in found])  # [seeds, questions]
+        error = 100 * math.sqrt(right.mean() * (1 - right.mean()) / right.shape[1])
+        row = [arm, f"{100 * right.mean():.2f} ± {error:.2f}", per(arm, "load", 1.0), per(arm, "forward_flops", 1e-9)]
+        row += [per(arm, "forward_seconds", 1e6), per(arm, "step_seconds", 1e6), per(arm, "memory", 1e-9)]
+        rows.append([*row, paper.get(arm, "")])
+    header = ["arm", "accuracy %", "load", "GFLOP/token", "forward µs/token", "step µs/token", "peak GB", "paper %"]
+    title = (
+        f"{config.task if config.model != 'random' else 'random tokens'}, {len(run.seeds)} seed(s); ± is the standard "
+    )
+    run.table(title + f"error over {right.shape[1]} questions; paper: Mixtral-8x7B", header, rows)
+    adamoe = results["adamoe"]
+    loads = np.mean([result["load_by_layer"] for result in adamoe], axis=0)
+    run.table("AdaMoE: load by layer", ["layer", "load"], [[i, f"{load:.3f}"] for i, load in enumerate(loads)])
+    shares = [f"{100 * share:.1f} %" for share in adamoe[0]["histogram"]]
+    run.table("AdaMoE: true experts a token, first seed", [*range(len(shares))], [shares])
+    common.say("\nthe first question, true experts of each token over all layers")
+    common.say(painted(words, adamoe[0]["sample"], sys.stdout.isatty()))
+
+
+def draw_full(run: Run, results: Results, words: list[str]) -> None:
+    accuracy = {arm: 100 * np.mean([result["right"] for result in found]) for arm, found in results.items()}
+    shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
+    cells = [(char, count) for word, count in zip(words, results["adamoe"][0]["sample"]) for char in word]
+    panels = [
+        lambda ax: common.bars(ax, accuracy, ylabel="accuracy %", title="right answers"),
+        lambda ax: common.bars(ax, shares, xlabel="true experts", ylabel="share of tokens", title="first seed"),
+        lambda ax: common.painted_text(ax, *zip(*cells), title="the brighter, the more true experts"),
+    ]
+    run.plot("adamoe", panels)
+
+
+def trade_off(results: Results, one: str, two: str) -> Callable:
+    """Panel: loss against load, with the line through the arms that use one and two experts."""
+
+    def panel(ax) -> None:
         mean = {arm: [np.mean([r[key] for r in found]) for key in ("load", "loss")] for arm, found in results.items()}
-        line = {"top-1 to top-2": ([1, 2], [mean["top1"][1], mean["top2"][1]])}
+        line = {f"{one} to {two}": ([1, 2], [mean[one][1], mean[two][1]])}
         points = {arm: ([x], [y]) for arm, (x, y) in mean.items() if "@" not in arm}
         common.lines(ax, line | points, xlabel="true experts a token", ylabel="nats/byte", title="loss against load")
 
+    return panel
+
+
+def draw(run: Run, results: Results) -> None:
     def histogram(ax) -> None:
         shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
         common.bars(
@@ -638,7 +1255,7 @@ def draw(run: Run, results: Results) -> None:
         sample = results["adamoe"][0]["sample"]
         common.painted_text(ax, sample["text"], sample["counts"], title="the brighter, the more true experts")
 
-    run.plot("adamoe", [trade_off, histogram, painted])
+    run.plot("adamoe", [trade_off(results, "top1", "top2"), histogram, painted])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -652,6 +1269,8 @@ def check(config: Config, corpus: text_data.Corpus) -> Config:
     if min(sizes) < needed:
         text = f"{sizes[0]} bytes to train on, {sizes[1]} to validate, at least {needed} needed of each"
         raise ValueError(f"text {corpus.name!r} is too short: {text}")
+    if config.num_null is None or config.top_k is None:
+        raise ValueError(f"num_null is {config.num_null}, top_k {config.top_k}; at this scale both need a number")
     if config.load is not None:
         if config.num_null != SMALL.num_null:
             raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
@@ -667,12 +1286,137 @@ def check(config: Config, corpus: text_data.Corpus) -> Config:
     return config
 
 
+def refuse_foreign(config: Config, run: Run) -> None:
+    """An option that would do nothing is an error."""
+    full, lora = run.scale == "full", config.setting == "lora"
+    default = FULL if full else SMALL
+    foreign = [(SMALL_ONLY, "the small scale") if full else (FULL_ONLY, "--full")]
+    if lora:
+        foreign.append((("num_experts", "num_null", "top_k", "load", "lr", "alpha_pretrain"), "--setting moe"))
+    elif not full:
+        foreign.append((("lora_experts", "lora_lr", "lora_rank", "lora_alpha"), "--setting lora"))
+    for names, where in foreign:
+        for name in names:
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
+    if config.setting not in ("moe", "lora"):
+        raise ValueError(f"setting is {config.setting!r}; allowed: moe, lora")
+    if full and run.compile:
+        raise ValueError("--compile belongs to the small scale: here the rows of an expert change with every batch")
+
+
+def fit(config: Config, shape) -> Config:
+    """The sizes that the model decides: its shape, and the nulls and picks that were not given."""
+    own = pretrained.sizes(shape)
+    for name, value in own.items():
+        if getattr(config, name) not in (getattr(FULL, name), value):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, this model's {value}")
+    picks = round(1.5 * shape.num_experts_per_tok) if config.top_k is None else config.top_k
+    if config.load is not None and config.num_null is not None:
+        raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
+    num_null = own["num_experts"] if config.num_null is None else config.num_null
+    if config.load is not None:
+        num_null = num_null_for_load(own["num_experts"], picks, config.load)
+    check_sizes(own["num_experts"], num_null, picks)
+    return replace(config, **own, num_null=num_null, top_k=picks)
+
+
+def main_full(config: Config, run: Run) -> dict:
+    """Settle the model, say what it will cost, then every arm; see full_arm."""
+    run.claims[:] = [claim for claim in run.claims if claim.id.startswith("adamoe.full_")]
+    for name in ("batch_size", "steps", "context", "train_examples", "accumulate", "lora_rank"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
+    if config.task not in task_data.LETTER_TASKS:
+        raise ValueError(f"task is {config.task!r}; allowed: {', '.join(task_data.LETTER_TASKS)}")
+    _, processes = common.processes()
+    capacity = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
+    if config.model == "auto":
+        config = replace(config, model=MIXTRAL if capacity > 110e9 else OLMOE)
+    shape = None if config.model == "random" else pretrained.published_config(config.model)
+    if shape is None:
+        if run.dry_run and config.model != "random" and not pretrained.is_here(config.model, run.data_dir):
+            raise ValueError(
+                f"{config.model} is not here, so its size is not known; without --dry-run it is downloaded"
+            )
+        if config.model != "random":
+            config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
+        shape = model_config(config)
+    base_k = shape.num_experts_per_tok
+    config = fit(config, shape)
+    share, needed = estimate_full(config, run, shape, capacity, processes)
+    if run.dry_run:
+        return {}
+    if needed > capacity:
+        remedy = "a lower --batch-size or --context, a smaller --model, --dtype bf16, or more GPUs with torchrun"
+        if config.model == "random":
+            remedy = f"a lower --num-layers (about {int(config.num_layers * capacity / needed)})"
+        raise ValueError(f"{needed / 1e9:.0f} GB needed, {capacity / 1e9:.0f} GB there; what helps: {remedy}")
+    run.workers = (
+        1 if processes > 1 else max(1, min(run.workers, int(capacity / needed) if run.device == "cpu" else 99))
+    )
+    if config.model == "random":
+        run.data = {"random": "tokens"}
+    else:
+        files = task_data.task_files(config.task, run.data_dir)
+        config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
+        files = [*files, Path(config.model) / "config.json"]
+        run.data = dict(zip(("train", "dev", "model"), (common.sha256(path)[:12] for path in files)))
+    run.config = config
+    train, dev, _, words = load_questions(config, run.seed, run)
+    text = f"{len(train.labels)} questions to train on, {len(dev.labels)} to answer"
+    run.header(f"{Path(config.model).name} · {config.task if config.model != 'random' else 'random tokens'}: {text}")
+    arms = list(full_arms(config, run.ablate))
+    results = run.measure(full_arm, config, arms)
+    print_full(config, run, results, words)
+    judge_full(config, run, results, base_k, share)
+    draw_full(run, results, words)
+    return {"arms": results}
+
+
+def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int) -> tuple[float, float]:
+    """Print what --full will take, from the model's shape: (experts' share of a token's FLOPs, bytes needed)."""
+    model = pretrained.random_causal(shape, run.dtype, "meta")  # shapes, no memory
+    embedding, base_k = model.get_input_embeddings().weight.numel(), shape.num_experts_per_tok
+    met = lambda experts: common.count_parameters(model, experts) - embedding  # a FLOP pair each, attention's aside
+    parameters, active, share = met(None) + embedding, met(base_k), 1 - met(0) / met(base_k)
+    load = predicted_load(config.num_experts, config.num_null, config.top_k)
+    saved = 100 * flops_saved(load, base_k, share)
+    add_null_experts(model, config.num_null, config.top_k, rank=config.lora_rank)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = config.batch_size * config.context
+    held = config.num_layers * config.d_model + config.top_k * (4 * config.d_model + 6 * config.d_ff)
+    weights, adam, held = parameters * run.dtype.itemsize, 16 * trained, 4 * held * tokens / config.accumulate
+    here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
+    size = lambda count: f"{count / 1e9:.2f} GB"
+    # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
+    flops = 6 * active * config.steps * tokens
+    rows = [
+        ["parameters", f"{parameters:,}"],
+        ["of which a token meets", f"{active:,} and its embedding, {100 * share:.1f} % of them in experts"],
+        ["predicted load", f"{load:.3f} of {base_k} experts ({config.num_null} nulls, {config.top_k} picks)"],
+        ["FLOPs saved, predicted", f"{saved:.1f} %"],
+        ["training FLOPs an arm, at most", f"{flops:.1e}"],
+        ["weights to download", "none" if here else f"{size(2 * parameters)} in 16 bits"],
+        ["weights", size(weights)],
+        ["LoRA, its gradient and Adam", size(adam)],
+        ["activations, at most", size(held)],
+        ["memory there", f"{size(capacity)} ({run.device if processes == 1 else f'{processes} processes'})"],
+    ]
+    run.table(f"what {config.model} will take", ["", "estimate"], rows)
+    return share, weights + adam + held
+
+
 def main(config: Config, run: Run) -> dict:
+    refuse_foreign(config, run)
+    if run.scale == "full":
+        return main_full(config, run)
     python, downstream = text_data.load_domain("python"), downstream_text(config)
     run.config = config = check(config, downstream)
     run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
     windows = validation_windows(downstream, config, run)
-    arms = list(trained_arms(config, run.ablate))
+    lora = config.setting == "lora"
+    arms = list((lora_arms if lora else trained_arms)(config, run.ablate))
     model = build(config, Arm(0, 2), torch.Generator().manual_seed(run.seed)).to(run.device)
     step = lambda: common.lm_loss(model, windows[: config.batch_size]).mean().backward()
     if run.dry_run:
@@ -689,6 +1433,12 @@ def main(config: Config, run: Run) -> dict:
         print(f"load {config.load:g}: {config.num_null} nulls, predicted load {predicted:.3f}")
 
     run.measure(pretrain_base, config, ["base"])
+    if lora:
+        results = run.measure(lora_arm, config, arms)
+        print_lora(config, run, results)
+        judge_lora(config, run, results)
+        run.plot("adamoe", [trade_off(results, "k1", "k2")])
+        return {"arms": results}
     results = run.measure(finetune_arm, config, arms)
     results |= run.measure(control_arm, config, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])
     print_tables(config, run, results)
@@ -698,4 +1448,4 @@ def main(config: Config, run: Run) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, claims=CLAIMS, data_parallel=True)
+    common.run(main, SMALL, FULL, CLAIMS, data_parallel=True)

@@ -547,11 +547,13 @@ def _parts(batch: Any, count: int) -> Sequence[tuple[Any, float]]:
 def _sum_over_processes(model: nn.Module, loss: Tensor, values: dict) -> tuple[Tensor, dict]:
     """Sum gradients (in place) and loss over the processes, average the metrics."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = nn.utils.parameters_to_vector(gradients)
+    gradients = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # FSDP2 has summed those
     logged = torch.stack([loss, *(torch.as_tensor(value, device=loss.device).float() for value in values.values())])
-    dist.all_reduce(flat)
+    if gradients:
+        flat = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, gradients)
     dist.all_reduce(logged)
-    nn.utils.vector_to_parameters(flat, gradients)
     return logged[0], dict(zip(values, logged[1:] / dist.get_world_size()))
 
 
@@ -773,18 +775,10 @@ class Run:
             model.compile()
         return model
 
-    def header(self, text: str, eta_seconds: float) -> None:
+    def header(self, text: str, eta_seconds: float | None = None) -> None:
         seeds = "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
-        parts = [
-            self.method,
-            f"{self.scale} scale",
-            self.device,
-            self.dtype_name,
-            seeds,
-            text,
-            f"about {eta_seconds:.0f} s",
-        ]
-        say(" · ".join(parts))
+        parts = [self.method, f"{self.scale} scale", self.device, self.dtype_name, seeds, text]
+        say(" · ".join(parts if eta_seconds is None else [*parts, f"about {eta_seconds:.0f} s"]))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         say(f"\n{title}\n{format_table(header, rows)}")

@@ -611,16 +611,20 @@ def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _FLOATS else t for t in (x, *others)]
 
 
-def gather(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """x [tokens, d_model] -> rows grouped by expert [assignments, d_model]; rows beyond the live ones are zero."""
+def gather(x: Tensor, dispatch: Dispatch, backend: str = "auto") -> Tensor:
+    """x [tokens, d_model] -> rows grouped by expert [assignments, d_model]; rows beyond the live ones are zero.
+
+    To have the live rows only, at the price of asking the device how many there are, shorten the dispatch first:
+    dispatch._replace(slot=dispatch.slot[: int(dispatch.offsets[-1])]). backend as in moe_mlp.
+    """
     _check("x", x, (dispatch.pos.shape[0], "d_model"), dispatch.pos, dtypes=(x.dtype,))
-    if _use_triton("auto", x, dispatch.slot):
+    if _use_triton(backend, x, dispatch.slot):
         return _Combine.apply(x, None, _token_of_row(dispatch), dispatch.pos, dispatch.slot)
     _, slot, token = _live(dispatch)
     return F.pad(x.index_select(0, token), (0, 0, 0, dispatch.slot.numel() - slot.numel()))
 
 
-def grouped_mm(h: Tensor, w: Tensor, dispatch: Dispatch, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(h: Tensor, w: Tensor, dispatch: Dispatch, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """h [assignments, in] times each row's expert, w [num_experts, in, out] (+ bias [num_experts, out]).
 
     Rows beyond the live ones are zero. What needs no gradient gets none computed, so LoRA on frozen experts is
@@ -630,18 +634,18 @@ def grouped_mm(h: Tensor, w: Tensor, dispatch: Dispatch, bias: Tensor | None = N
     h, w, bias = _autocast(h, w, bias)
     _check("w", w, (dispatch.num_experts, h.shape[1], "out"), h)
     _check("bias", bias, (dispatch.num_experts, w.shape[2]), h, optional=True)
-    if _use_triton("auto", h, w):
+    if _use_triton(backend, h, w):
         return _GroupedMM.apply(h, w, bias, dispatch.slot, dispatch.offsets)
     counts, slot, _ = _live(dispatch)
     y = _for_experts(_affine, counts, h[: slot.numel()], w, bias)
     return F.pad(y, (0, 0, 0, h.shape[0] - slot.numel()))
 
 
-def scatter(y: Tensor, dispatch: Dispatch, gates: Tensor | None = None) -> Tensor:
+def scatter(y: Tensor, dispatch: Dispatch, gates: Tensor | None = None, backend: str = "auto") -> Tensor:
     """y [assignments, d_model] -> [tokens, d_model]: a token's sum of its rows, weighted by gates [tokens, top_k]."""
     _check("y", y, (dispatch.slot.numel(), "d_model"), dispatch.pos, dtypes=(y.dtype,))
     _check("gates", gates, tuple(dispatch.pos.shape), y, dtypes=(torch.float32, y.dtype), optional=True)
-    if _use_triton("auto", y, dispatch.slot):
+    if _use_triton(backend, y, dispatch.slot):
         return _Combine.apply(y, gates, dispatch.pos, _token_of_row(dispatch), dispatch.slot)
     _, slot, token = _live(dispatch)
     return _torch_scatter(y[: slot.numel()], slot, token, dispatch.pos.shape[0], gates)

@@ -28,7 +28,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -224,12 +224,26 @@ SST2 = File(
 )
 MRPC = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
+ARC = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
+ARC_FILES = [
+    f"ARC-V1-Feb2018-2/ARC-{kind}-{part}.jsonl"
+    for kind in ("Challenge/ARC-Challenge", "Easy/ARC-Easy")
+    for part in ("Train", "Dev")
+]
+OBQA = "https://ai2-public-datasets.s3.amazonaws.com/open-book-qa/OpenBookQA-V1-Sep2018.zip"
+HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 WIKIQA = "https://download.microsoft.com/download/E/5/F/E5FCFCEE-7005-4814-853D-DAA7C66507E0/WikiQACorpus.zip"
 
 
 def _zip(url: str, *members: str) -> File:
     """An archive whose publisher states neither size nor checksum."""
     return File(url, unpack="zip", members={name: (None, None) for name in members}, limit=200_000_000)
+
+
+def _mosaic(task: str) -> File:
+    """Questions and labels of training and development set, as AllenAI's Mosaic group packs them."""
+    names = (f"{task}-train-dev/{part}{end}" for part in ("train", "dev") for end in (".jsonl", "-labels.lst"))
+    return _zip(f"https://storage.googleapis.com/ai2-mosaic/public/{task}/{task}-train-dev.zip", *names)
 
 
 def _plain(root: str, files: dict[str, tuple[int, str]]) -> tuple[File, ...]:
@@ -291,6 +305,28 @@ TABLE = (
         ),
         licence="CC BY",
         citation="Sakaguchi et al. 2020, WinoGrande",
+    ),
+    Dataset(
+        name="arc",
+        files=(
+            replace(_zip(ARC, *ARC_FILES), limit=2_000_000_000),  # most of it is a corpus, which stays packed
+        ),
+        licence="CC BY-SA",
+        citation="Clark et al. 2018, AI2 Reasoning Challenge",
+    ),
+    Dataset(
+        name="obqa",
+        files=(_zip(OBQA, *(f"OpenBookQA-V1-Sep2018/Data/Main/{part}.jsonl" for part in ("train", "dev", "test"))),),
+        licence="see allenai.org/data/open-book-qa",
+        citation="Mihaylov et al. 2018, OpenBookQA",
+    ),
+    Dataset(name="siqa", files=(_mosaic("socialiqa"),), licence="CC BY", citation="Sap et al. 2019, SocialIQA"),
+    Dataset(name="piqa", files=(_mosaic("physicaliqa"),), licence="AFL 3.0", citation="Bisk et al. 2020, PIQA"),
+    Dataset(
+        name="hellaswag",
+        files=tuple(File(HELLASWAG + name, save_as=name) for name in ("hellaswag_train.jsonl", "hellaswag_val.jsonl")),
+        licence="MIT",
+        citation="Zellers et al. 2019, HellaSwag",
     ),
     Dataset(
         name="wikiqa",

@@ -2,17 +2,24 @@
 
     load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
-    load_tokenizer(folder)              its tokenizer
+    load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
+    random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
+    load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
 safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
 """
 
-from collections.abc import Callable
+import os
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from data import tasks
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff, d_model], act, capacity)
 MakeLayer = Callable[[Tensor, Tensor, Tensor, str, int], nn.Module]
@@ -132,3 +139,202 @@ def load_tokenizer(folder: str | Path):
         return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}") from error
+
+
+# Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever shares their layout,
+# layer.mlp.gate.weight [experts, d_model], layer.mlp.experts.gate_up_proj [experts, 2 d_ff, d_model] and down_proj.
+
+
+def causal_config(folder: str | Path):
+    """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model with experts."""
+    transformers = require_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:120]}") from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_experts_per_tok"):
+        raise ValueError(f"{folder} holds a {config.model_type} model; a causal language model with experts is needed")
+    return _plain_forward(config)
+
+
+def mixtral_config(num_layers: int, d_model: int, d_ff: int, num_heads: int, num_experts: int, vocab_size: int = 32000):
+    """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a value, as there."""
+    kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads
+    config = require_transformers().MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=d_model,
+        intermediate_size=d_ff,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=kv_heads,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+    return _plain_forward(config)
+
+
+def _plain_forward(config):
+    config.output_router_logits = False  # the library's own balance loss knows no null experts
+    config.use_cache = False
+    return config
+
+
+def random_causal(config, dtype: torch.dtype, device: str) -> nn.Module:
+    """A model with random weights; on the device "meta", shapes without memory."""
+    with torch.device(device):
+        return require_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def load_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen weights."""
+    transformers, config = require_transformers(), causal_config(folder)
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+        )
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
+    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
+    if wrong:
+        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}")
+    return model.eval()
+
+
+def shard(model: nn.Module, device: str) -> nn.Module:
+    """Spread a model over the processes of torchrun with FSDP2, a layer at a time. In place.
+
+    Only the first process has to hold the weights; in the others the model may lie on the device "meta". Every process
+    must call this with the same model. A layer's weights come together on each device only while it computes.
+    """
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    first = dist.get_rank() == 0
+    whole = model.state_dict() if first else {}
+    buffers = [buffer.detach().to(device) if first else None for _, buffer in model.named_buffers()]
+    model.to("meta")
+    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
+    for module in [*model.base_model.layers, model]:
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # the gradients' sum, not their mean
+        module.set_force_sum_reduction_for_comms(True)  # the one way to it that gloo has
+    model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
+    for buffer, value in zip(model.buffers(), buffers):  # rotary frequencies are in no state dict
+        if first:
+            buffer.copy_(value)
+        dist.broadcast(buffer, src=0)
+    return model
+
+
+def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list[int]:
+    """The token that each word becomes after `before` and a space. Raises ValueError unless it is one token each."""
+    start, found = tokenizer(before)["input_ids"], []
+    for word in words:
+        ids = tokenizer(f"{before} {word}")["input_ids"]
+        if ids[:-1] != start or ids[-1] == tokenizer.unk_token_id:
+            raise ValueError(f"after {before!r}, {word!r} is not one token of this tokenizer: {ids[len(start) :]}")
+        found.append(ids[-1])
+    if len(set(found)) < len(found):
+        raise ValueError(f"two of the answers {', '.join(words)} are the same token")
+    return found
+
+
+def encode(tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Tokens [texts, longest] int64, padded with 0 on the right, and lengths [texts]; of a long text, its end."""
+    rows = [torch.tensor(ids[-length:]) for ids in tokenizer(list(texts))["input_ids"]]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+def last_logits(model: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are padded on the right.
+
+    A causal model does not see what follows a position, so that padding needs no mask.
+    """
+    positions, column = (lengths - 1).unique(return_inverse=True)
+    logits = model(input_ids=tokens, logits_to_keep=positions.to(tokens.device)).logits  # [batch, positions, vocab]
+    return logits[torch.arange(len(tokens), device=logits.device), column.to(logits.device)].float()
+
+
+def published_config(model: str):
+    """The configuration of a well-known checkpoint, known before it is downloaded; else None."""
+    transformers = require_transformers()
+    if model == "mistralai/Mixtral-8x7B-v0.1":
+        return _plain_forward(transformers.MixtralConfig())
+    if model == "allenai/OLMoE-1B-7B-0924":
+        return _plain_forward(transformers.OlmoeConfig(intermediate_size=1024))
+    return None
+
+
+def is_here(model: str, data_dir: str | Path) -> bool:
+    """Whether locate() finds a model without downloading it."""
+    return any(
+        folder.is_dir()
+        for folder in (Path(model).expanduser(), Path(data_dir).expanduser() / "models" / model.replace("/", "--"))
+    )
+
+
+def device_memory(device: str) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def sizes(config) -> dict[str, int]:
+    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration, whatever it calls them."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "d_ff": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        "num_heads": config.num_attention_heads,
+        "num_experts": getattr(config, "num_local_experts", None) or config.num_experts,
+    }
+
+
+class Questions(NamedTuple):
+    """Multiple-choice questions as tokens."""
+
+    tokens: Tensor  # [questions, longest] int64, padded on the right
+    lengths: Tensor  # [questions]
+    labels: Tensor  # [questions], which letter is right
+
+    def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = self.lengths[rows]
+        return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
+
+
+def letter_questions(
+    folder: str | Path, task: str, data_dir: str | Path, num_train: int, length: int, seed: int
+) -> tuple[Questions, Questions, list[int], list[str]]:
+    """num_train random training questions, all development questions, the letters' tokens, the words of the first one.
+
+    Questions with an uncommon number of choices are left out (a few of ARC's have three or five).
+    """
+    tokenizer, (train, dev) = load_tokenizer(folder), tasks.load_task(task, data_dir)
+    options = statistics.mode(len(example.choices) for example in dev)
+    train, dev = ([example for example in part if len(example.choices) == options] for part in (train, dev))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:num_train].tolist()
+    parts = []
+    for part in ([train[i] for i in chosen], dev):
+        encoded = encode(tokenizer, [tasks.letter_prompt(example) for example in part], length)
+        parts.append(Questions(*encoded, torch.tensor([example.label for example in part])))
+    words = tokenizer.batch_decode(parts[1].tokens[0, : int(parts[1].lengths[0]), None])
+    return *parts, answer_ids(tokenizer, tasks.LETTERS[:options]), words
+
+
+def random_questions(
+    count: int, length: int, vocab_size: int, seed: int
+) -> tuple[Questions, Questions, list[int], list[str]]:
+    """The same from random tokens, to measure costs: nothing can be learnt from them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (count, length), generator=generator)
+    part = Questions(tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator))
+    return part, part, [0, 1, 2, 3], [str(token) for token in tokens[0].tolist()]

@@ -5,6 +5,8 @@
     read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation), Answer
     read_mrpc    do two sentences say the same   TSV of the Microsoft corpus or of GLUE, five columns
     read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI publish them
+    read_arc, read_hellaswag                     the same; read_arc also reads OpenBookQA
+    read_siqa, read_piqa                         the same, labels in NAME-labels.lst beside NAME.jsonl
     read_wikiqa  does a sentence answer          TSV with a header that names Question, Sentence, Label
 
     Example("a gorgeous film", 1)        Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
@@ -35,6 +37,7 @@ class Example(NamedTuple):
     label: int  # class, or index of the right choice
     pair: str = ""  # the second sentence of a task on two
     choices: tuple[str, ...] = ()  # of a multiple-choice task
+    context: str = ""  # what the question is about
 
 
 class Problem(NamedTuple):
@@ -170,7 +173,7 @@ def read_objects(path: str | Path, read: Callable[[dict], Iterable[Example]], ne
     for number, line in read_lines(path):
         try:
             found = list(read(json.loads(line)))
-            texts = [text for e in found for text in (e.text, *e.choices)]
+            texts = [text for e in found for text in (e.text, e.context or "-", *e.choices)]
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("an empty text")
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -199,6 +202,62 @@ def read_winogrande(path: str | Path) -> list[Example]:
         yield Example(item["sentence"], ("1", "2").index(item["answer"]), choices=(item["option1"], item["option2"]))
 
     return read_objects(path, read, '{"sentence" with a gap _, "option1", "option2", "answer": "1" or "2"}')
+
+
+def read_arc(path: str | Path) -> list[Example]:
+    """ARC and OpenBookQA: three to five choices, labelled A.. or 1... Raises like read_sst2."""
+
+    def read(item: dict) -> Iterator[Example]:
+        question, choices = item["question"]["stem"], item["question"]["choices"]
+        labels = [choice["label"] for choice in choices]
+        if len(set(labels)) != len(labels) or not 2 <= len(labels) <= 5:
+            raise ValueError("labels")
+        yield Example(question, labels.index(item["answerKey"]), choices=tuple(choice["text"] for choice in choices))
+
+    return read_objects(path, read, '{"question": {"stem", "choices": [{"text", "label"}]}, "answerKey": a label}')
+
+
+def read_hellaswag(path: str | Path) -> list[Example]:
+    """HellaSwag: which of four endings follows. Raises like read_sst2."""
+
+    def read(item: dict) -> Iterator[Example]:
+        if len(item["endings"]) != 4:
+            raise ValueError("not four")
+        label, endings = range(4).index(item["label"]), tuple(item["endings"])
+        yield Example("Which ending follows?", label, choices=endings, context=item["ctx"])
+
+    return read_objects(path, read, '{"ctx", "endings": four, "label": 0 to 3} (the test file hides the label)')
+
+
+def read_labelled(path: str | Path, make: Callable[[dict, int], Example], labels: tuple[str, ...], needed: str) -> list:
+    """The examples of NAME.jsonl, the right answers of which stand in NAME-labels.lst, line by line."""
+    path = Path(path)
+    answers = path.with_name(f"{path.stem}-labels.lst")
+    found = list(read_lines(answers))
+    for number, label in found:
+        if label.strip() not in labels:
+            refuse(answers, number, f"label {label[:40]!r} is not one of {', '.join(labels)}")
+    indices = (labels.index(label.strip()) for _, label in found)
+    examples = read_objects(path, lambda item: [make(item, next(indices, -1))], needed)
+    if len(examples) != len(found):
+        raise ValueError(f"{path} has {len(examples)} lines, {answers} has {len(found)}")
+    return examples
+
+
+def read_siqa(path: str | Path) -> list[Example]:
+    """SocialIQA: a context, a question, three answers, labels 1 to 3. Raises like read_sst2."""
+
+    def make(item: dict, label: int) -> Example:
+        answers = (item["answerA"], item["answerB"], item["answerC"])
+        return Example(item["question"], label, choices=answers, context=item["context"])
+
+    return read_labelled(path, make, ("1", "2", "3"), '{"context", "question", "answerA", "answerB", "answerC"}')
+
+
+def read_piqa(path: str | Path) -> list[Example]:
+    """PIQA: which of two solutions reaches the goal, labels 0 and 1. Raises like read_sst2."""
+    make = lambda item, label: Example(item["goal"], label, choices=(item["sol1"], item["sol2"]))
+    return read_labelled(path, make, ("0", "1"), '{"goal", "sol1", "sol2"}')
 
 
 def read_multirc(path: str | Path) -> list[Example]:
@@ -323,6 +382,13 @@ TASKS = {  # name: (reader, data set of data/download.py, training file, develop
     "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
     "winogrande": (read_winogrande, "winogrande", "winogrande_1.1/train_l.jsonl", "winogrande_1.1/dev.jsonl"),
     "wikiqa": (read_wikiqa, "wikiqa", "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),
+    # The evaluation sets of AdaMoE's Table 1: development questions, for OpenBookQA the test questions.
+    "arc-c": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{p}.jsonl" for p in ("Train", "Dev"))),
+    "arc-e": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-{p}.jsonl" for p in ("Train", "Dev"))),
+    "obqa": (read_arc, "obqa", *(f"OpenBookQA-V1-Sep2018/Data/Main/{p}.jsonl" for p in ("train", "test"))),
+    "siqa": (read_siqa, "siqa", "socialiqa-train-dev/train.jsonl", "socialiqa-train-dev/dev.jsonl"),
+    "piqa": (read_piqa, "piqa", "physicaliqa-train-dev/train.jsonl", "physicaliqa-train-dev/dev.jsonl"),
+    "hellaswag": (read_hellaswag, "hellaswag", "hellaswag_train.jsonl", "hellaswag_val.jsonl"),
 }
 
 
@@ -373,6 +439,20 @@ def load_prompts(name: str, data_dir: str | Path) -> tuple[list[tuple[str, int]]
     template = PROMPTS[name].template
     train, dev = ([(template(e), e.label) for e in part] for part in load_task(name, data_dir))
     return train, dev
+
+
+LETTERS = "ABCDE"
+LETTER_TASKS = ("arc-c", "arc-e", "obqa", "siqa", "winogrande", "piqa", "hellaswag", "csqa")
+
+
+def letter_prompt(example: Example) -> str:
+    """A multiple-choice question as text that ends where the letter of the right choice belongs (AdaMoE, Figure 1).
+
+    Letter and choice are one line each; the answer is " A", " B", ... after "Answer:".
+    """
+    lines = [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, example.choices)]
+    context = [example.context.strip()] if example.context else []
+    return "\n".join([*context, f"Question: {example.text.strip()}", *lines, "Answer:"])
 
 
 def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
