@@ -634,6 +634,28 @@ def test_arms_are_what_their_names_say():
     assert isinstance(mowst.build_expert(*arms["gin-skip"][:2], task, 0.5), mowst.Skip)
     assert mowst.build_mixture(*arms["moe"][:2], task, 0.5).confidence.kind == "features"
     assert "oracle" not in mowst.make_arms(replace(config, dataset="x"), ablate=True)
+    sampled = mowst.make_arms(replace(config, infer="threshold"), ablate=True)
+    assert {name for name in sampled if sampled[name].config.infer == "mixture"} == {
+        name for name in sampled if sampled[name].method == "ensemble"
+    }
+
+
+def test_epochs_are_counted_for_all_that_runs_a_gnn():
+    config = mowst.settle(replace(mowst.SMALL, graphs=2, epochs=5, rounds=3, turn_epochs=7, lr=(0.1, 0.2)))
+    arms = mowst.make_arms(config, ablate=False)
+    assert {name: mowst.epochs_alone(arms[name]) for name in ("mlp", "gcn", "gcn-skip")} == {
+        "mlp": 5, "gcn": 5, "gcn-skip": 5 + 3 * 2 * 7,
+    }  # fmt: skip
+    skip_as_expert = mowst.make_arms(replace(config, backbone="gcn-skip"), ablate=False)
+    assert mowst.epochs_alone(skip_as_expert["mlp"]) == 5
+    # two graphs and two rates: the GNN, the skip control, the second turns of Mowst, Mowst* and the learned gate
+    assert mowst.count_epochs(config, arms) == 2 * 2 * (5 + 47 + 21 + 42 + 42)
+
+
+def test_few_test_nodes_give_no_empty_blocks():
+    task = small_task()._replace(test=torch.arange(5))
+    found = mowst.summary(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]).expand(80, 5).flatten(), task)
+    assert found["blocks"] == [100.0, 0.0, 100.0, 100.0, 0.0] and found["accuracy"] == pytest.approx(60)
 
 
 def test_the_official_rows_fill_what_is_not_given():
