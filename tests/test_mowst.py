@@ -856,6 +856,15 @@ def test_bad_graphs_are_one_clear_line(command_line, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_out_of_memory_names_a_setting_of_this_script(command_line, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mowst, "make_task", full)
+    done = command_line(mowst)
+    assert done.returncode == 1 and done.stderr == "mowst.py: out of GPU memory; lower --hidden\n"
+
+
 def test_dry_run_needs_no_data_and_theory_no_run(command_line, tmp_path):
     done = command_line(mowst, "--full", "--dataset", "chameleon_filtered", "--dry-run", "--data-dir", tmp_path)
     assert done.returncode == 0 and "random graph of the size of chameleon_filtered" in done.stdout
