@@ -728,6 +728,8 @@ def test_a_single_graph_is_judged_over_blocks_and_real_graphs_without_kinds():
     assert len(verdicts(graphs=1)["beats_weak"].values["margin"]) == 2
     found = verdicts(ablate=False, config=mowst.settle(replace(mowst.SMALL, dataset="tolokers")))
     assert found["split"].holds is None and "generated graphs only" in found["split"].measured
+    assert [id for id, claim in found.items() if claim.required] == ["beats_weak", "beats_strong", "beats_ensemble"]
+    assert verdicts(ablate=False)["split"].required
     assert verdicts(ablate=False)["homophily_and_heterophily"].holds is None
 
 
@@ -882,6 +884,12 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path):
     common.save(tmp_path / "mowst-seed0.ckpt", {"model": 1})
     with pytest.raises(common.UsageError, match="checkpoint of something else"):
         mowst.Keeper(tmp_path / "mowst-seed0.ckpt")
+
+
+def test_a_lost_expert_is_one_clear_line_with_the_way_out(tmp_path):
+    run = common.Run("mowst", "small", "cpu", torch.float32, [0], tmp_path)
+    with pytest.raises(common.UsageError, match="mlp-seed0.pt is missing; delete .*mlp-seed0.json and go on"):
+        mowst.train_arm(small_config(), "mowst", 0, run)
 
 
 class Stop(Exception):
