@@ -572,7 +572,7 @@ class Keeper:
             self.state = found
 
     def once(self, stage: str, work: Callable[[], dict]) -> dict:
-        """work() the first time, afterwards its stored result. The stage that was cut short brings its random state."""
+        """work() the first time, afterwards its stored result. Only a stage cut short restores random numbers (fit)."""
         done = self.state["done"]
         if stage not in done:
             done[stage] = work()
@@ -667,13 +667,13 @@ def train_by_turns(model: Mowst, task: Task, config: Config, keeper: Keeper, sta
     x_train, x_val = x[train], x[val]
 
     @torch.no_grad()
-    def frozen(part: str) -> tuple[Tensor, ...]:
-        """What the part that does not train says about all nodes: computed once a turn, in evaluation mode."""
+    def frozen(expert: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+        """What the expert that does not train says about all nodes: computed once a turn, in evaluation mode."""
         model.eval()
-        return model.look(x) if part == "strong" else (model.strong(x, task.adjacency),)
+        return expert(*inputs)
 
     def turn_a(name: str) -> dict:
-        (strong,) = frozen("weak")
+        strong = frozen(model.strong, x, task.adjacency)
         loss = lambda: mowst_loss(*model.look(x_train), strong[train], y[train])
         score = lambda: mowst_star_loss(*model.look(x_val), strong[val], y[val])
         module = nn.ModuleList([model.weak, model.confidence])
@@ -681,7 +681,7 @@ def train_by_turns(model: Mowst, task: Task, config: Config, keeper: Keeper, sta
         return {"score": best, "model": copy_state(model)}
 
     def turn_b(name: str) -> dict:
-        confidence, weak = frozen("strong")
+        confidence, weak = frozen(model.look, x)
 
         def of(criterion: Callable, rows: Tensor) -> Tensor:
             return criterion(confidence[rows], weak[rows], model.strong(x, task.adjacency)[rows], y[rows])

@@ -528,7 +528,7 @@ def read_flickr(folder: str | Path) -> Graph:
         edges = np.stack([source, target], axis=1)
     except FileNotFoundError:
         raise
-    except (LookupError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{folder} is not in the layout of GraphSAINT's Flickr ({error!r})") from error
     return build_graph(str(folder), x, edges, y, _member_masks(str(folder), len(x), [splits]))
 

@@ -225,6 +225,9 @@ def test_flickr_files(tmp_path):
     np.save(tmp_path / "feats.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="not in the layout"):
         graphs.load(tmp_path)
+    (tmp_path / "feats.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="not in the layout"):
+        graphs.load(tmp_path)
 
 
 TWITCH = """views,mature,life_time,created_at,updated_at,numeric_id,dead_account,language,affiliate
