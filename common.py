@@ -997,7 +997,7 @@ def run(
             traceback.print_exc()
         message = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
-            names = [name for name in ("batch_size", "context", "d_model") if hasattr(small, name)]
+            names = [name for name in ("batch_size", "context", "d_model", "hidden") if hasattr(small, name)]
             message = "out of GPU memory; lower " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
         usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
         if not usage and isinstance(error, OSError) and error.errno is not None:  # not a failed download

@@ -17,6 +17,7 @@ import os
 import pickletools
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -435,6 +436,8 @@ def _read_folder(folder: Path) -> Graph:
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz, without pickle. Raises ValueError with the file's name for anything damaged."""
     try:
+        if path.exists() and not zipfile.is_zipfile(path):  # np.load would take it for a pickle
+            raise ValueError("no zip archive of arrays")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
@@ -525,7 +528,7 @@ def read_flickr(folder: str | Path) -> Graph:
         edges = np.stack([source, target], axis=1)
     except FileNotFoundError:
         raise
-    except (LookupError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{folder} is not in the layout of GraphSAINT's Flickr ({error!r})") from error
     return build_graph(str(folder), x, edges, y, _member_masks(str(folder), len(x), [splits]))
 

@@ -151,6 +151,9 @@ def test_damaged_and_hostile_npz(tmp_path):
     path.write_bytes(b"PK not really")
     with pytest.raises(ValueError, match="g.npz: not a readable .npz"):
         graphs.load(path)
+    path.write_text("0,1\n1,2\n")  # and nobody is told to unpickle it
+    with pytest.raises(ValueError, match="no zip archive of arrays"):
+        graphs.load(path)
     save_npz(path, edges=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="Python objects, and nothing is unpickled"):
         graphs.load(path)
@@ -220,6 +223,9 @@ def test_flickr_files(tmp_path):
     with pytest.raises(ValueError, match="not in the layout"):
         graphs.load(tmp_path)
     np.save(tmp_path / "feats.npy", np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="not in the layout"):
+        graphs.load(tmp_path)
+    (tmp_path / "feats.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="not in the layout"):
         graphs.load(tmp_path)
 

@@ -634,6 +634,28 @@ def test_arms_are_what_their_names_say():
     assert isinstance(mowst.build_expert(*arms["gin-skip"][:2], task, 0.5), mowst.Skip)
     assert mowst.build_mixture(*arms["moe"][:2], task, 0.5).confidence.kind == "features"
     assert "oracle" not in mowst.make_arms(replace(config, dataset="x"), ablate=True)
+    sampled = mowst.make_arms(replace(config, infer="threshold"), ablate=True)
+    assert {name for name in sampled if sampled[name].config.infer == "mixture"} == {
+        name for name in sampled if sampled[name].method == "ensemble"
+    }
+
+
+def test_epochs_are_counted_for_all_that_runs_a_gnn():
+    config = mowst.settle(replace(mowst.SMALL, graphs=2, epochs=5, rounds=3, turn_epochs=7, lr=(0.1, 0.2)))
+    arms = mowst.make_arms(config, ablate=False)
+    assert {name: mowst.epochs_alone(arms[name]) for name in ("mlp", "gcn", "gcn-skip")} == {
+        "mlp": 5, "gcn": 5, "gcn-skip": 5 + 3 * 2 * 7,
+    }  # fmt: skip
+    skip_as_expert = mowst.make_arms(replace(config, backbone="gcn-skip"), ablate=False)
+    assert mowst.epochs_alone(skip_as_expert["mlp"]) == 5
+    # two graphs and two rates: the GNN, the skip control, the second turns of Mowst, Mowst* and the learned gate
+    assert mowst.count_epochs(config, arms) == 2 * 2 * (5 + 47 + 21 + 42 + 42)
+
+
+def test_few_test_nodes_give_no_empty_blocks():
+    task = small_task()._replace(test=torch.arange(5))
+    found = mowst.summary(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]).expand(80, 5).flatten(), task)
+    assert found["blocks"] == [100.0, 0.0, 100.0, 100.0, 0.0] and found["accuracy"] == pytest.approx(60)
 
 
 def test_the_official_rows_fill_what_is_not_given():
@@ -706,6 +728,8 @@ def test_a_single_graph_is_judged_over_blocks_and_real_graphs_without_kinds():
     assert len(verdicts(graphs=1)["beats_weak"].values["margin"]) == 2
     found = verdicts(ablate=False, config=mowst.settle(replace(mowst.SMALL, dataset="tolokers")))
     assert found["split"].holds is None and "generated graphs only" in found["split"].measured
+    assert [id for id, claim in found.items() if claim.required] == ["beats_weak", "beats_strong", "beats_ensemble"]
+    assert verdicts(ablate=False)["split"].required
     assert verdicts(ablate=False)["homophily_and_heterophily"].holds is None
 
 
@@ -834,6 +858,15 @@ def test_bad_graphs_are_one_clear_line(command_line, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_out_of_memory_names_a_setting_of_this_script(command_line, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mowst, "make_task", full)
+    done = command_line(mowst)
+    assert done.returncode == 1 and done.stderr == "mowst.py: out of GPU memory; lower --hidden\n"
+
+
 def test_dry_run_needs_no_data_and_theory_no_run(command_line, tmp_path):
     done = command_line(mowst, "--full", "--dataset", "chameleon_filtered", "--dry-run", "--data-dir", tmp_path)
     assert done.returncode == 0 and "random graph of the size of chameleon_filtered" in done.stdout
@@ -851,6 +884,12 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path):
     common.save(tmp_path / "mowst-seed0.ckpt", {"model": 1})
     with pytest.raises(common.UsageError, match="checkpoint of something else"):
         mowst.Keeper(tmp_path / "mowst-seed0.ckpt")
+
+
+def test_a_lost_expert_is_one_clear_line_with_the_way_out(tmp_path):
+    run = common.Run("mowst", "small", "cpu", torch.float32, [0], tmp_path)
+    with pytest.raises(common.UsageError, match="mlp-seed0.pt is missing; delete .*mlp-seed0.json and go on"):
+        mowst.train_arm(small_config(), "mowst", 0, run)
 
 
 class Stop(Exception):
