@@ -965,14 +965,14 @@ def run(
     full: object | None = None,
     claims: Sequence[Claim] = (),
     argv: Sequence[str] | None = None,
-    data_parallel: bool = False,
     actions: dict[str, tuple] | None = None,
+    data_parallel: bool = False,
 ) -> NoReturn:
     """Parse the command line, call main(config, run) -> dict, report, and exit.
 
-    data_parallel: under torchrun, the processes train every arm together; see `train`.
     actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`; main then does that
     instead of a whole run: no claims are judged, no results.json is written, and --out is left alone.
+    data_parallel: under torchrun, the processes train every arm together; see `train`.
 
     Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
     130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
