@@ -444,6 +444,8 @@ class Forest:
     def add(self, name: str, weights: dict[str, Tensor], meta: dict | None = None, force: bool = False) -> str:
         """Commit an expert; returns the SHA-256 of its weights. Raises ValueError when it is there, or does not fit."""
         folder = self.folder(name)
+        if folder.is_symlink():
+            raise ValueError(f"expert {name!r}: {folder} is a link; nothing is written outside the forest")
         if (folder / "meta.json").exists():
             if not force:
                 raise ValueError(f"expert {name!r} is in {self.path} already; --force replaces it")
@@ -461,6 +463,8 @@ class Forest:
     def remove(self, name: str) -> None:
         """Delete an expert: first out of the listing, then from the disk. Raises ValueError when there is none."""
         folder = self.folder(name)
+        if folder.is_symlink():
+            return folder.unlink()  # what it points to is not the forest's
         if not folder.is_dir():
             raise ValueError(f"there is no expert {name!r} in {self.path}")
         gone = folder.with_name(f".removed-{name}")
@@ -482,9 +486,11 @@ class Forest:
                 raise ValueError("meta.json does not describe this expert")
             if meta.get("config") != self.digest:
                 raise ValueError("made for another configuration than this forest's")
-            for parent in meta.get("parents", []):
-                if not text_data.NAME.fullmatch(parent["name"]) or not 0 <= float(parent["weight"]) <= 1:
+            for parent in meta["parents"]:
+                if not text_data.NAME.fullmatch(parent["name"]) or not 0 <= parent["weight"] <= 1:
                     raise ValueError("meta.json names impossible parents")
+            if not path.is_file():
+                raise ValueError("no weights.npz")
             room = sum(4 * math.prod(shape) + 1024 for shape, _ in self.expected.values()) + 65_536
             if path.stat().st_size > room:
                 raise ValueError(f"weights.npz has {path.stat().st_size:,} bytes, more than this architecture needs")

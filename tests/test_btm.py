@@ -516,6 +516,18 @@ def test_remove_and_drop_in(forest, tmp_path):
             forest.remove(name)
 
 
+def test_a_link_among_the_experts_leads_nowhere(forest, tmp_path):
+    outside, link = tmp_path / "outside", forest.path / "experts" / "c"
+    shutil.copytree(forest.folder("a"), outside)
+    link.symlink_to(outside)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    with pytest.raises(ValueError, match="is a link"):
+        forest.add("c", forest.load("b")[0], force=True)
+    forest.remove("c")
+    assert not link.is_symlink() and forest.folders() == ["a", "b"]
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
 def test_a_removal_that_is_cut_short_leaves_no_half_expert(forest, monkeypatch):
     def stopped(path, ignore_errors=False):
         if not ignore_errors:
@@ -602,6 +614,12 @@ def hostile(forest, how):
         case "traversing parent":
             common.write_json(folder / "meta.json", meta | {"parents": [{"name": "../../x", "weight": 1.0}]})
             return "impossible parents"
+        case "text as weight":
+            common.write_json(folder / "meta.json", meta | {"parents": [{"name": "seed", "weight": "1.0"}]})
+            return "not supported between"
+        case "no parents":
+            common.write_json(folder / "meta.json", {key: meta[key] for key in meta if key != "parents"})
+            return "parents"
         case "odd parents":
             common.write_json(folder / "meta.json", meta | {"parents": 7})
             return "refused"
@@ -632,6 +650,7 @@ def hostile(forest, how):
 HOSTILE = (
     "planted pickle|pickle for npz|wrong hash|flipped byte|truncated|missing array|other shape|NaN|huge|"
     "other architecture|other name|traversing parent|odd parents|meta is no json|meta is a list|deep meta|huge meta|"
+    "text as weight|no parents|"
     "no weights|link|unfinished"
 ).split("|")
 
