@@ -854,7 +854,7 @@ def plain_forest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     before, flags = signal.getsignal(signal.SIGTERM), [*BTM, "--workers", "1", "--out", str(folder)]
     with pytest.raises(SystemExit) as stop:
-        common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, btm.ACTIONS)
+        common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, actions=btm.ACTIONS)
     signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 0
     return folder / "forest-seed0"
@@ -933,7 +933,7 @@ def act(tmp_path, monkeypatch, capsys):
     def run(*flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, [str(flag) for flag in flags], btm.ACTIONS)
+            common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, [str(flag) for flag in flags], actions=btm.ACTIONS)
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(flags, stop.value.code, out, err)
 
@@ -1112,6 +1112,14 @@ def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(act, tmp_path, flag
     done = act(*flags, "--data-dir", "D")
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [("--sample", "x", "--top-k", 1), ("--domain", "a", "--domain-index", 0)])
+def test_flags_that_would_do_nothing_are_refused(act, tmp_path, flags):
+    btm.Forest.create(tmp_path / "F", btm.forest_config(TINY, 0))
+    stage = () if "--sample" in flags else ("--stage", "expert")
+    done = act(*BTM, *stage, "--forest", "F", *flags)
+    assert done.returncode == 2 and ("goes with --stage eval" in done.stderr or "exclude each other" in done.stderr)
 
 
 def test_a_forest_without_a_seed_says_what_comes_first(act, tmp_path):
