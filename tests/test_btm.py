@@ -516,6 +516,18 @@ def test_remove_and_drop_in(forest, tmp_path):
             forest.remove(name)
 
 
+def test_a_link_among_the_experts_leads_nowhere(forest, tmp_path):
+    outside, link = tmp_path / "outside", forest.path / "experts" / "c"
+    shutil.copytree(forest.folder("a"), outside)
+    link.symlink_to(outside)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    with pytest.raises(ValueError, match="is a link"):
+        forest.add("c", forest.load("b")[0], force=True)
+    forest.remove("c")
+    assert not link.is_symlink() and forest.folders() == ["a", "b"]
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
 def test_a_removal_that_is_cut_short_leaves_no_half_expert(forest, monkeypatch):
     def stopped(path, ignore_errors=False):
         if not ignore_errors:
@@ -602,6 +614,12 @@ def hostile(forest, how):
         case "traversing parent":
             common.write_json(folder / "meta.json", meta | {"parents": [{"name": "../../x", "weight": 1.0}]})
             return "impossible parents"
+        case "text as weight":
+            common.write_json(folder / "meta.json", meta | {"parents": [{"name": "seed", "weight": "1.0"}]})
+            return "not supported between"
+        case "no parents":
+            common.write_json(folder / "meta.json", {key: meta[key] for key in meta if key != "parents"})
+            return "parents"
         case "odd parents":
             common.write_json(folder / "meta.json", meta | {"parents": 7})
             return "refused"
@@ -632,6 +650,7 @@ def hostile(forest, how):
 HOSTILE = (
     "planted pickle|pickle for npz|wrong hash|flipped byte|truncated|missing array|other shape|NaN|huge|"
     "other architecture|other name|traversing parent|odd parents|meta is no json|meta is a list|deep meta|huge meta|"
+    "text as weight|no parents|"
     "no weights|link|unfinished"
 ).split("|")
 
@@ -835,7 +854,7 @@ def plain_forest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     before, flags = signal.getsignal(signal.SIGTERM), [*BTM, "--workers", "1", "--out", str(folder)]
     with pytest.raises(SystemExit) as stop:
-        common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, btm.ACTIONS)
+        common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, actions=btm.ACTIONS)
     signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 0
     return folder / "forest-seed0"
@@ -914,7 +933,7 @@ def act(tmp_path, monkeypatch, capsys):
     def run(*flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, [str(flag) for flag in flags], btm.ACTIONS)
+            common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, [str(flag) for flag in flags], actions=btm.ACTIONS)
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(flags, stop.value.code, out, err)
 
@@ -1093,6 +1112,14 @@ def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(act, tmp_path, flag
     done = act(*flags, "--data-dir", "D")
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [("--sample", "x", "--top-k", 1), ("--domain", "a", "--domain-index", 0)])
+def test_flags_that_would_do_nothing_are_refused(act, tmp_path, flags):
+    btm.Forest.create(tmp_path / "F", btm.forest_config(TINY, 0))
+    stage = () if "--sample" in flags else ("--stage", "expert")
+    done = act(*BTM, *stage, "--forest", "F", *flags)
+    assert done.returncode == 2 and ("goes with --stage eval" in done.stderr or "exclude each other" in done.stderr)
 
 
 def test_a_forest_without_a_seed_says_what_comes_first(act, tmp_path):
