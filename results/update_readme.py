@@ -1,0 +1,74 @@
+"""Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
+
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`) and `<!-- end -->`; a test checks that both
+files are what this command makes of them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS, PAGES = FOLDER / "cpu-2-cores", (FOLDER.parent / "README.md", FOLDER / "README.md")
+WORDS = {True: "holds", False: "does not hold", None: "not measured"}
+PAPERS = {  # script: (paper, idea)
+    "adamoe": ("AdaMoE (Zeng et al. 2024)", "null experts let every token use a different number of true ones"),
+    "smoe_dropout": (
+        "SMoE-Dropout (Chen et al. 2023)",
+        "a frozen random router and a growing k make a model that can be slimmed",
+    ),
+    "mcsmoe": (
+        "Merge, then Compress (Li et al. 2024)",
+        "merge experts that are routed alike, then low rank plus sparse",
+    ),
+    "btm": ("Branch-Train-Merge (Li et al. 2022)", "expert language models trained apart, ensembled or averaged"),
+    "home": ("HoME (Wang et al. 2024)", "a hierarchy of multi-gate experts for multi-task ranking"),
+    "dual_head_kd": (
+        "Dual-Head Knowledge Distillation (Yang et al. 2024)",
+        "a second classification head for the logit-level loss",
+    ),
+    "mowst": ("Mowst (Zeng et al. 2024)", "a weak MLP answers what it is sure of, a strong GNN the rest"),
+}
+
+
+def report(method: str) -> dict:
+    return json.loads((RESULTS / f"{method}.json").read_text())
+
+
+def claims_table(method: str) -> str:
+    """Every claim of a method as measured over the seeds of its committed result."""
+    lines = ["| claim | | verdict | measured | paper |", "|---|---|---|---|---|"]
+    for claim in report(method)["claims"]:
+        kind = "required" if claim["required"] else "open"
+        cells = [f"`{claim['id']}`", kind, WORDS[claim["holds"]], claim["measured"], claim["paper"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def papers_table() -> str:
+    lines = ["| script | paper | idea in one line | required claims that hold | open claims that hold |"]
+    lines += ["|---|---|---|---|---|"]
+    for method, (paper, idea) in PAPERS.items():
+        cells = []
+        for required in (True, False):
+            found = [claim for claim in report(method)["claims"] if claim["required"] is required]
+            failed = [f"`{claim['id'].split('.')[1]}`" for claim in found if claim["holds"] is False]
+            unknown = sum(claim["holds"] is None for claim in found)
+            text = f"{sum(claim['holds'] is True for claim in found)} of {len(found)}"
+            text += f"; not: {', '.join(failed)}" * bool(failed) + f"; {unknown} not measured" * bool(unknown)
+            cells.append(text)
+        lines.append(f"| [{method}.py]({method}.py) | {paper} | {idea} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def updated(page: str) -> str:
+    def table(match: re.Match) -> str:
+        made = papers_table() if match[2] == "papers" else claims_table(match[2].removeprefix("claims: "))
+        return f"{match[1]}\n{made}\n{match[4]}"
+
+    return re.sub(r"(<!-- (papers|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(updated(path.read_text()))
