@@ -31,8 +31,8 @@ PAPERS = {  # script: (paper, idea)
 }
 
 
-def report(method: str) -> dict:
-    return json.loads((RESULTS / f"{method}.json").read_text())
+def report(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def claims_table(method: str) -> str:
@@ -46,8 +46,8 @@ def claims_table(method: str) -> str:
 
 
 def papers_table() -> str:
-    lines = ["| script | paper | idea in one line | required claims that hold | open claims that hold |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = ["| script | paper | idea in one line | time | required claims that hold | open claims that hold |"]
+    lines += ["|---|---|---|---|---|---|"]
     for method, (paper, idea) in PAPERS.items():
         cells = []
         for required in (True, False):
@@ -57,7 +57,8 @@ def papers_table() -> str:
             text = f"{sum(claim['holds'] is True for claim in found)} of {len(found)}"
             text += f"; not: {', '.join(failed)}" * bool(failed) + f"; {unknown} not measured" * bool(unknown)
             cells.append(text)
-        lines.append(f"| [{method}.py]({method}.py) | {paper} | {idea} | {cells[0]} | {cells[1]} |")
+        seconds = f"{report(method + '-default')['wall_seconds']:.0f} s"  # python NAME.py on two cores
+        lines.append(f"| [{method}.py]({method}.py) | {paper} | {idea} | {seconds} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
