@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 import tiny
 import torch
+import toy
 from conftest import ROOT
 
 import common
@@ -62,6 +64,21 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_seeds_trained_apart_become_one_run(tmp_path, command_line):
+    """What the README tells a job array to do: a folder a seed, all arms copied into one, --resume."""
+    assert command_line(toy, "--workers", 1, "--seeds", 3, "--out", "whole").returncode == 0
+    for seed in range(3):
+        assert command_line(toy, "--workers", 1, "--seed", seed, "--out", f"seed-{seed}").returncode == 0
+        shutil.copytree(tmp_path / f"seed-{seed}", tmp_path / "all", dirs_exist_ok=True)
+    trained = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "all" / "arms").glob("*.json")}
+    assert len(trained) == 6
+    assert command_line(toy, "--workers", 1, "--seeds", 3, "--resume", "--out", "all").returncode == 0
+    reports = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("whole", "all")]
+    assert all(reports[0][key] == reports[1][key] for key in ("results", "claims", "seeds"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "all")
+    assert trained == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "all" / "arms").glob("*.json")}
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused():

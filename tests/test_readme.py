@@ -1,12 +1,16 @@
 """What the README shows is what the project does: its snippets run, its figures come from committed results."""
 
 import importlib
+import json
 import re
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import ROOT
+
+import common
 
 sys.path.insert(0, str(ROOT / "results"))
 import update_readme  # noqa: E402
@@ -34,6 +38,16 @@ def test_a_result_is_of_three_seeds_and_has_the_claims_of_its_script(method):
     found = {claim["id"]: claim["required"] for claim in report["claims"]}
     later = {id for id in declared if id.startswith("adamoe.full_")}  # declared after that run; they need weights
     assert found == {id: required for id, required in declared.items() if id not in later}
+
+
+@pytest.mark.parametrize("method", update_readme.PAPERS)
+def test_a_sample_output_is_of_the_committed_default_run(method):
+    report, output = update_readme.report(f"{method}-default"), update_readme.RESULTS / f"{method}-default.txt"
+    claims = [common.Claim(**claim) for claim in report["claims"]]
+    assert common.format_claims(claims) in output.read_text()
+    defaults = json.loads(json.dumps(asdict(importlib.import_module(method).SMALL)))  # tuples are lists, as in the file
+    settled = {name: value for name, value in defaults.items() if value is not None}  # main chooses the others
+    assert report["seeds"] == [0] and settled == {name: report["config"].get(name) for name in settled}
 
 
 @pytest.mark.parametrize("page", update_readme.PAGES, ids=["README.md", "results/README.md"])
