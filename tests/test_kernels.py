@@ -4,13 +4,16 @@ The Triton kernels are tested in kernels_triton.py, which runs here twice: under
 its own because TRITON_INTERPRET has to be set before the import, and on a GPU (`-m gpu`).
 """
 
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -367,3 +370,156 @@ def test_benchmark_writes_its_figures(tmp_path):
     assert {"ours", "where loop", "F.grouped_mm", "padded bmm", "dense", "ours, half null"} <= names
     assert all(row["total_ms"] >= row["forward_ms"] > 0 for row in figures["rows"])
     assert not list(tmp_path.glob("*.part"))
+
+
+class Event:
+    """torch.cuda.Event on the CPU's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.seconds - self.seconds)
+
+
+class OnTheCPU(torch.overrides.TorchFunctionMode):
+    """Tensors asked for on a GPU are made here; the one that clears the GPU's cache is small."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+            args = (1,) if args == (2**28,) else args
+        return function(*args, **kwargs)
+
+
+def fake_liger(x, gate_up, down, index, gates):
+    """As LigerFusedMoEFunction.apply documents it: gate_up [E, 2F, D], down [E, D, F], contiguous."""
+    assert gate_up.is_contiguous() and down.is_contiguous() and index.dtype == torch.int32 and gates.dtype == x.dtype
+    return kernels.moe_mlp(x, index, gates, gate_up.mT, down.mT, act="silu", glu=True, backend="torch")
+
+
+def fake_sort(index, num_experts):
+    order = index.flatten().sort()
+    return order.values, order.indices, order.values.bincount(minlength=num_experts).cumsum(0)
+
+
+def fake_linear(x, w, k, experts, scattered, offsets, gates=None, grouped_in=False, grouped_out=False):
+    """As ScatterMoE's parallel_linear: rows in expert order or in token order, k copies of each; then gated sums."""
+    rows = x if grouped_in else x[scattered // k]
+    y = torch.cat([h @ m for h, m in zip(rows.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist()), w)])
+    if grouped_out:
+        return y
+    y = y[scattered.argsort()].view(*gates.shape, -1)
+    return (gates.unsqueeze(1) @ y).squeeze(1)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """The benchmark takes its path for GPUs, with kernels in plain torch: what is tested is that it runs to its end."""
+    memory = iter(range(0, 2**40, 2**20))
+    fakes = {
+        "is_available": lambda: True, "get_device_name": lambda: "a GPU", "synchronize": lambda: None, "Event": Event,
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: next(memory),
+    }  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setitem(kernels.SHAPES, "cuda", {"one": (16, 2, 4, 16, 24), "two": (16, 2, 4, 24, 16)})
+    monkeypatch.setattr(kernels, "_ceilings", lambda device: (1e11, 1e10))
+    replay = lambda step, return_mode: [len(step()) / 10, 0.5]
+    testing = SimpleNamespace(do_bench_cudagraph=replay)
+    monkeypatch.setattr(kernels, "triton", SimpleNamespace(testing=testing, __version__="3"))
+    with OnTheCPU():
+        yield
+
+
+def benchmark(monkeypatch, folder, *flags):
+    """Exit code, and the figures written."""
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(folder / "figures.json"), *flags])
+    try:
+        code = kernels.main()
+    except SystemExit as stop:
+        code = stop.code
+    file = folder / "figures.json"
+    return code, json.loads(file.read_text())["rows"] if file.exists() else None
+
+
+def test_benchmark_on_a_pretended_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """Every contender, the peers by what their documentation says they take, gives the same layer; every column."""
+    liger = SimpleNamespace(LigerFusedMoEFunction=SimpleNamespace(apply=fake_liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe", liger)
+    scattermoe = SimpleNamespace(flatten_sort_count=fake_sort, parallel_linear=fake_linear)
+    monkeypatch.setitem(sys.modules, "scattermoe.parallel_experts", scattermoe)
+    for parent in ("liger_kernel", "liger_kernel.ops", "scattermoe"):
+        monkeypatch.setitem(sys.modules, parent, SimpleNamespace(__path__=[]))
+    flags = ["--plot", str(tmp_path / "roof.png")] if importlib.util.find_spec("matplotlib") else []
+    code, rows = benchmark(monkeypatch, tmp_path, *flags)
+    printed = capsys.readouterr().out
+    assert not code and "left out" not in printed and "WRONG" not in printed
+    assert bool(flags) == (tmp_path / "roof.png").exists()
+    routings = {f"ours, {routing}" for routing in ("skewed", "half empty", "half null", "CUDA graph")}
+    names = {*kernels.CONTENDERS, *routings, "ours again", "dense", "make_dispatch"}
+    for shape in ("one", "two"):
+        assert {row["contender"] for row in rows if row["shape"] == shape} == names
+    own = next(row for row in rows if row["contender"] == "ours")
+    assert set(own) == {"shape", "contender", *kernels.COLUMNS}
+    assert own["peak_formula_mib"] == 2 * (2 * 16 * 16 + 32 * (5 * 24 + 16) + 3 * 4 * 16 * 24) / 2**20
+    assert own["tflops"] == pytest.approx(18 * 32 * 16 * 24 / own["total_ms"] / 1e9)
+    graph = next(row for row in rows if row["contender"] == "ours, CUDA graph")
+    assert graph["total_ms"] == 0.45 and "forward_ms" not in graph and "peak_mib" not in graph
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(pretended_gpu, monkeypatch, tmp_path, capsys):
+    forward, calls = kernels._forward, []
+
+    def failing(contender, *inputs):
+        calls.append(contender)
+        if contender == "padded bmm":
+            raise torch.OutOfMemoryError("no memory\nand a long story")
+        if contender == "where loop" and calls.count(contender) == 5:
+            raise RuntimeError("an illegal memory access")
+        if contender == "dense" and inputs[0].shape[1] == 24:
+            raise RuntimeError("")
+        return forward(contender, *inputs)
+
+    monkeypatch.setattr(kernels, "_forward", failing)
+    code, rows = benchmark(monkeypatch, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    left = [line for line in lines if "left out" in line]
+    assert not code and len(left) == 5
+    assert left[0] == "padded bmm: left out, OutOfMemoryError: no memory"
+    assert left[1].startswith("Liger: left out, ModuleNotFoundError") and left[2].startswith("ScatterMoE: left out")
+    assert left[3:] == [
+        "where loop: left out, RuntimeError: an illegal memory access",
+        "dense: left out, RuntimeError: ",
+    ]
+    shapes = {
+        name: [row["shape"] for row in rows if row["contender"] == name] for name in (*kernels.CONTENDERS, "dense")
+    }
+    assert shapes["ours"] == ["one", "two"] and shapes["where loop"] == ["two"] and shapes["dense"] == ["one"]
+    assert shapes["padded bmm"] == shapes["Liger"] == shapes["ScatterMoE"] == []
+    assert ["total_vs_dense" in row for row in rows if row["contender"] == "ours"] == [True, False]
+
+
+def test_a_failure_of_ours_is_an_exit_code(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """Wrong numbers, NaN among them, are not timed; a crash keeps the figures of the other shapes."""
+    forward = kernels._forward
+    for wrong in (1.03, float("nan")):
+        scaled = lambda name, *inputs, wrong=wrong: forward(name, *inputs) * (wrong if name == "ours" else 1)
+        monkeypatch.setattr(kernels, "_forward", scaled)
+        code, rows = benchmark(monkeypatch, tmp_path)
+        assert code == "kernels.py: ours is wrong; nothing is timed" and rows is None
+        assert " WRONG, where loop" in capsys.readouterr().out
+
+    def crashing(name, *inputs):
+        if name == "ours" and inputs[0].shape[1] == 24:
+            raise RuntimeError("an illegal memory access")
+        return forward(name, *inputs)
+
+    monkeypatch.setattr(kernels, "_forward", crashing)
+    code, rows = benchmark(monkeypatch, tmp_path)
+    assert code == "kernels.py: ours was not timed on two" and {row["shape"] for row in rows} == {"one", "two"}
