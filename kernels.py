@@ -35,7 +35,6 @@ import contextlib
 import ctypes
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -424,8 +423,8 @@ def _config(kernel: str, rows: tuple, x: Tensor) -> dict:
 
 
 def _launch(kernel, grid: tuple, *args, **constants) -> None:
-    """Triton launches on the current device, which need not be the tensors'."""
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+    """Triton launches on the current device, which need not be the tensors' (-1: not on a GPU, nothing changes)."""
+    with torch.cuda.device(args[0].get_device()):
         kernel[grid](*args, **constants)
 
 
@@ -480,10 +479,10 @@ def _expert_dw(rows: tuple, a: Tensor | None, b: Tensor, w: Tensor, a_top_k: int
 def _combine(y: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
     """out[i] = sum_j weights[i, j] * y[index[i, j]], where index < 0 is left out."""
     y, (count, picks), width = _dense_rows(y), index.shape, y.shape[1]
-    out, block = _empty(y, count, width), min(1024, triton.next_power_of_2(width))
+    out, picks_2 = _empty(y, count, width), triton.next_power_of_2(picks)
+    block = min(1024, triton.next_power_of_2(width), max(8192 // picks_2, 1))  # a tile that registers can hold
     tensors = (y, index.contiguous(), None if weights is None else weights.contiguous(), out)
-    sizes = (width, y.stride(0), picks, triton.next_power_of_2(picks), block)
-    _launch(combine, (count, triton.cdiv(width, block)), *tensors, *sizes)
+    _launch(combine, (count, triton.cdiv(width, block)), *tensors, width, y.stride(0), picks, picks_2, block)
     return out
 
 
@@ -600,6 +599,8 @@ def _use_triton(backend: str, *tensors: Tensor) -> bool:
         why = f"it takes float32, float16 and bfloat16, not {x.dtype}"
     elif not (INTERPRETED or (x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device)[0] >= 8)):
         why = f"it needs a CUDA GPU of capability 8.0 or newer (or TRITON_INTERPRET=1); x is on {x.device}"
+    elif any(t.numel() >= len(t) * 2**31 > 0 for t in tensors):
+        why = "offsets inside a matrix are int32, and one expert's has 2**31 elements or more"
     if why and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot be used: {why}")
     return not why and backend != "torch" and all(t.numel() for t in tensors)
@@ -675,12 +676,11 @@ def moe_mlp(
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; a floating-point dtype is needed")
     (x, w1, w2, b1, b2), (num_tokens, d_model) = _autocast(x, w1, w2, b1, b2), x.shape
-    _check("w1", w1, ("num_experts", d_model, "d_ff"), x)
-    dispatch = expert_index if isinstance(expert_index, Dispatch) else make_dispatch(expert_index, w1.shape[0])
-    num_experts, top_k, hidden = dispatch.num_experts, dispatch.pos.shape[1], w1.shape[2]
-    _check("expert_index", dispatch.pos, (num_tokens, top_k), x, dtypes=(torch.int32,))
-    _check("gates", gates, (num_tokens, top_k), x, dtypes=(torch.float32, x.dtype))
-    _check("w1", w1, (num_experts, d_model, hidden), x)
+    ready = expert_index if isinstance(expert_index, Dispatch) else None
+    _check("w1", w1, (ready.num_experts if ready else "num_experts", d_model, "d_ff"), x)
+    (num_experts, _, hidden), dispatch = w1.shape, ready or make_dispatch(expert_index, w1.shape[0])
+    _check("expert_index", dispatch.pos, (num_tokens, "top_k"), x, dtypes=(torch.int32,))
+    _check("gates", gates, tuple(dispatch.pos.shape), x, dtypes=(torch.float32, x.dtype))
     if glu and hidden % 2:
         raise ValueError(f"w1 has shape {list(w1.shape)}; with glu the last size must be even, gate | up")
     _check("w2", w2, (num_experts, hidden // 2 if glu else hidden, d_model), x)
@@ -715,7 +715,7 @@ SHAPES = {
         "experts-32": (1024, 2, 32, 256, 512), "experts-64": (2048, 8, 64, 128, 64),
     },
 }  # fmt: skip
-CONTENDERS = ("ours", "where loop", "F.grouped_mm", "padded bmm", "sorted loop", "Liger", "ScatterMoE")
+CONTENDERS = ("ours", "where loop", "F.grouped_mm", "padded bmm", "sorted loop", "Liger", "ScatterMoE")  # CPU: four
 COLUMNS = "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense peak_mib peak_formula_mib".split()
 
 
@@ -725,10 +725,11 @@ def _problem(shape: tuple, device: str) -> tuple[list[Tensor], Tensor]:
     dtype, hidden = (torch.bfloat16, 2 * d_ff) if device == "cuda" else (torch.float32, d_ff)
     x, d_out = (torch.randn(tokens, d_model, device=device, dtype=dtype) for _ in range(2))
     gates = torch.rand(tokens, top_k, device=device).softmax(-1)
-    # Stored as nn.Linear does, [out, in]: Liger takes nothing else, and ours takes either.
+    # Stored as nn.Linear does, [out, in]: Liger takes nothing else, ours takes either. On a CPU all like [in, out] more.
     w1 = torch.randn(num_experts, hidden, d_model, device=device, dtype=dtype).mul_(d_model**-0.5).mT
     w2 = torch.randn(num_experts, d_model, d_ff, device=device, dtype=dtype).mul_(d_ff**-0.5).mT
-    inputs = [x, _route(shape, device), gates, w1, w2]
+    weights = [w1, w2] if device == "cuda" else [w1.contiguous(), w2.contiguous()]
+    inputs = [x, _route(shape, device), gates, *weights]
     return [t.requires_grad_() if t.is_floating_point() else t for t in inputs], d_out
 
 
@@ -812,14 +813,6 @@ def _correctness(contenders: tuple, device: str) -> dict[str, float]:
     return errors
 
 
-def _keep_freed_memory() -> None:
-    """Let the C library reuse freed memory instead of returning it to the system: experts-32 makes 33 MB of gradients
-    a step, and its 15,000 page faults would be timed with the arithmetic."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
-
-
 def _once(forward, leaves=(), d_out=None) -> tuple[float, float, int]:
     """Milliseconds of forward, of forward and backward together, and on a GPU the peak of bytes beyond the inputs."""
     cuda, peak = torch.cuda.is_available(), 0
@@ -837,7 +830,7 @@ def _once(forward, leaves=(), d_out=None) -> tuple[float, float, int]:
         peak = -torch.cuda.memory_allocated()
     start, out, middle = now(), forward(), now()
     if leaves:
-        torch.autograd.grad(out, leaves, d_out, allow_unused=True)
+        torch.autograd.grad(out, leaves, d_out)
     end = now()
     if not cuda:
         return 1e3 * (middle - start), 1e3 * (end - start), 0
@@ -883,7 +876,7 @@ def _work(shape: tuple, device: str) -> list[tuple[float, float]]:
 
 
 def _benchmark(name: str, contenders: tuple, device: str, flop_rate: float, byte_rate: float) -> list[dict]:
-    """One row per contender."""
+    """One row per contender; ratios to the dense layer are taken within a turn, under equal conditions."""
     shape, cuda = SHAPES[device][name], device == "cuda"
     tokens, top_k, num_experts, d_model, d_ff = shape
     print(f"\n{name}: tokens, top_k, experts, d_model, d_ff = {shape}, forward + backward")
@@ -904,8 +897,8 @@ def _benchmark(name: str, contenders: tuple, device: str, flop_rate: float, byte
         replay = partial(triton.testing.do_bench_cudagraph, step, return_mode="all")
         if replays := _attempt("ours, CUDA graph", replay):
             runs["ours, CUDA graph"] = [(total, total, 0) for total in replays]
-    floor = 1e3 * sum(max(flops / flop_rate, moved / byte_rate) for flops, moved in _work(shape, device))  # ms
-    flops = sum(flops for flops, _ in _work(shape, device))
+    work = _work(shape, device)
+    flops, floor = sum(f for f, _ in work), 1e3 * sum(max(f / flop_rate, moved / byte_rate) for f, moved in work)  # ms
     print(" " * 18, *COLUMNS)
     for contender, measured in runs.items():
         forward, total, peak = map(statistics.median, zip(*measured))
@@ -914,7 +907,6 @@ def _benchmark(name: str, contenders: tuple, device: str, flop_rate: float, byte
         if contender not in ("make_dispatch", "ours, half null"):  # those do less work
             row |= {"tflops": flops / total / 1e9, "of_floor": floor / total}
             for i, column in enumerate(("fwd_vs_dense", "total_vs_dense") if "dense" in runs else ()):
-                # Within a turn, under equal conditions.
                 row[column] = statistics.median(dense[i] / own[i] for dense, own in zip(runs["dense"], measured))
         if contender == "ours, CUDA graph":
             row.pop("fwd_vs_dense", None)
@@ -946,8 +938,8 @@ def _plot(path: str, rows: list[dict], device: str, flop_rate: float, byte_rate:
         points = [(intensity[row["shape"]], row["tflops"]) for row in rows if row["contender"] == contender]
         if points:
             axes.plot(*zip(*points), "o*sDv^<>P"[i], markersize=7 if i else 14, label=contender)
-    axes.set(xlabel="FLOP per byte moved", ylabel="TFLOP/s, forward + backward")
-    axes.set_ylim(bottom=min(row["tflops"] for row in rows if "tflops" in row) / 4)
+    bottom = min(row["tflops"] for row in rows if "tflops" in row) / 4
+    axes.set(xlabel="FLOP per byte moved", ylabel="TFLOP/s, forward + backward", ylim=(bottom, None))
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
@@ -972,14 +964,18 @@ def main() -> None:
         machine, contenders, bound = torch.cuda.get_device_name(), CONTENDERS, 2e-2
     else:
         torch.set_num_threads(1)  # on small matrices a second core gains nothing, and a busy one costs much
-        _keep_freed_memory()
+        # experts-32 makes 33 MB of gradients a step. glibc returns freed memory to the system, and the 15,000 page
+        # faults of getting it back would be timed with the arithmetic: raise M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+        with contextlib.suppress(OSError, AttributeError):
+            for parameter in (-1, -3):
+                ctypes.CDLL(None).mallopt(parameter, 2**30)
     versions = f"torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}"
     print(f"{machine}, {versions}")
     errors = _correctness(contenders, device)
     words = [f"{name} {error:.0e}{'' if error < bound else ' WRONG'}" for name, error in errors.items()]
     print("relative error against float64: " + ", ".join(words), flush=True)
-    if not errors.get("ours", math.inf) < bound:
-        sys.exit("kernels.py: ours is wrong; nothing is timed")
+    if not errors.get("ours", 1.0) < bound:
+        sys.exit("kernels.py: ours fails this check; nothing is timed")
     rates = flop_rate, byte_rate = _ceilings(device)
     print(f"ceilings: {flop_rate / 1e12:.3g} TFLOP/s large product, {byte_rate / 1e9:.3g} GB/s large copy")
     names, rows = [args.shape] if args.shape else list(SHAPES[device]), []
@@ -997,4 +993,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("kernels.py: interrupted; --json has the shapes that were finished")

@@ -35,23 +35,35 @@ def why_not_interpreted() -> str:
     return ""
 
 
-def run_triton_tests(**environment):
-    tests = str(ROOT / "tests" / "kernels_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module", autouse=True)
+def in_the_interpreter(request):
+    """The tests of the kernels, in a process that runs beside the tests of this file; None if nobody asks for it."""
+    wanted = any(item.name == "test_triton_kernels_in_the_interpreter" for item in request.session.items)
+    process = (
+        start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") if wanted and not why_not_interpreted() else None
+    )
+    yield process
+    if process:
+        process.kill()  # an interrupted session leaves nothing behind
+        process.communicate()
 
 
-@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
-def test_triton_kernels_in_the_interpreter():
-    run_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+def start_triton_tests(**environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **options)
+
+
+def assert_green(process: subprocess.Popen) -> None:
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    print(printed.strip().splitlines()[-1])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_triton_kernels_on_the_gpu():
-    run_triton_tests(TRITON_INTERPRET="0")
+    assert_green(start_triton_tests(TRITON_INTERPRET="0"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,7 +265,7 @@ GOOD = {"x": (5, 3), "gates": (5, 2), "w1": (4, 3, 8), "w2": (4, 8, 3), "b1": (4
     [
         ("x", (5, 4), r"w1 has shape \[4, 3, 8\]; shape \[num_experts, 4, d_ff\]"),
         ("x", (5, 3, 1), r"x has shape \[5, 3, 1\]; a tensor of shape \[tokens, d_model\]"),
-        ("x", (6, 3), r"expert_index has shape \[5, 2\]; shape \[6, 2\]"),
+        ("x", (6, 3), r"expert_index has shape \[5, 2\]; shape \[6, top_k\]"),
         ("x", torch.zeros(5, 3, dtype=torch.long), "x has dtype torch.int64"),
         ("gates", (5, 3), r"gates has shape \[5, 3\]; shape \[5, 2\]"),
         ("gates", torch.zeros(5, 2, dtype=torch.float64), "gates has dtype torch.float64; allowed here: torch.float32"),
@@ -305,6 +317,15 @@ def test_more_errors():
         tensors = [torch.zeros(shape) for shape in GOOD.values()]
         with pytest.raises(RuntimeError, match="backend 'triton' cannot be used"):
             kernels.moe_mlp(tensors[0], dispatch, *tensors[1:4], backend="triton")
+
+
+def test_matrices_beyond_int32_are_not_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # as if the device were right
+    monkeypatch.setattr(kernels, "triton", kernels.triton or SimpleNamespace())
+    x, fits, large = (torch.empty(s, device="meta") for s in ((4, 2**15), (2, 2**15, 2**16 - 1), (2, 2**15, 2**16)))
+    assert kernels._use_triton("auto", x, fits) and not kernels._use_triton("auto", x, large)
+    with pytest.raises(RuntimeError, match=r"2\*\*31 elements"):
+        kernels._use_triton("triton", x, large)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -512,7 +533,7 @@ def test_a_failure_of_ours_is_an_exit_code(pretended_gpu, monkeypatch, tmp_path,
         scaled = lambda name, *inputs, wrong=wrong: forward(name, *inputs) * (wrong if name == "ours" else 1)
         monkeypatch.setattr(kernels, "_forward", scaled)
         code, rows = benchmark(monkeypatch, tmp_path)
-        assert code == "kernels.py: ours is wrong; nothing is timed" and rows is None
+        assert code == "kernels.py: ours fails this check; nothing is timed" and rows is None
         assert " WRONG, where loop" in capsys.readouterr().out
 
     def crashing(name, *inputs):
@@ -523,3 +544,8 @@ def test_a_failure_of_ours_is_an_exit_code(pretended_gpu, monkeypatch, tmp_path,
     monkeypatch.setattr(kernels, "_forward", crashing)
     code, rows = benchmark(monkeypatch, tmp_path)
     assert code == "kernels.py: ours was not timed on two" and {row["shape"] for row in rows} == {"one", "two"}
+
+
+@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+def test_triton_kernels_in_the_interpreter(in_the_interpreter):
+    assert_green(in_the_interpreter)  # the last test of this file: the process has had time

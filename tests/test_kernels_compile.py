@@ -111,6 +111,15 @@ def check(launch: tuple, arch: int, folder: Path) -> None:
         assert found[core] > 0, f"no {core}: {where}"
 
 
+@pytest.mark.parametrize("arch", [90, 80])
+def test_weights_as_linear_layers_keep_them(monkeypatch, tmp_path, arch):
+    """[out, in], as in checkpoints and in the benchmark, are views here: every launch with the largest tiles."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in record(monkeypatch, arch, torch.bfloat16, 512, glu=True, transposed=True):
+        if launch[0].__name__ not in ("combine", "tile_map"):
+            check(launch, arch, tmp_path)
+
+
 @pytest.mark.parametrize("glu", [True, False])
 @pytest.mark.parametrize("arch", [90, 80])
 @pytest.mark.parametrize(
