@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -451,6 +452,8 @@ def pretended_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setitem(kernels.SHAPES, "cuda", {"one": (16, 2, 4, 16, 24), "two": (16, 2, 4, 24, 16)})
     monkeypatch.setattr(kernels, "_ceilings", lambda device: (1e11, 1e10))
+    measure = kernels._measure
+    monkeypatch.setattr(kernels, "_measure", lambda jobs, turns: measure(jobs, 2))
     replay = lambda step, return_mode: [len(step()) / 10, 0.5]
     testing = SimpleNamespace(do_bench_cudagraph=replay)
     monkeypatch.setattr(kernels, "triton", SimpleNamespace(testing=testing, __version__="3"))
@@ -499,6 +502,8 @@ def test_a_contender_that_fails_does_not_stop_the_others(pretended_gpu, monkeypa
 
     def failing(contender, *inputs):
         calls.append(contender)
+        if contender == "dense":
+            assert inputs[0].shape[0] == 32  # as many rows as there are assignments
         if contender == "padded bmm":
             raise torch.OutOfMemoryError("no memory\nand a long story")
         if contender == "where loop" and calls.count(contender) == 5:
@@ -527,23 +532,51 @@ def test_a_contender_that_fails_does_not_stop_the_others(pretended_gpu, monkeypa
 
 
 def test_a_failure_of_ours_is_an_exit_code(pretended_gpu, monkeypatch, tmp_path, capsys):
-    """Wrong numbers, NaN among them, are not timed; a crash keeps the figures of the other shapes."""
+    """Wrong numbers, NaN among them, are not timed; a crash or Ctrl-C keeps the figures of the other shapes."""
     forward = kernels._forward
-    for wrong in (1.03, float("nan")):
-        scaled = lambda name, *inputs, wrong=wrong: forward(name, *inputs) * (wrong if name == "ours" else 1)
-        monkeypatch.setattr(kernels, "_forward", scaled)
+    half_of_dx = lambda out, x: out + 0.5 * (x - x.detach())  # the output is right, one gradient is not
+    for wrong in (lambda out, x: 1.03 * out, lambda out, x: float("nan") * out, half_of_dx):
+
+        def spoiled(name, x, *inputs, wrong=wrong):
+            out = forward(name, x, *inputs)
+            return wrong(out, x) if name == "ours" else out
+
+        monkeypatch.setattr(kernels, "_forward", spoiled)
         code, rows = benchmark(monkeypatch, tmp_path)
         assert code == "kernels.py: ours fails this check; nothing is timed" and rows is None
         assert " WRONG, where loop" in capsys.readouterr().out
 
-    def crashing(name, *inputs):
+    def stopping(error, name, *inputs):
         if name == "ours" and inputs[0].shape[1] == 24:
-            raise RuntimeError("an illegal memory access")
+            raise error
         return forward(name, *inputs)
 
-    monkeypatch.setattr(kernels, "_forward", crashing)
+    monkeypatch.setattr(kernels, "_forward", partial(stopping, RuntimeError("an illegal memory access")))
     code, rows = benchmark(monkeypatch, tmp_path)
     assert code == "kernels.py: ours was not timed on two" and {row["shape"] for row in rows} == {"one", "two"}
+    (tmp_path / "figures.json").unlink()
+    monkeypatch.setattr(kernels, "_forward", partial(stopping, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(monkeypatch, tmp_path)
+    assert {row["shape"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"one"}
+
+
+def test_routings_of_the_benchmark():
+    shape = (400, 2, 8, 4, 4)
+    share = {}
+    for routing in ("balanced", "skewed", "half empty", "half null"):
+        index = kernels._route(shape, "cpu", routing)
+        assert index.shape == (400, 2) and (index[:, 0] != index[:, 1])[index.max(1).values >= 0].all()
+        share[routing] = [(index == expert).float().sum().item() / 400 for expert in range(-1, 8)]
+    assert share["balanced"][0] == 0 and max(share["balanced"]) < 0.4
+    assert share["skewed"][1] > 0.5 and share["half empty"][5:] == [0] * 4 and share["half empty"][0] == 0
+    assert 0.85 < share["half null"][0] < 1.15
+
+
+def test_a_slow_contender_gets_fewer_turns(monkeypatch):
+    monkeypatch.setattr(kernels, "_once", lambda total: (total / 3, total, 0))
+    runs = kernels._measure({"slow": (900.0,), "fast": (1.0,)}, 20)
+    assert len(runs["slow"]) == 3 and len(runs["fast"]) == 20
 
 
 @pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())

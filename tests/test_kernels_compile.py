@@ -169,6 +169,15 @@ def test_tf32_uses_tensor_cores(monkeypatch, tmp_path):
             check(launch, 80, tmp_path)
 
 
+def test_combine_holds_many_picks_in_registers(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = []
+    monkeypatch.setattr(kernels, "combine", Recorder(kernels.combine, launches))
+    y, index = (torch.empty(64, n, device="meta", dtype=d) for n, d in ((2048, torch.bfloat16), (64, torch.int32)))
+    kernels._combine(y, index)
+    check(launches[0], 90, tmp_path)
+
+
 def test_widths_and_strides_are_constants():
     """As runtime integers they would cost the asynchronous copies at widths like 600."""
     for function in (kernels.expert_mm, kernels.down_bwd, kernels.expert_dw, kernels.combine):
