@@ -689,12 +689,9 @@ def moe_mlp(
     if _use_triton(backend, x, gates, w1):
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates, w1, w2, b1, b2))
         return _MoEMLP.apply(x, gates, w1, w2, b1, b2, *dispatch[:3], act, glu, train)
-
-    def expert(rows, up, up_bias, down, down_bias):
-        return _affine(_activate(_affine(rows, up, up_bias), act, glu), down, down_bias)
-
+    mlp = lambda rows, w1, b1, w2, b2: _affine(_activate(_affine(rows, w1, b1), act, glu), w2, b2)
     counts, slot, token = _live(dispatch)
-    y = _for_experts(expert, counts, x.index_select(0, token), w1, b1, w2, b2)
+    y = _for_experts(mlp, counts, x.index_select(0, token), w1, b1, w2, b2)
     return _torch_scatter(y, slot, token, num_tokens, gates)
 
 
@@ -725,7 +722,7 @@ def _problem(shape: tuple, device: str) -> tuple[list[Tensor], Tensor]:
     dtype, hidden = (torch.bfloat16, 2 * d_ff) if device == "cuda" else (torch.float32, d_ff)
     x, d_out = (torch.randn(tokens, d_model, device=device, dtype=dtype) for _ in range(2))
     gates = torch.rand(tokens, top_k, device=device).softmax(-1)
-    # Stored as nn.Linear does, [out, in]: Liger takes nothing else, ours takes either. On a CPU all like [in, out] more.
+    # Stored as nn.Linear does, [out, in]: Liger takes nothing else, ours takes either. On CPUs all like [in, out] more.
     w1 = torch.randn(num_experts, hidden, d_model, device=device, dtype=dtype).mul_(d_model**-0.5).mT
     w2 = torch.randn(num_experts, d_model, d_ff, device=device, dtype=dtype).mul_(d_ff**-0.5).mT
     weights = [w1, w2] if device == "cuda" else [w1.contiguous(), w2.contiguous()]
@@ -734,14 +731,12 @@ def _problem(shape: tuple, device: str) -> tuple[list[Tensor], Tensor]:
 
 
 def _route(shape: tuple, device: str, routing: str = "balanced") -> Tensor:
-    """expert_index [tokens, top_k], random."""
+    """expert_index [tokens, top_k], random; skewed: every second token goes to expert 0."""
     tokens, top_k, num_experts, _, _ = shape
     score = torch.rand(tokens, num_experts, device=device)
-    if routing == "skewed":
-        score[::2, 0] = 2.0  # expert 0 serves half the tokens
-    elif routing == "half empty":
-        score[:, num_experts // 2 :] -= 1.0
-    null = torch.rand(tokens, top_k, device=device) < (0.5 if routing == "half null" else 0.0)
+    score[::2, 0] += 1.0 * (routing == "skewed")
+    score[:, num_experts // 2 :] -= 1.0 * (routing == "half empty")
+    null = torch.rand(tokens, top_k, device=device) < 0.5 * (routing == "half null")
     return score.topk(top_k).indices.masked_fill(null, -1)
 
 
@@ -881,12 +876,9 @@ def _benchmark(name: str, contenders: tuple, device: str, flop_rate: float, byte
     tokens, top_k, num_experts, d_model, d_ff = shape
     print(f"\n{name}: tokens, top_k, experts, d_model, d_ff = {shape}, forward + backward")
     (x, balanced, *weights), d_out = _problem(shape, device)
-
-    def job(contender, expert_index=balanced):
-        return partial(_forward, contender, x, expert_index, *weights), [x, *weights], d_out
-
-    jobs = {contender: job(contender) for contender in contenders}
-    jobs["ours again"] = job("ours")  # the difference is noise
+    job = lambda contender, index: (partial(_forward, contender, x, index, *weights), [x, *weights], d_out)
+    jobs = {contender: job(contender, balanced) for contender in contenders}
+    jobs["ours again"] = job("ours", balanced)  # the difference is noise
     jobs |= {f"ours, {r}": job("ours", _route(shape, device, r)) for r in ("skewed", "half empty", "half null")}
     jobs["make_dispatch"] = (partial(make_dispatch, balanced, num_experts),)
     wide, wide_d_out = _problem((tokens * top_k, 1, 1, d_model, d_ff), device)
