@@ -1,6 +1,7 @@
 """The Triton kernels against float64, under the interpreter or on a GPU; test_kernels.py runs this file in both ways.
 
-Every test here runs with poisoned memory: whatever the kernels leave unwritten is NaN.
+Every test here runs with poisoned memory: whatever the kernels leave unwritten is NaN. On a GPU that is new to the
+kernels, once also: compute-sanitizer python -m pytest -q tests/kernels_triton.py, which sees reads out of bounds.
 """
 
 import weakref

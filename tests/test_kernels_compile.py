@@ -186,8 +186,10 @@ def test_widths_and_strides_are_constants():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_torch_compile_traces_one_graph(monkeypatch, dtype):
+@pytest.mark.parametrize(
+    "dtype, interpreted", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)]
+)
+def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
     """Forward and backward without a graph break, every launch recorded as a Triton kernel; nothing is run."""
 
     class Traced(Exception):
@@ -202,7 +204,9 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype):
     launches = []
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
+    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)  # then _use_triton accepts what is on the CPU, itself
+    if not interpreted:
+        monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
     shapes = ((32, 16), (32, 2), (4, 16, 32), (4, 16, 16), (4, 32), (4, 16))
     x, gates, w1, w2, b1, b2 = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
     layer = torch.compile(kernels.moe_mlp, fullgraph=True, backend=backend)
