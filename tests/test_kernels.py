@@ -44,8 +44,8 @@ def in_the_interpreter(request):
         start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") if wanted and not why_not_interpreted() else None
     )
     yield process
-    if process:
-        process.kill()  # an interrupted session leaves nothing behind
+    if process and process.poll() is None:  # an interrupted session leaves nothing behind
+        process.kill()
         process.communicate()
 
 
