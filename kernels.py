@@ -479,10 +479,10 @@ def _expert_dw(rows: tuple, a: Tensor | None, b: Tensor, w: Tensor, a_top_k: int
 def _combine(y: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
     """out[i] = sum_j weights[i, j] * y[index[i, j]], where index < 0 is left out."""
     y, (count, picks), width = _dense_rows(y), index.shape, y.shape[1]
-    out, picks_2 = _empty(y, count, width), triton.next_power_of_2(picks)
-    block = min(1024, triton.next_power_of_2(width), max(8192 // picks_2, 1))  # a tile that registers can hold
+    out, block = _empty(y, count, width), min(1024, triton.next_power_of_2(width))
     tensors = (y, index.contiguous(), None if weights is None else weights.contiguous(), out)
-    _launch(combine, (count, triton.cdiv(width, block)), *tensors, width, y.stride(0), picks, picks_2, block)
+    sizes = (width, y.stride(0), picks, triton.next_power_of_2(picks), block)
+    _launch(combine, (count, triton.cdiv(width, block)), *tensors, *sizes)
     return out
 
 

@@ -304,6 +304,8 @@ def test_more_errors():
     with pytest.raises(ValueError, match=r"w1 has shape \[4, 3, 7\]; with glu the last size must be even"):
         kernels.moe_mlp(x, index.long(), gates, w1, w2, glu=True)
     dispatch = kernels.make_dispatch(torch.zeros(5, 2, dtype=torch.long), 4)
+    with pytest.raises(ValueError, match=r"w1 has shape \[3, 3, 8\]; shape \[4, 3, d_ff\]"):
+        kernels.moe_mlp(x, dispatch, gates, torch.zeros(3, 3, 8), w2)
     with pytest.raises(ValueError, match=r"h has shape \[9, 3\]; shape \[10, in\]"):
         kernels.grouped_mm(torch.zeros(9, 3), torch.zeros(4, 3, 8), dispatch)
     with pytest.raises(ValueError, match=r"w has shape \[3, 3, 8\]; shape \[4, 3, out\]"):
