@@ -444,11 +444,10 @@ def fake_linear(x, w, k, experts, scattered, offsets, gates=None, grouped_in=Fal
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """The benchmark takes its path for GPUs, with kernels in plain torch: what is tested is that it runs to its end."""
-    memory = iter(range(0, 2**40, 2**20))
     fakes = {
         "is_available": lambda: True, "get_device_name": lambda: "a GPU", "synchronize": lambda: None, "Event": Event,
-        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 0,
-        "max_memory_allocated": lambda: next(memory),
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5 * 2**20,
+        "max_memory_allocated": lambda: 7 * 2**20,
     }  # fmt: skip
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -493,6 +492,7 @@ def test_benchmark_on_a_pretended_gpu(pretended_gpu, monkeypatch, tmp_path, caps
         assert {row["contender"] for row in rows if row["shape"] == shape} == names
     own = next(row for row in rows if row["contender"] == "ours")
     assert set(own) == {"shape", "contender", *kernels.COLUMNS}
+    assert own["peak_mib"] == 2
     assert own["peak_formula_mib"] == 2 * (2 * 16 * 16 + 32 * (5 * 24 + 16) + 3 * 4 * 16 * 24) / 2**20
     assert own["tflops"] == pytest.approx(18 * 32 * 16 * 24 / own["total_ms"] / 1e9)
     graph = next(row for row in rows if row["contender"] == "ours, CUDA graph")
