@@ -40,6 +40,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -422,8 +423,8 @@ def _config(kernel: str, rows: tuple, x: Tensor) -> dict:
 
 
 def _launch(kernel, grid: tuple, *args, **constants) -> None:
-    """Triton launches on the current device, which need not be the tensors'."""
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+    """Triton launches on the current device, which need not be the tensors' (-1: not on a GPU, nothing changes)."""
+    with torch.cuda.device(args[0].get_device()):
         kernel[grid](*args, **constants)
 
 
@@ -598,6 +599,8 @@ def _use_triton(backend: str, *tensors: Tensor) -> bool:
         why = f"it takes float32, float16 and bfloat16, not {x.dtype}"
     elif not (INTERPRETED or (x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device)[0] >= 8)):
         why = f"it needs a CUDA GPU of capability 8.0 or newer (or TRITON_INTERPRET=1); x is on {x.device}"
+    elif any(t.numel() >= len(t) * 2**31 > 0 for t in tensors):
+        why = "offsets inside a matrix are int32, and one expert's has 2**31 elements or more"
     if why and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot be used: {why}")
     return not why and backend != "torch" and all(t.numel() for t in tensors)
@@ -673,12 +676,11 @@ def moe_mlp(
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; a floating-point dtype is needed")
     (x, w1, w2, b1, b2), (num_tokens, d_model) = _autocast(x, w1, w2, b1, b2), x.shape
-    _check("w1", w1, ("num_experts", d_model, "d_ff"), x)
-    dispatch = expert_index if isinstance(expert_index, Dispatch) else make_dispatch(expert_index, w1.shape[0])
-    num_experts, top_k, hidden = dispatch.num_experts, dispatch.pos.shape[1], w1.shape[2]
-    _check("expert_index", dispatch.pos, (num_tokens, top_k), x, dtypes=(torch.int32,))
-    _check("gates", gates, (num_tokens, top_k), x, dtypes=(torch.float32, x.dtype))
-    _check("w1", w1, (num_experts, d_model, hidden), x)
+    ready = expert_index if isinstance(expert_index, Dispatch) else None
+    _check("w1", w1, (ready.num_experts if ready else "num_experts", d_model, "d_ff"), x)
+    (num_experts, _, hidden), dispatch = w1.shape, ready or make_dispatch(expert_index, w1.shape[0])
+    _check("expert_index", dispatch.pos, (num_tokens, "top_k"), x, dtypes=(torch.int32,))
+    _check("gates", gates, tuple(dispatch.pos.shape), x, dtypes=(torch.float32, x.dtype))
     if glu and hidden % 2:
         raise ValueError(f"w1 has shape {list(w1.shape)}; with glu the last size must be even, gate | up")
     _check("w2", w2, (num_experts, hidden // 2 if glu else hidden, d_model), x)
@@ -687,12 +689,9 @@ def moe_mlp(
     if _use_triton(backend, x, gates, w1):
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates, w1, w2, b1, b2))
         return _MoEMLP.apply(x, gates, w1, w2, b1, b2, *dispatch[:3], act, glu, train)
-
-    def expert(rows, up, up_bias, down, down_bias):
-        return _affine(_activate(_affine(rows, up, up_bias), act, glu), down, down_bias)
-
+    mlp = lambda rows, w1, b1, w2, b2: _affine(_activate(_affine(rows, w1, b1), act, glu), w2, b2)
     counts, slot, token = _live(dispatch)
-    y = _for_experts(expert, counts, x.index_select(0, token), w1, b1, w2, b2)
+    y = _for_experts(mlp, counts, x.index_select(0, token), w1, b1, w2, b2)
     return _torch_scatter(y, slot, token, num_tokens, gates)
 
 
@@ -713,113 +712,105 @@ SHAPES = {
         "experts-32": (1024, 2, 32, 256, 512), "experts-64": (2048, 8, 64, 128, 64),
     },
 }  # fmt: skip
+CONTENDERS = ("ours", "where loop", "F.grouped_mm", "padded bmm", "sorted loop", "Liger", "ScatterMoE")  # CPU: four
 COLUMNS = "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense peak_mib peak_formula_mib".split()
 
 
-def _problem(shape: tuple, device: str, routing: str = "balanced") -> list[Tensor]:
-    """Random x, expert_index, gates, w1, w2, d_out. Never zeros: they draw less power, and time too well."""
+def _problem(shape: tuple, device: str) -> tuple[list[Tensor], Tensor]:
+    """Random x, expert_index, gates, w1, w2; d_out. Never zeros: they draw less power, and time too well."""
     tokens, top_k, num_experts, d_model, d_ff = shape
-    options = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
-    noise = torch.rand(tokens, num_experts, device=device)
-    if routing == "skewed":
-        noise[::2, 0] = 2.0  # expert 0 serves half the tokens
-    elif routing == "half empty":
-        noise[:, num_experts // 2 :] = -1.0
-    expert_index = noise.topk(top_k).indices
-    if routing == "half null":
-        expert_index.masked_fill_(torch.rand(tokens, top_k, device=device) < 0.5, -1)
+    dtype, hidden = (torch.bfloat16, 2 * d_ff) if device == "cuda" else (torch.float32, d_ff)
+    x, d_out = (torch.randn(tokens, d_model, device=device, dtype=dtype) for _ in range(2))
     gates = torch.rand(tokens, top_k, device=device).softmax(-1)
-    w1 = torch.randn(num_experts, d_model, d_ff * (2 if device == "cuda" else 1), **options) * d_model**-0.5
-    w2 = torch.randn(num_experts, d_ff, d_model, **options) * d_ff**-0.5
-    x, d_out = (torch.randn(tokens, d_model, **options) for _ in range(2))
-    return [x.requires_grad_(), expert_index, *(t.requires_grad_() for t in (gates, w1, w2)), d_out]
+    # Stored as nn.Linear does, [out, in]: Liger takes nothing else, ours takes either. On CPUs all like [in, out] more.
+    w1 = torch.randn(num_experts, hidden, d_model, device=device, dtype=dtype).mul_(d_model**-0.5).mT
+    w2 = torch.randn(num_experts, d_model, d_ff, device=device, dtype=dtype).mul_(d_ff**-0.5).mT
+    weights = [w1, w2] if device == "cuda" else [w1.contiguous(), w2.contiguous()]
+    inputs = [x, _route(shape, device), gates, *weights]
+    return [t.requires_grad_() if t.is_floating_point() else t for t in inputs], d_out
 
 
-def _ours(problem: list[Tensor], backend: str = "auto") -> tuple:
-    """Like every contender: forward, what gets a gradient, d_out."""
-    *inputs, d_out = problem
-    act, glu = ("silu", True) if d_out.is_cuda else ("relu", False)
-    return lambda: moe_mlp(*inputs, act=act, glu=glu, backend=backend), [inputs[0], *inputs[2:]], d_out
+def _route(shape: tuple, device: str, routing: str = "balanced") -> Tensor:
+    """expert_index [tokens, top_k], random; skewed: every second token goes to expert 0."""
+    tokens, top_k, num_experts, _, _ = shape
+    score = torch.rand(tokens, num_experts, device=device)
+    score[::2, 0] += 1.0 * (routing == "skewed")
+    score[:, num_experts // 2 :] -= 1.0 * (routing == "half empty")
+    null = torch.rand(tokens, top_k, device=device) < 0.5 * (routing == "half null")
+    return score.topk(top_k).indices.masked_fill(null, -1)
 
 
-def _contenders(problem: list[Tensor]) -> dict[str, tuple]:
-    x, expert_index, gates, w1, w2, d_out = problem
-    act, glu = ("silu", True) if x.is_cuda else ("relu", False)
-    num_experts, top_k = w1.shape[0], expert_index.shape[1]
-    multiply = getattr(F, "grouped_mm", None) or torch._grouped_mm
-
-    def where_loop():
+def _forward(contender: str, x: Tensor, expert_index: Tensor, gates: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The layer as each contender computes it."""
+    num_experts, top_k, glu = len(w1), gates.shape[1], w1.shape[2] != w2.shape[1]
+    act = "silu" if glu else "relu"
+    if contender == "where loop":  # the usual one: every expert looks for its tokens
         out = torch.zeros_like(x)
         for expert in range(num_experts):
             token, pick = torch.where(expert_index == expert)
             y = _activate(x[token] @ w1[expert], act, glu) @ w2[expert]
             out = out.index_add(0, token, (y * gates[token, pick, None]).to(x.dtype))
         return out
-
-    def torch_grouped():
+    if contender == "F.grouped_mm":
+        multiply = getattr(F, "grouped_mm", None) or torch._grouped_mm
         dispatch = make_dispatch(expert_index, num_experts)
         slot, ends = dispatch.slot.long(), dispatch.offsets[1:]
         y = multiply(_activate(multiply(x[slot // top_k], w1, offs=ends), act, glu), w2, offs=ends)
-        return _torch_scatter(y, slot, slot // top_k, x.shape[0], gates)
-
-    def padded_bmm():
+        return _torch_scatter(y, slot, slot // top_k, len(x), gates)
+    if contender == "padded bmm":
         dispatch = make_dispatch(expert_index, num_experts)
         counts, slot, token = _live(dispatch)
         shift = torch.arange(num_experts, device=x.device) * max(counts) - dispatch.offsets[:-1]
         place = torch.arange(len(slot), device=x.device) + shift.repeat_interleave(dispatch.offsets.diff())
         rows = x.new_zeros(num_experts * max(counts), x.shape[1]).index_copy(0, place, x[token])
         y = _activate(rows.view(num_experts, max(counts), -1) @ w1, act, glu) @ w2
-        return _torch_scatter(y.flatten(0, 1)[place], slot, token, x.shape[0], gates)
+        return _torch_scatter(y.flatten(0, 1)[place], slot, token, len(x), gates)
+    if contender == "Liger":
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-    table = {"where loop": where_loop, "F.grouped_mm": torch_grouped, "padded bmm": padded_bmm}
-    table = {"ours": _ours(problem)} | {name: (forward, [x, gates, w1, w2], d_out) for name, forward in table.items()}
-    rows, dense_out = (t.detach().repeat_interleave(top_k, 0) for t in (x, d_out))  # equal work, nothing to sort
-    rows, v1, v2 = (t.detach().clone().requires_grad_() for t in (rows, w1[0], w2[0]))
-    table["dense"] = (lambda: _activate(rows @ v1, act, glu) @ v2, [rows, v1, v2], dense_out)
-    if not x.is_cuda:
-        return table
-    table["sorted loop"] = _ours(problem, "torch")
-    u1, u2 = (w.detach().mT.contiguous().requires_grad_() for w in (w1, w2))  # [num_experts, out, in]
-    low, index = gates.detach().to(x.dtype).requires_grad_(), expert_index.int()
-    with contextlib.suppress(ImportError):
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction as Liger
+        return LigerFusedMoEFunction.apply(x, w1.mT, w2.mT, expert_index.int(), gates.to(x.dtype))
+    if contender == "ScatterMoE":
+        from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
-        table["Liger"] = (lambda: Liger.apply(x, u1, u2, index, low), [x, u1, u2, low], d_out)
-    with contextlib.suppress(ImportError):
-        from scattermoe.mlp import GLUMLP
-
-        mlp = GLUMLP(x.shape[1], w2.shape[1], num_experts, top_k).to(x.device, x.dtype)
-        mlp.experts.weight.data = torch.cat(u1.detach().chunk(2, 1)[::-1], 1)  # its order is up | gate
-        mlp.output_experts.weight.data = u2.detach()
-        table["ScatterMoE"] = (lambda: mlp(x, low, expert_index), [x, low, *mlp.parameters()], d_out)
-    return table
+        order = flatten_sort_count(expert_index, num_experts=num_experts)
+        a = _activate(parallel_linear(x, w1, top_k, *order, grouped_out=True), act, glu)
+        return parallel_linear(a, w2, 1, *order, gates=gates.to(x.dtype), grouped_in=True)
+    if contender == "dense":  # one expert, nothing to sort
+        return _activate(x @ w1.squeeze(0), act, glu) @ w2.squeeze(0)
+    backend = "torch" if contender == "sorted loop" else "auto"
+    return moe_mlp(x, expert_index, gates, w1, w2, act=act, glu=glu, backend=backend)
 
 
-def _correctness(device: str) -> str:
-    """Relative error of output and gradient of x against the torch path in float64, for every contender."""
+def _attempt(name: str, function, *args):
+    """function(*args), or None and one line: who is missing, crashes or runs out of memory does not stop the others."""
+    try:
+        return function(*args)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"{name}: left out, {type(error).__name__}: {reason[:150]}", flush=True)
+
+
+def _correctness(contenders: tuple, device: str) -> dict[str, float]:
+    """The largest relative error of output and gradients against the torch path in float64, where there are any."""
     torch.manual_seed(0)
-    problem, results = _problem((192, 2, 8, 64, 128), device), {}
-    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in problem]
-    for name, (forward, leaves, d_out) in ({"exact": _ours(exact)} | _contenders(problem)).items():
-        out = forward()
-        results[name] = torch.cat([out, torch.autograd.grad(out, leaves, d_out)[0]]).detach().double()
-    wanted, _ = results.pop("exact"), results.pop("dense")  # dense is another function
-    errors = {name: float((given - wanted).norm() / wanted.norm()) for name, given in results.items()}
-    words = [f"{name} {error:.0e}{'' if error < 2e-2 else ' WRONG'}" for name, error in errors.items()]
-    return "relative error against float64: " + ", ".join(words)
+    inputs, d_out = _problem((1024, 2, 8, 192, 320), device)
+
+    def results(contender: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        given = [t.detach().to(dtype or t.dtype).requires_grad_() if t.requires_grad else t for t in inputs]
+        out = _forward(contender, *given)
+        grads = torch.autograd.grad(out, [t for t in given if t.requires_grad], d_out.to(out.dtype))
+        return [t.detach().double() for t in (out, *grads)]
+
+    wanted, errors = results("sorted loop", torch.float64), {}
+    for contender in contenders:
+        if given := _attempt(contender, results, contender):
+            errors[contender] = torch.stack([(g - w).norm() / w.norm() for g, w in zip(given, wanted)]).max().item()
+    return errors
 
 
-def _keep_freed_memory() -> None:
-    """Let the C library reuse freed memory instead of returning it to the system: experts-32 makes 33 MB of gradients
-    a step, and its 15,000 page faults would be timed with the arithmetic."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)
-
-
-def _once(forward, leaves=(), d_out=None, cuda: bool = False) -> tuple[float, float, int]:
-    """Milliseconds of forward, milliseconds of forward and backward, peak bytes beyond the inputs."""
+def _once(forward, leaves=(), d_out=None) -> tuple[float, float, int]:
+    """Milliseconds of forward, of forward and backward together, and on a GPU the peak of bytes beyond the inputs."""
+    cuda, peak = torch.cuda.is_available(), 0
 
     def now():
         if not cuda:
@@ -831,7 +822,7 @@ def _once(forward, leaves=(), d_out=None, cuda: bool = False) -> tuple[float, fl
     if cuda:
         torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # pushes the inputs out of the L2 cache
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        peak = -torch.cuda.memory_allocated()
     start, out, middle = now(), forward(), now()
     if leaves:
         torch.autograd.grad(out, leaves, d_out)
@@ -839,29 +830,30 @@ def _once(forward, leaves=(), d_out=None, cuda: bool = False) -> tuple[float, fl
     if not cuda:
         return 1e3 * (middle - start), 1e3 * (end - start), 0
     torch.cuda.synchronize()
-    return start.elapsed_time(middle), start.elapsed_time(end), torch.cuda.max_memory_allocated() - before
+    return start.elapsed_time(middle), start.elapsed_time(end), peak + torch.cuda.max_memory_allocated()
 
 
-def _graphed(forward, leaves, d_out) -> tuple:
-    """Forward and backward as one CUDA graph: what remains when launching costs nothing."""
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):
-            torch.autograd.grad(forward(), leaves, d_out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.autograd.grad(forward(), leaves, d_out)
-    return graph.replay, (), None
+def _measure(jobs: dict[str, tuple], turns: int) -> dict[str, list]:
+    """The runs of every job. They take turns, so that whatever slows this machine down slows all of them."""
+    runs = {name: [] for name in jobs}
+    for turn in range(-2, turns):  # the first two warm up
+        for name in list(runs):
+            if sum(total for _, total, _ in runs[name]) < 2000:  # slow: fewer turns
+                run = _attempt(name, _once, *jobs[name])
+                if run is None:
+                    del runs[name]
+                elif turn >= 0:
+                    runs[name].append(run)
+    return runs
 
 
 def _ceilings(device: str) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s of a large copy, measured here, on random data."""
-    n, dtype, cuda = (8192, torch.bfloat16, True) if device == "cuda" else (1024, torch.float32, False)
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source, target = (torch.randn(4 * n * n, device=device) for _ in range(2))
     jobs = (lambda: a @ b), (lambda: target.copy_(source))
-    product, copy = (statistics.median(_once(job, cuda=cuda)[0] for _ in range(9)) for job in jobs)
+    product, copy = (statistics.median(_once(job)[0] for _ in range(9)) for job in jobs)
     return 2e3 * n**3 / product, 2e3 * source.nbytes / copy
 
 
@@ -878,44 +870,45 @@ def _work(shape: tuple, device: str) -> list[tuple[float, float]]:
     return [(flops, size * elements) for flops, elements in (*forward, *data, *weights)]
 
 
-def _benchmark(name: str, device: str, flop_rate: float, byte_rate: float) -> list[dict]:
-    """One row per contender. They take turns, and ratios are taken within a turn, under equal conditions."""
+def _benchmark(name: str, contenders: tuple, device: str, flop_rate: float, byte_rate: float) -> list[dict]:
+    """One row per contender; ratios to the dense layer are taken within a turn, under equal conditions."""
     shape, cuda = SHAPES[device][name], device == "cuda"
+    tokens, top_k, num_experts, d_model, d_ff = shape
     print(f"\n{name}: tokens, top_k, experts, d_model, d_ff = {shape}, forward + backward")
-    print(" " * 18, *(f"{column:>16}" for column in COLUMNS))
-    work, problem = _work(shape, device), _problem(shape, device)
-    floor = 1e3 * sum(max(flops / flop_rate, moved / byte_rate) for flops, moved in work)  # ms
-    table = _contenders(problem)
-    table["ours again"] = table["ours"]  # the difference is noise
-    if cuda and shape[0] * shape[1] * shape[3] < 2**24:
-        table["ours, CUDA graph"] = _graphed(*table["ours"])
-    for routing in ("skewed", "half empty", "half null"):
-        table[f"ours, {routing}"] = _ours(_problem(shape, device, routing))
-    table["make_dispatch"] = (lambda: make_dispatch(problem[1], shape[2]), (), None)
-    runs, rows = {contender: [] for contender in table}, []
-    for turn in range(-2, 20 if cuda else 9):  # the first two warm up
-        for contender, job in table.items():
-            if contender in runs and sum(run[1] for run in runs[contender]) < 3000:  # slow: fewer turns
-                try:
-                    run = _once(*job, cuda=cuda)
-                    runs[contender] += [run] if turn >= 0 else []
-                except torch.OutOfMemoryError:
-                    print(f"{contender}: out of memory")
-                    del runs[contender]
+    (x, balanced, *weights), d_out = _problem(shape, device)
+    job = lambda contender, index: (partial(_forward, contender, x, index, *weights), [x, *weights], d_out)
+    jobs = {contender: job(contender, balanced) for contender in contenders}
+    jobs["ours again"] = job("ours", balanced)  # the difference is noise
+    jobs |= {f"ours, {r}": job("ours", _route(shape, device, r)) for r in ("skewed", "half empty", "half null")}
+    jobs["make_dispatch"] = (partial(make_dispatch, balanced, num_experts),)
+    wide, wide_d_out = _problem((tokens * top_k, 1, 1, d_model, d_ff), device)
+    jobs["dense"] = partial(_forward, "dense", *wide), [wide[0], *wide[3:]], wide_d_out  # equal FLOPs
+    runs, rows = _measure(jobs, 20 if cuda else 9), []
+    if cuda and tokens * top_k * d_model < 2**24:  # what remains when launching costs nothing
+        step = lambda: torch.autograd.grad(_forward("ours", x, balanced, *weights), [x, *weights], d_out)
+        replay = partial(triton.testing.do_bench_cudagraph, step, return_mode="all")
+        if replays := _attempt("ours, CUDA graph", replay):
+            runs["ours, CUDA graph"] = [(total, total, 0) for total in replays]
+    work = _work(shape, device)
+    flops, floor = sum(f for f, _ in work), 1e3 * sum(max(f / flop_rate, moved / byte_rate) for f, moved in work)  # ms
+    print(" " * 18, *COLUMNS)
     for contender, measured in runs.items():
-        forward, total, peak = (statistics.median(column) for column in zip(*measured))
+        forward, total, peak = map(statistics.median, zip(*measured))
         low, _, high = statistics.quantiles([run[1] for run in measured] * 2, n=4)
-        row = {"shape": name, "contender": contender, "forward_ms": forward, "total_ms": total}
-        row |= {"spread": (high - low) / total} | ({"peak_mib": peak / 2**20} if cuda else {})
+        row = {"shape": name, "contender": contender, "total_ms": total, "spread": (high - low) / total}
         if contender not in ("make_dispatch", "ours, half null"):  # those do less work
-            row |= {"tflops": sum(flops for flops, _ in work) / total / 1e9, "of_floor": floor / total}
-            for i, column in enumerate(("fwd_vs_dense", "total_vs_dense")):
+            row |= {"tflops": flops / total / 1e9, "of_floor": floor / total}
+            for i, column in enumerate(("fwd_vs_dense", "total_vs_dense") if "dense" in runs else ()):
                 row[column] = statistics.median(dense[i] / own[i] for dense, own in zip(runs["dense"], measured))
+        if contender == "ours, CUDA graph":
+            row.pop("fwd_vs_dense", None)
+        else:
+            row |= {"forward_ms": forward} | ({"peak_mib": peak / 2**20} if cuda else {})
         if cuda and contender == "ours":  # output, dx; z, dz, s * a, rows of dx; weight gradients
-            tokens, top_k, num_experts, d_model, d_ff = shape
             elements = tokens * (2 * d_model + top_k * (5 * d_ff + d_model)) + 3 * num_experts * d_model * d_ff
             row["peak_formula_mib"] = 2 * elements / 2**20
-        print(f"{contender:18}", *(f"{row[column]:16.4g}" if column in row else " " * 16 for column in COLUMNS))
+        cells = (f"{row[column]:{len(column)}.3g}" if column in row else " " * len(column) for column in COLUMNS)
+        print(f"{contender:18}", *cells, flush=True)
         rows.append(row)
     return rows
 
@@ -924,21 +917,20 @@ def _plot(path: str, rows: list[dict], device: str, flop_rate: float, byte_rate:
     """Roofline: what arithmetic and memory of this machine allow, and what each contender reaches."""
     from matplotlib.figure import Figure
 
-    work = {row["shape"]: zip(*_work(SHAPES[device][row["shape"]], device)) for row in rows}
-    intensity = {shape: sum(flops) / sum(moved) for shape, (flops, moved) in work.items()}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes, ridge = figure.subplots(), flop_rate / byte_rate
+    axes, ridge, intensity = figure.subplots(), flop_rate / byte_rate, {}
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        flops, moved = map(sum, zip(*_work(SHAPES[device][shape], device)))
+        intensity[shape] = flops / moved
+        axes.axvline(flops / moved, color="0.9", zorder=0)
+        axes.text(flops / moved, 0.02, shape, rotation=90, ha="right", fontsize=8, transform=axes.get_xaxis_transform())
     reach = [min(ridge, *intensity.values()) / 2, ridge, max(ridge, *intensity.values()) * 2]
     axes.loglog(reach, [min(flop_rate, byte_rate * x) / 1e12 for x in reach], "k", label="this machine's roof")
-    hidden = ("make_dispatch", "ours again", "ours, skewed", "ours, half empty", "ours, half null")
-    rows = [row for row in rows if row["contender"] not in hidden]
-    for i, contender in enumerate(dict.fromkeys(row["contender"] for row in rows)):
+    for i, contender in enumerate((*CONTENDERS, "dense", "ours, CUDA graph")):
         points = [(intensity[row["shape"]], row["tflops"]) for row in rows if row["contender"] == contender]
-        axes.plot(*zip(*points), "o*sDv^<>P"[i % 9], markersize=7 if i else 14, label=contender)
-    for shape, x in intensity.items():
-        axes.axvline(x, color="0.9", zorder=0)
-        axes.text(x, 0.02, shape, rotation=90, ha="right", fontsize=8, transform=axes.get_xaxis_transform())
-    bottom = min(row["tflops"] for row in rows) / 4
+        if points:
+            axes.plot(*zip(*points), "o*sDv^<>P"[i], markersize=7 if i else 14, label=contender)
+    bottom = min(row["tflops"] for row in rows if "tflops" in row) / 4
     axes.set(xlabel="FLOP per byte moved", ylabel="TFLOP/s, forward + backward", ylim=(bottom, None))
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -959,24 +951,41 @@ def main() -> None:
             parser.error(f"cannot write {path}: it must lie in an existing, writable folder")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed")
-    machine = f"{platform.machine()} CPU, one thread" if device == "cpu" else torch.cuda.get_device_name()
-    if device == "cpu":
+    machine, contenders, bound = f"{platform.machine()} CPU, one thread", CONTENDERS[:4], 1e-5
+    if device == "cuda":
+        machine, contenders, bound = torch.cuda.get_device_name(), CONTENDERS, 2e-2
+    else:
         torch.set_num_threads(1)  # on small matrices a second core gains nothing, and a busy one costs much
-        _keep_freed_memory()
+        # experts-32 makes 33 MB of gradients a step. glibc returns freed memory to the system, and the 15,000 page
+        # faults of getting it back would be timed with the arithmetic: raise M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+        with contextlib.suppress(OSError, AttributeError):
+            for parameter in (-1, -3):
+                ctypes.CDLL(None).mallopt(parameter, 2**30)
     versions = f"torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}"
-    print(f"{machine}, {versions}\n{_correctness(device)}")
-    flop_rate, byte_rate = _ceilings(device)
+    print(f"{machine}, {versions}")
+    errors = _correctness(contenders, device)
+    words = [f"{name} {error:.0e}{'' if error < bound else ' WRONG'}" for name, error in errors.items()]
+    print("relative error against float64: " + ", ".join(words), flush=True)
+    if not errors.get("ours", 1.0) < bound:
+        sys.exit("kernels.py: ours fails this check; nothing is timed")
+    rates = flop_rate, byte_rate = _ceilings(device)
     print(f"ceilings: {flop_rate / 1e12:.3g} TFLOP/s large product, {byte_rate / 1e9:.3g} GB/s large copy")
-    names = [args.shape] if args.shape else SHAPES[device]
-    rows = [row for name in names for row in _benchmark(name, device, flop_rate, byte_rate)]
-    if args.json:
-        content = {"machine": machine, "versions": versions, "rows": rows}
-        with open(args.json + ".part", "w") as file:
-            json.dump(content | {"flop_rate": flop_rate, "byte_rate": byte_rate}, file, indent=1)
-        os.replace(args.json + ".part", args.json)  # all or nothing
+    names, rows = [args.shape] if args.shape else list(SHAPES[device]), []
+    for name in names:
+        rows += _attempt(name, _benchmark, name, tuple(errors), device, *rates) or []
+        if args.json:  # after every shape, so that a crash loses no more than one
+            content = {"machine": machine, "versions": versions, "errors": errors, "rows": rows}
+            with open(args.json + ".part", "w") as file:
+                json.dump(content | {"flop_rate": flop_rate, "byte_rate": byte_rate}, file, indent=1)
+            os.replace(args.json + ".part", args.json)  # all or nothing
+    if missing := set(names) - {row["shape"] for row in rows if row["contender"] == "ours"}:
+        sys.exit(f"kernels.py: ours was not timed on {', '.join(sorted(missing))}")
     if args.plot:
-        _plot(args.plot, rows, device, flop_rate, byte_rate)
+        _plot(args.plot, rows, device, *rates)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("kernels.py: interrupted; --json has the shapes that were finished")

@@ -1,7 +1,7 @@
 """Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
 
-A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`) and `<!-- end -->`; a test checks that both
-files are what this command makes of them.
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- kernels -->`) and `<!-- end -->`; a test
+checks that both files are what this command makes of them.
 """
 
 import json
@@ -62,12 +62,28 @@ def papers_table() -> str:
     return "\n".join(lines)
 
 
+def kernels_table() -> str:
+    """Speed as a share of the dense layer's; the last column is time as a share of that with no pick null."""
+    names = {"ours": "kernels.py", "where loop": "loop over experts", "F.grouped_mm": "F.grouped_mm"}
+    names["padded bmm"] = "padded bmm"
+    lines = [f"| shape | {' | '.join(names.values())} | time with half the picks null |", "|---" * 6 + "|"]
+    shapes = {}
+    for row in report("kernels")["rows"]:
+        shapes.setdefault(row["shape"], {})[row["contender"]] = row
+    for shape, row in shapes.items():
+        cells = [f"{row[name]['total_vs_dense']:.2f}" for name in names]
+        cells.append(f"{row['ours, half null']['total_ms'] / row['ours']['total_ms']:.2f}")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def updated(page: str) -> str:
     def table(match: re.Match) -> str:
-        made = papers_table() if match[2] == "papers" else claims_table(match[2].removeprefix("claims: "))
+        made = {"papers": papers_table, "kernels": kernels_table}.get(match[2])
+        made = made() if made else claims_table(match[2].removeprefix("claims: "))
         return f"{match[1]}\n{made}\n{match[4]}"
 
-    return re.sub(r"(<!-- (papers|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- (papers|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

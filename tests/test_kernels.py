@@ -4,13 +4,17 @@ The Triton kernels are tested in kernels_triton.py, which runs here twice: under
 its own because TRITON_INTERPRET has to be set before the import, and on a GPU (`-m gpu`).
 """
 
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -32,23 +36,35 @@ def why_not_interpreted() -> str:
     return ""
 
 
-def run_triton_tests(**environment):
-    tests = str(ROOT / "tests" / "kernels_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module", autouse=True)
+def in_the_interpreter(request):
+    """The tests of the kernels, in a process that runs beside the tests of this file; None if nobody asks for it."""
+    wanted = any(item.name == "test_triton_kernels_in_the_interpreter" for item in request.session.items)
+    process = (
+        start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") if wanted and not why_not_interpreted() else None
+    )
+    yield process
+    if process and process.poll() is None:  # an interrupted session leaves nothing behind
+        process.kill()
+        process.communicate()
 
 
-@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
-def test_triton_kernels_in_the_interpreter():
-    run_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+def start_triton_tests(**environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **options)
+
+
+def assert_green(process: subprocess.Popen) -> None:
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    print(printed.strip().splitlines()[-1])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_triton_kernels_on_the_gpu():
-    run_triton_tests(TRITON_INTERPRET="0")
+    assert_green(start_triton_tests(TRITON_INTERPRET="0"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,7 +266,7 @@ GOOD = {"x": (5, 3), "gates": (5, 2), "w1": (4, 3, 8), "w2": (4, 8, 3), "b1": (4
     [
         ("x", (5, 4), r"w1 has shape \[4, 3, 8\]; shape \[num_experts, 4, d_ff\]"),
         ("x", (5, 3, 1), r"x has shape \[5, 3, 1\]; a tensor of shape \[tokens, d_model\]"),
-        ("x", (6, 3), r"expert_index has shape \[5, 2\]; shape \[6, 2\]"),
+        ("x", (6, 3), r"expert_index has shape \[5, 2\]; shape \[6, top_k\]"),
         ("x", torch.zeros(5, 3, dtype=torch.long), "x has dtype torch.int64"),
         ("gates", (5, 3), r"gates has shape \[5, 3\]; shape \[5, 2\]"),
         ("gates", torch.zeros(5, 2, dtype=torch.float64), "gates has dtype torch.float64; allowed here: torch.float32"),
@@ -288,6 +304,8 @@ def test_more_errors():
     with pytest.raises(ValueError, match=r"w1 has shape \[4, 3, 7\]; with glu the last size must be even"):
         kernels.moe_mlp(x, index.long(), gates, w1, w2, glu=True)
     dispatch = kernels.make_dispatch(torch.zeros(5, 2, dtype=torch.long), 4)
+    with pytest.raises(ValueError, match=r"w1 has shape \[3, 3, 8\]; shape \[4, 3, d_ff\]"):
+        kernels.moe_mlp(x, dispatch, gates, torch.zeros(3, 3, 8), w2)
     with pytest.raises(ValueError, match=r"h has shape \[9, 3\]; shape \[10, in\]"):
         kernels.grouped_mm(torch.zeros(9, 3), torch.zeros(4, 3, 8), dispatch)
     with pytest.raises(ValueError, match=r"w has shape \[3, 3, 8\]; shape \[4, 3, out\]"):
@@ -302,6 +320,15 @@ def test_more_errors():
         tensors = [torch.zeros(shape) for shape in GOOD.values()]
         with pytest.raises(RuntimeError, match="backend 'triton' cannot be used"):
             kernels.moe_mlp(tensors[0], dispatch, *tensors[1:4], backend="triton")
+
+
+def test_matrices_beyond_int32_are_not_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # as if the device were right
+    monkeypatch.setattr(kernels, "triton", kernels.triton or SimpleNamespace())
+    x, fits, large = (torch.empty(s, device="meta") for s in ((4, 2**15), (2, 2**15, 2**16 - 1), (2, 2**15, 2**16)))
+    assert kernels._use_triton("auto", x, fits) and not kernels._use_triton("auto", x, large)
+    with pytest.raises(RuntimeError, match=r"2\*\*31 elements"):
+        kernels._use_triton("triton", x, large)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -367,3 +394,193 @@ def test_benchmark_writes_its_figures(tmp_path):
     assert {"ours", "where loop", "F.grouped_mm", "padded bmm", "dense", "ours, half null"} <= names
     assert all(row["total_ms"] >= row["forward_ms"] > 0 for row in figures["rows"])
     assert not list(tmp_path.glob("*.part"))
+
+
+class Event:
+    """torch.cuda.Event on the CPU's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.seconds - self.seconds)
+
+
+class OnTheCPU(torch.overrides.TorchFunctionMode):
+    """Tensors asked for on a GPU are made here; the one that clears the GPU's cache is small."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+            args = (1,) if args == (2**28,) else args
+        return function(*args, **kwargs)
+
+
+def fake_liger(x, gate_up, down, index, gates):
+    """As LigerFusedMoEFunction.apply documents it: gate_up [E, 2F, D], down [E, D, F], contiguous."""
+    assert gate_up.is_contiguous() and down.is_contiguous() and index.dtype == torch.int32 and gates.dtype == x.dtype
+    return kernels.moe_mlp(x, index, gates, gate_up.mT, down.mT, act="silu", glu=True, backend="torch")
+
+
+def fake_sort(index, num_experts):
+    order = index.flatten().sort()
+    return order.values, order.indices, order.values.bincount(minlength=num_experts).cumsum(0)
+
+
+def fake_linear(x, w, k, experts, scattered, offsets, gates=None, grouped_in=False, grouped_out=False):
+    """As ScatterMoE's parallel_linear: rows in expert order or in token order, k copies of each; then gated sums."""
+    rows = x if grouped_in else x[scattered // k]
+    y = torch.cat([h @ m for h, m in zip(rows.split(offsets.diff(prepend=offsets.new_zeros(1)).tolist()), w)])
+    if grouped_out:
+        return y
+    y = y[scattered.argsort()].view(*gates.shape, -1)
+    return (gates.unsqueeze(1) @ y).squeeze(1)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """The benchmark takes its path for GPUs, with kernels in plain torch: what is tested is that it runs to its end."""
+    fakes = {
+        "is_available": lambda: True, "get_device_name": lambda: "a GPU", "synchronize": lambda: None, "Event": Event,
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5 * 2**20,
+        "max_memory_allocated": lambda: 7 * 2**20,
+    }  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setitem(kernels.SHAPES, "cuda", {"one": (16, 2, 4, 16, 24), "two": (16, 2, 4, 24, 16)})
+    monkeypatch.setattr(kernels, "_ceilings", lambda device: (1e11, 1e10))
+    measure = kernels._measure
+    monkeypatch.setattr(kernels, "_measure", lambda jobs, turns: measure(jobs, 2))
+    replay = lambda step, return_mode: [len(step()) / 10, 0.5]
+    testing = SimpleNamespace(do_bench_cudagraph=replay)
+    monkeypatch.setattr(kernels, "triton", SimpleNamespace(testing=testing, __version__="3"))
+    with OnTheCPU():
+        yield
+
+
+def benchmark(monkeypatch, folder, *flags):
+    """Exit code, and the figures written."""
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--json", str(folder / "figures.json"), *flags])
+    try:
+        code = kernels.main()
+    except SystemExit as stop:
+        code = stop.code
+    file = folder / "figures.json"
+    return code, json.loads(file.read_text())["rows"] if file.exists() else None
+
+
+def test_benchmark_on_a_pretended_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """Every contender, the peers by what their documentation says they take, gives the same layer; every column."""
+    liger = SimpleNamespace(LigerFusedMoEFunction=SimpleNamespace(apply=fake_liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe", liger)
+    scattermoe = SimpleNamespace(flatten_sort_count=fake_sort, parallel_linear=fake_linear)
+    monkeypatch.setitem(sys.modules, "scattermoe.parallel_experts", scattermoe)
+    for parent in ("liger_kernel", "liger_kernel.ops", "scattermoe"):
+        monkeypatch.setitem(sys.modules, parent, SimpleNamespace(__path__=[]))
+    flags = ["--plot", str(tmp_path / "roof.png")] if importlib.util.find_spec("matplotlib") else []
+    code, rows = benchmark(monkeypatch, tmp_path, *flags)
+    printed = capsys.readouterr().out
+    assert not code and "left out" not in printed and "WRONG" not in printed
+    assert bool(flags) == (tmp_path / "roof.png").exists()
+    routings = {f"ours, {routing}" for routing in ("skewed", "half empty", "half null", "CUDA graph")}
+    names = {*kernels.CONTENDERS, *routings, "ours again", "dense", "make_dispatch"}
+    for shape in ("one", "two"):
+        assert {row["contender"] for row in rows if row["shape"] == shape} == names
+    own = next(row for row in rows if row["contender"] == "ours")
+    assert set(own) == {"shape", "contender", *kernels.COLUMNS}
+    assert own["peak_mib"] == 2
+    assert own["peak_formula_mib"] == 2 * (2 * 16 * 16 + 32 * (5 * 24 + 16) + 3 * 4 * 16 * 24) / 2**20
+    assert own["tflops"] == pytest.approx(18 * 32 * 16 * 24 / own["total_ms"] / 1e9)
+    graph = next(row for row in rows if row["contender"] == "ours, CUDA graph")
+    assert graph["total_ms"] == 0.45 and "forward_ms" not in graph and "peak_mib" not in graph
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(pretended_gpu, monkeypatch, tmp_path, capsys):
+    forward, calls = kernels._forward, []
+
+    def failing(contender, *inputs):
+        calls.append(contender)
+        if contender == "dense":
+            assert inputs[0].shape[0] == 32  # as many rows as there are assignments
+        if contender == "padded bmm":
+            raise torch.OutOfMemoryError("no memory\nand a long story")
+        if contender == "where loop" and calls.count(contender) == 5:
+            raise RuntimeError("an illegal memory access")
+        if contender == "dense" and inputs[0].shape[1] == 24:
+            raise RuntimeError("")
+        return forward(contender, *inputs)
+
+    monkeypatch.setattr(kernels, "_forward", failing)
+    code, rows = benchmark(monkeypatch, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    left = [line for line in lines if "left out" in line]
+    assert not code and len(left) == 5
+    assert left[0] == "padded bmm: left out, OutOfMemoryError: no memory"
+    assert left[1].startswith("Liger: left out, ModuleNotFoundError") and left[2].startswith("ScatterMoE: left out")
+    assert left[3:] == [
+        "where loop: left out, RuntimeError: an illegal memory access",
+        "dense: left out, RuntimeError: ",
+    ]
+    shapes = {
+        name: [row["shape"] for row in rows if row["contender"] == name] for name in (*kernels.CONTENDERS, "dense")
+    }
+    assert shapes["ours"] == ["one", "two"] and shapes["where loop"] == ["two"] and shapes["dense"] == ["one"]
+    assert shapes["padded bmm"] == shapes["Liger"] == shapes["ScatterMoE"] == []
+    assert ["total_vs_dense" in row for row in rows if row["contender"] == "ours"] == [True, False]
+
+
+def test_a_failure_of_ours_is_an_exit_code(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """Wrong numbers, NaN among them, are not timed; a crash or Ctrl-C keeps the figures of the other shapes."""
+    forward = kernels._forward
+    half_of_dx = lambda out, x: out + 0.5 * (x - x.detach())  # the output is right, one gradient is not
+    for wrong in (lambda out, x: 1.03 * out, lambda out, x: float("nan") * out, half_of_dx):
+
+        def spoiled(name, x, *inputs, wrong=wrong):
+            out = forward(name, x, *inputs)
+            return wrong(out, x) if name == "ours" else out
+
+        monkeypatch.setattr(kernels, "_forward", spoiled)
+        code, rows = benchmark(monkeypatch, tmp_path)
+        assert code == "kernels.py: ours fails this check; nothing is timed" and rows is None
+        assert " WRONG, where loop" in capsys.readouterr().out
+
+    def stopping(error, name, *inputs):
+        if name == "ours" and inputs[0].shape[1] == 24:
+            raise error
+        return forward(name, *inputs)
+
+    monkeypatch.setattr(kernels, "_forward", partial(stopping, RuntimeError("an illegal memory access")))
+    code, rows = benchmark(monkeypatch, tmp_path)
+    assert code == "kernels.py: ours was not timed on two" and {row["shape"] for row in rows} == {"one", "two"}
+    (tmp_path / "figures.json").unlink()
+    monkeypatch.setattr(kernels, "_forward", partial(stopping, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(monkeypatch, tmp_path)
+    assert {row["shape"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"one"}
+
+
+def test_routings_of_the_benchmark():
+    shape = (400, 2, 8, 4, 4)
+    share = {}
+    for routing in ("balanced", "skewed", "half empty", "half null"):
+        index = kernels._route(shape, "cpu", routing)
+        assert index.shape == (400, 2) and (index[:, 0] != index[:, 1])[index.max(1).values >= 0].all()
+        share[routing] = [(index == expert).float().sum().item() / 400 for expert in range(-1, 8)]
+    assert share["balanced"][0] == 0 and max(share["balanced"]) < 0.4
+    assert share["skewed"][1] > 0.5 and share["half empty"][5:] == [0] * 4 and share["half empty"][0] == 0
+    assert 0.85 < share["half null"][0] < 1.15
+
+
+def test_a_slow_contender_gets_fewer_turns(monkeypatch):
+    monkeypatch.setattr(kernels, "_once", lambda total: (total / 3, total, 0))
+    runs = kernels._measure({"slow": (900.0,), "fast": (1.0,)}, 20)
+    assert len(runs["slow"]) == 3 and len(runs["fast"]) == 20
+
+
+@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+def test_triton_kernels_in_the_interpreter(in_the_interpreter):
+    assert_green(in_the_interpreter)  # the last test of this file: the process has had time

@@ -111,6 +111,15 @@ def check(launch: tuple, arch: int, folder: Path) -> None:
         assert found[core] > 0, f"no {core}: {where}"
 
 
+@pytest.mark.parametrize("arch", [90, 80])
+def test_weights_as_linear_layers_keep_them(monkeypatch, tmp_path, arch):
+    """[out, in], as in checkpoints and in the benchmark, are views here: every launch with the largest tiles."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in record(monkeypatch, arch, torch.bfloat16, 512, glu=True, transposed=True):
+        if launch[0].__name__ not in ("combine", "tile_map"):
+            check(launch, arch, tmp_path)
+
+
 @pytest.mark.parametrize("glu", [True, False])
 @pytest.mark.parametrize("arch", [90, 80])
 @pytest.mark.parametrize(
@@ -160,6 +169,15 @@ def test_tf32_uses_tensor_cores(monkeypatch, tmp_path):
             check(launch, 80, tmp_path)
 
 
+def test_combine_holds_many_picks_in_registers(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = []
+    monkeypatch.setattr(kernels, "combine", Recorder(kernels.combine, launches))
+    y, index = (torch.empty(64, n, device="meta", dtype=d) for n, d in ((2048, torch.bfloat16), (64, torch.int32)))
+    kernels._combine(y, index)
+    check(launches[0], 90, tmp_path)
+
+
 def test_widths_and_strides_are_constants():
     """As runtime integers they would cost the asynchronous copies at widths like 600."""
     for function in (kernels.expert_mm, kernels.down_bwd, kernels.expert_dw, kernels.combine):
@@ -168,8 +186,10 @@ def test_widths_and_strides_are_constants():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_torch_compile_traces_one_graph(monkeypatch, dtype):
+@pytest.mark.parametrize(
+    "dtype, interpreted", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)]
+)
+def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
     """Forward and backward without a graph break, every launch recorded as a Triton kernel; nothing is run."""
 
     class Traced(Exception):
@@ -184,7 +204,9 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype):
     launches = []
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
+    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)  # then _use_triton accepts what is on the CPU, itself
+    if not interpreted:
+        monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
     shapes = ((32, 16), (32, 2), (4, 16, 32), (4, 16, 16), (4, 32), (4, 16))
     x, gates, w1, w2, b1, b2 = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
     layer = torch.compile(kernels.moe_mlp, fullgraph=True, backend=backend)
