@@ -269,12 +269,10 @@ class NullRouting(nn.Module):
         self.true_counts: Tensor | None = None
 
     def pick(self, router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
+        sizes, mask = (self.num_experts, self.top_k), None if token_mask is None else token_mask.reshape(-1)
+        choose = self.choose or (lambda logits: route(logits, *sizes, self.normalize))
         expert_index, gates = choose(router_logits)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        self.aux_loss = load_balancing_loss(
-            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
-        )
+        self.aux_loss = load_balancing_loss(router_logits, *sizes, self.alpha, mask, self.average_nulls)
         self.true_counts = (expert_index >= 0).sum(dim=-1)
         return expert_index, gates
 

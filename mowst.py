@@ -361,10 +361,9 @@ class GATLayer(nn.Module):
         super().__init__()
         if out_width % heads:
             raise ValueError(f"width {out_width} does not divide into {heads} heads")
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(width, out_width)))
-        self.source, self.target = (
-            nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, out_width // heads))) for _ in range(2)
-        )
+        xavier = lambda *shape: nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+        self.weight = xavier(width, out_width)
+        self.source, self.target = (xavier(heads, out_width // heads) for _ in range(2))
         self.bias = nn.Parameter(torch.zeros(out_width))
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> Tensor:
@@ -374,9 +373,7 @@ class GATLayer(nn.Module):
         score = F.leaky_relu(by_source[source] + by_target[target], 0.2)  # [edges, heads]
         # Softmax over incoming edges. The shift by the largest score cancels, so it needs no gradient.
         index = target[:, None].expand_as(score)
-        largest = score.new_zeros(len(x), score.shape[1]).scatter_reduce(
-            0, index, score.detach(), "amax", include_self=False
-        )
+        largest = torch.zeros_like(by_source).scatter_reduce(0, index, score.detach(), "amax", include_self=False)
         weight = (score - largest[target]).exp()
         total = torch.zeros_like(largest).index_add(0, target, weight)
         message = h[source] * (weight / total[target]).unsqueeze(-1)  # [edges, heads, head_width]
@@ -532,10 +529,8 @@ def make_task(config: Config, seed: int, index: int, run: Run) -> Task:
         graph, digest = graphs.contextual_sbm(1000 * seed + index, train_share=config.labels, **knobs).split(0), ""
         x, adjacency = graph.x.to(run.device), Adjacency(graph.edge_index.to(run.device), len(graph.x))
     parts = [mask.nonzero()[:, 0].to(run.device) for mask in (graph.train_mask, graph.val_mask, graph.test_mask)]
-    if min(map(len, parts)) < 2:
-        raise ValueError(
-            f"{graph.name}: {[len(part) for part in parts]} train, val and test nodes; 2 of each are needed"
-        )
+    if min(sizes := [len(part) for part in parts]) < 2:
+        raise ValueError(f"{graph.name}: {sizes} train, val and test nodes; 2 of each are needed")
     return Task(graph, x, adjacency, graph.y.to(run.device), *parts, digest)
 
 
@@ -864,14 +859,13 @@ def describe(confidence: Tensor, weak: Tensor, strong: Tensor, task: Task) -> di
     if kind is not None:
         sides = {"feature-rich": kind[test], "structure-rich": ~kind[test]}
     deciles, bins = c.argsort(stable=True).tensor_split(10), (c * 10).long().clamp(max=9)
+    filled = bins.unique().tolist()
     return {
         "auc": area_under_curve(c, kind[test]) if kind is not None else None,
         "confidence": {name: float(c[nodes].mean()) for name, nodes in sides.items()},
         "histogram": {name: torch.bincount(bins[nodes], minlength=10).tolist() for name, nodes in sides.items()},
         "deciles": {name: [float(found[part].mean()) for part in deciles] for name, found in right.items()},
-        "bins": {
-            name: {b: float(found[bins == b].mean()) for b in bins.unique().tolist()} for name, found in right.items()
-        },
+        "bins": {name: {b: float(found[bins == b].mean()) for b in filled} for name, found in right.items()},
         "ece": {name: calibration_error(z, y) for name, z in log_probs.items()},
         "mean_confidence": float(c.mean()),
         "weak_better": float((loss["weak"] < loss["strong"]).double().mean()),
@@ -1143,10 +1137,8 @@ def theory() -> None:
         cells = [alpha, entropy, mu, found["p"], found["confidence"], (2 * alpha - 1) ** 2, found["cross_entropy"]]
         rows.append([f"{cell:.4f}" for cell in cells])
     header = ["alpha", "H(alpha)", "GNN loss mu", "best p", "C(p)", "C(alpha)", "CE(p)"]
-    common.say(
-        "the MLP's best answer p to nodes it cannot tell apart, a share alpha of them of class 1; C = (2p - 1)^2\n"
-    )
-    common.say(common.format_table(header, rows))
+    text = "the MLP's best answer p to nodes it cannot tell apart, a share alpha of them of class 1; C = (2p - 1)^2"
+    common.say(f"{text}\n\n{common.format_table(header, rows)}")
 
 
 def main(config: Config, run: Run) -> dict:
