@@ -1300,7 +1300,8 @@ def estimate_full(config: Config, run: Run, shape, memory: int, processes: int) 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Of every checkpointed layer its input, of one all that it computes.
     held = config.num_layers * config.d_model + config.top_k * (4 * config.d_model + 6 * config.d_ff)
-    weights, adam, held = parameters * run.dtype.itemsize, 16 * trained, 4 * held * tokens / config.accumulate
+    needed = {"weights": parameters * run.dtype.itemsize, "LoRA and Adam": 16 * trained}
+    needed["activations"] = 4 * held * tokens / config.accumulate
     here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
     size = lambda count: f"{count / 1e9:.2f} GB"
     rows = [
@@ -1311,13 +1312,11 @@ def estimate_full(config: Config, run: Run, shape, memory: int, processes: int) 
         # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
         ["training FLOPs an arm, at most", f"{6 * active * config.steps * tokens:.1e}"],
         ["weights to download", "none" if here else f"{size(2 * parameters)} in 16 bits"],
-        ["weights", size(weights)],
-        ["LoRA, its gradient and Adam", size(adam)],
-        ["activations, at most", size(held)],
+        ["memory needed, at most", " + ".join(f"{name} {size(count)}" for name, count in needed.items())],
         ["memory there", f"{size(memory)} ({run.device if processes == 1 else f'{processes} processes'})"],
     ]
     run.table(f"what {config.model} will take", ["", "estimate"], rows)
-    return share, weights + adam + held
+    return share, sum(needed.values())
 
 
 def main(config: Config, run: Run) -> dict:
