@@ -843,7 +843,7 @@ def train_answers(
     layers = routed(model)
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return train.nth_batch(step, config.batch_size, seed, run.device)
+        return train.train_batch(step, config.batch_size, seed, run.device)
 
     def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
         for layer in layers:

@@ -321,14 +321,9 @@ class Questions(NamedTuple):
         lengths = self.lengths[rows]
         return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
 
-    def nth_batch(self, step: int, size: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch of a step: all questions in random order, then in another one, and so on."""
-        rows = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, index = divmod(place, len(self.labels))
-            order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-            rows.append(order[index])
-        return self.batch(torch.stack(rows), device)
+    def train_batch(self, step: int, size: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
+        return self.batch(tasks.epoch_rows(len(self.labels), step, size, seed), device)
 
 
 def letter_questions(
