@@ -3,8 +3,8 @@
     load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
     load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
-    random_causal(config, dtype, dev)   the same shape with random weights
-    place_causal(source, ...)           either, patched and on its device; under torchrun spread with FSDP2
+    place_causal(source, ...)           the same, or random_causal, patched, on its device; under torchrun spread
+    random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
