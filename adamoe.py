@@ -46,13 +46,13 @@ Differences from the paper and its code
 2. The loss is per layer, then averaged; the released code pools all layers, which lets two collapsed layers cancel.
 3. A copied null row ties with its twin and the winner would depend on the top-k kernel; rows get 1e-3 of noise.
 4. alpha falls from alpha to alpha_late at half time, within one run (the paper: first epoch, second epoch).
-5. Small scale: 2 layers, d_model 64, bytes, all weights trained. The paper fine-tunes Mixtral-8x7B with LoRA, as --full
-   does. There the base stays in bf16 (the paper: 4 bits), one LoRA serves router and null rows, one gate and up
-   projection; the answer is the likeliest letter, not a generated text. Where a model was trained without normalised
-   gates (OLMoE, Qwen-MoE) they keep their scale: softmax over all true experts. Not stated in the paper and ours: batch
-   16, cosine, lora_alpha 16.
-6. LoRA experts (--setting lora) have no dropout, and q, k, v are one matrix here. Load and its law are the claim.
-7. Every arm has the same steps, batches and learning-rate grid, printed by --ablate; settings fixed on seeds 100-102.
+5. Small scale: 2 layers, d_model 64, bytes, all weights trained, every arm with the same steps, batches and
+   learning-rate grid (--ablate prints it); settings fixed on seeds 100-102. LoRA experts (--setting lora) have no
+   dropout, q, k, v are one matrix, and the load's law alone is claimed.
+6. --full trains Mixtral-8x7B with LoRA as the paper does, but from a base in bf16 (the paper: 4 bits), with one LoRA
+   for router and null rows and one for gate and up projection; the answer is the likeliest letter, not a generated
+   text. Models trained without normalised gates (OLMoE, Qwen-MoE) keep their scale: softmax over all true experts.
+   Not stated in the paper and ours: batch 16, cosine, lora_alpha 16.
 
 Break it yourself: --alpha 0 --alpha-late 0 (nothing holds the load); --num-null 32 (tokens starve);
 normalize="all_picks" (the load creeps up when alpha drops).
@@ -107,7 +107,7 @@ class Config:
     text: str = ""  # file or folder to fine-tune on instead of Python's documentation
     setting: str = "moe"  # or "lora": LoRA experts on a dense model, small scale only; paper section 4.1
     lora_experts: int = 4  # true LoRA experts a linear layer with --setting lora; paper section 4.1
-    lora_lr: float = 8e-3  # peak learning rate with --setting lora; that of --setting moe, not tuned for it
+    lora_lr: float = 1.6e-2  # lr of --setting lora: of 4e-3, 8e-3, 1.6e-2, 3.2e-2 best for k1, k2, m5k4 on seed 100
     lora_rank: int = 8  # of router and experts; paper section 4.1
     lora_alpha: float = 16.0  # LoRA is scaled by lora_alpha / lora_rank; the paper's is not stated
     model: str = "auto"  # folder, Hugging Face name, "random", or "auto": Mixtral where it fits, else OLMoE
@@ -129,8 +129,6 @@ FULL = replace(
     d_ff=14336,
     num_heads=32,
 )
-SMALL_ONLY = ("alpha_pretrain", "pretrain_steps", "pretrain_lr", "init", "text", "setting", "lora_experts", "lora_lr")
-FULL_ONLY = ("model", "task", "train_examples", "accumulate")
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
@@ -271,12 +269,10 @@ class NullRouting(nn.Module):
         self.true_counts: Tensor | None = None
 
     def pick(self, router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        choose = self.choose or (lambda logits: route(logits, self.num_experts, self.top_k, self.normalize))
+        sizes, mask = (self.num_experts, self.top_k), None if token_mask is None else token_mask.reshape(-1)
+        choose = self.choose or (lambda logits: route(logits, *sizes, self.normalize))
         expert_index, gates = choose(router_logits)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        self.aux_loss = load_balancing_loss(
-            router_logits, self.num_experts, self.top_k, self.alpha, mask, self.average_nulls
-        )
+        self.aux_loss = load_balancing_loss(router_logits, *sizes, self.alpha, mask, self.average_nulls)
         self.true_counts = (expert_index >= 0).sum(dim=-1)
         return expert_index, gates
 
@@ -372,16 +368,14 @@ class NullExpertMoE(NullRouting):
         d_ff = block.experts.down_proj.shape[-1]
         shapes = [list(weight.shape) for weight in (block.experts.gate_up_proj, block.experts.down_proj)]
         if shapes != [[num_experts, 2 * d_ff, d_model], [num_experts, d_model, d_ff]]:
-            raise ValueError(f"experts of shapes {shapes} do not fit a gate of shape {list(block.gate.weight.shape)}")
+            raise ValueError(f"experts of shapes {shapes} do not fit a gate of shape {[num_experts, d_model]}")
         if odd := [name for name in block.gate.state_dict() if name != "weight"]:  # it would route otherwise
             raise ValueError(f"the gate has {', '.join(odd)} beside its weight; only softmax over x W is understood")
         if act not in kernels.ACTIVATIONS:
             raise ValueError(f"act is {act!r}; allowed: {', '.join(kernels.ACTIVATIONS)}")
-        # Without it gates keep the scale that the model was trained with: softmax over all its experts.
-        normalized = getattr(block.gate, "norm_topk_prob", True)
-        super().__init__(
-            num_experts, num_null, top_k, **({"normalize": "true_experts" if normalized else "none"} | routing)
-        )
+        if not getattr(block.gate, "norm_topk_prob", True):  # gates keep the scale that the model was trained with
+            routing.setdefault("normalize", "none")
+        super().__init__(num_experts, num_null, top_k, **routing)
         self.gate, self.experts, self.act, self.rank = block.gate, block.experts, act, rank
         self.shared_expert = getattr(block, "shared_expert", None)
         self.shared_expert_gate = getattr(block, "shared_expert_gate", None)
@@ -429,6 +423,12 @@ class NullExpertMoE(NullRouting):
         return kernels.scatter(rows, dispatch, gates, backend=self.backend)
 
 
+def find_children(model: nn.Module, matches: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, child) of every module inside that matches."""
+    children = ((parent, *named) for parent in model.modules() for named in parent.named_children())
+    return [place for place in children if matches(place[-1])]
+
+
 def add_null_experts(
     model: nn.Module, num_null: int, top_k: int | None = None, rank: int = 0, **options
 ) -> list[NullExpertMoE]:
@@ -438,23 +438,19 @@ def add_null_experts(
     keeps each layer's own. With rank > 0 all weights of the model are frozen; LoRA's alone are trained.
     Raises ValueError if the model has no such module, or is patched already.
     """
-    is_mixture = lambda m: hasattr(getattr(m, "gate", None), "weight") and hasattr(m, "experts")
-    found = [
-        (parent, name) for parent in model.modules() for name, child in parent.named_children() if is_mixture(child)
-    ]
-    if any(isinstance(getattr(*place), NullExpertMoE) for place in found):
+    found = find_children(model, lambda m: hasattr(getattr(m, "gate", None), "weight") and hasattr(m, "experts"))
+    if any(isinstance(block, NullExpertMoE) for *_, block in found):
         raise ValueError("this model has null experts already; load it anew")
-    if not found or not all(hasattr(getattr(*place).experts, "gate_up_proj") for place in found):
+    if not found or not all(hasattr(block.experts, "gate_up_proj") for *_, block in found):
         raise ValueError(f"{type(model).__name__} has no mixture with gate.weight, experts.gate_up_proj and .down_proj")
-    act = getattr(getattr(model, "config", None), "hidden_act", "silu")
     if rank:
         model.requires_grad_(False)
-    for parent, name in found:
-        block = getattr(parent, name)
+    act, layers = getattr(getattr(model, "config", None), "hidden_act", "silu"), []
+    for parent, name, block in found:
         picks = block.gate.top_k if top_k is None else top_k
-        layer = NullExpertMoE(block, num_null, picks, **({"act": act, "rank": rank} | options))
-        setattr(parent, name, layer.train(block.training))
-    return [getattr(*place) for place in found]
+        layers.append(NullExpertMoE(block, num_null, picks, **({"act": act, "rank": rank} | options)))
+        setattr(parent, name, layers[-1].train(block.training))
+    return layers
 
 
 class LoRAExperts(NullRouting):
@@ -498,10 +494,11 @@ def add_lora_experts(module: nn.Module, *sizes, **options) -> list[LoRAExperts]:
 
     sizes, options  of LoRAExperts, after its first argument
     """
-    found = [(m, name) for m in module.modules() for name, child in m.named_children() if type(child) is nn.Linear]
-    for parent, name in found:
-        setattr(parent, name, LoRAExperts(getattr(parent, name), *sizes, **options))
-    return [getattr(*place) for place in found]
+    layers = []
+    for parent, name, linear in find_children(module, lambda m: type(m) is nn.Linear):
+        layers.append(LoRAExperts(linear, *sizes, **options))
+        setattr(parent, name, layers[-1])
+    return layers
 
 
 def routed(model: nn.Module) -> list[NullRouting]:
@@ -573,6 +570,9 @@ class Arm:
 
 
 def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
+    if config.setting == "lora":  # the paper's Table 7, whose names these are: m null experts, k picks
+        arms = {"k1": Arm(0, 1), "k2": Arm(0, 2), "m5k4": Arm(5, 4)}
+        return arms | ({"m7k4": Arm(7, 4), "m9k4": Arm(9, 4), "m5k2": Arm(5, 2)} if ablate else {})
     arms = {"top1": Arm(0, 1), "top2": Arm(0, 2), "adamoe": Arm(config.num_null, config.top_k)}
     if ablate:
         adamoe, default = arms["adamoe"], tuple(arms.items())
@@ -585,30 +585,30 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     return arms
 
 
-def lora_arms(config: Config, ablate: bool) -> dict[str, Arm]:
-    """The paper's Table 7, whose names these are: m null experts, k picks."""
-    arms = {"k1": Arm(0, 1), "k2": Arm(0, 2), "m5k4": Arm(5, 4)}
-    return arms | ({"m7k4": Arm(7, 4), "m9k4": Arm(9, 4), "m5k2": Arm(5, 2)} if ablate else {})
-
-
 def build(config: Config, arm: Arm, generator: torch.Generator) -> common.TransformerLM:
-    """A byte model with AdaMoE layers; with --setting lora a dense one."""
-    if config.setting == "lora":
-        widths = (config.d_model, 2 * config.d_ff, config.d_model)  # as much work as top-2
+    """A byte model with AdaMoE layers; with --setting lora a dense one that does as much work as top-2."""
 
-        def make_ffn(layer: int) -> nn.Module:
-            linears = [nn.Linear(*pair, bias=False) for pair in zip(widths, widths[1:])]
-            for linear in linears:
-                linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=generator))
-                linear.weight.data *= linear.in_features**-0.5
-            return nn.Sequential(linears[0], nn.GELU(), linears[1])
+    def linear(width: int, out_width: int) -> nn.Linear:
+        layer = nn.Linear(width, out_width, bias=False)
+        layer.weight.data = torch.randn(out_width, width, generator=generator) * width**-0.5
+        return layer
 
-    else:
+    def make_ffn(layer: int) -> nn.Module:
+        if config.setting == "lora":
+            up, down = linear(config.d_model, 2 * config.d_ff), linear(2 * config.d_ff, config.d_model)
+            return nn.Sequential(up, nn.GELU(), down)
         sizes = (config.d_model, config.d_ff, config.num_experts, arm.num_null, arm.top_k)
-        options = {"normalize": arm.normalize, "average_nulls": arm.average_nulls, "generator": generator}
-        make_ffn = lambda layer: AdaMoE(*sizes, **options)
+        return AdaMoE(*sizes, normalize=arm.normalize, average_nulls=arm.average_nulls, generator=generator)
+
     shape = (256, config.num_layers, config.d_model, config.num_heads, config.context, make_ffn)
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
+
+
+def add_balance(loss: Tensor, layers: list[NullRouting], name: str, mask: Tensor | slice = slice(None)) -> tuple:
+    """A loss plus the balance loss of its forward, and {metric: value}. mask [tokens]: whose load is logged."""
+    counts, aux_loss = torch.stack([layer.true_counts for layer in layers]), take_aux_loss(layers)  # [layers, tokens]
+    metrics = {name: loss.detach(), "aux_loss": aux_loss.detach(), "load": counts[:, mask].float().mean()}
+    return loss + aux_loss, metrics
 
 
 def train_text(
@@ -627,12 +627,18 @@ def train_text(
         loss = common.lm_loss(model, windows).mean()
         if not layers:  # the dense base
             return loss, {"lm_loss": loss.detach()}
-        load = torch.stack([layer.true_counts.float().mean() for layer in layers]).mean()
-        aux_loss = take_aux_loss(layers)
-        return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
+        return add_balance(loss, layers, "lm_loss")
 
     schedule = common.cosine(steps, warmup=min(20, steps // 5))
     common.train(model, loss_fn, steps, batches=batches, lr=lr, schedule=schedule, **options)
+
+
+def describe_counts(count: Tensor) -> dict:
+    """Of the true experts [..., layers] that tokens used: the mean, by layer too, and the share of 0, 1, 2 ..."""
+    by_layer = count.double().flatten(0, -2).mean(dim=0)  # [layers]
+    histogram = torch.bincount(count.flatten()).double() / count.numel()
+    load = float(count.double().mean())
+    return {"load": load, "load_by_layer": by_layer.tolist(), "histogram": histogram.tolist()}
 
 
 @torch.no_grad()
@@ -661,35 +667,28 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
     by_class = {name: count[chosen].double().mean() for name, chosen in classes.items() if chosen.any()}
     return {
         "loss": float(loss.mean()),
-        "load": float(count.double().mean()),
-        "load_by_layer": count.double().mean(dim=(0, 1)).tolist(),
-        "load_by_class": {name: float(load) for name, load in by_class.items()},
-        "histogram": (torch.bincount(count.flatten()).double() / count.numel()).tolist(),
         "loss_blocks": [float(part.mean()) for part in loss.tensor_split(NUM_BLOCKS)],
+        "load_by_class": {name: float(load) for name, load in by_class.items()},
+        **describe_counts(count),
     }
 
 
 @torch.no_grad()
 def expert_work(model: nn.Module, windows: Tensor) -> dict:
     """What the experts really computed, counted from the operators torch ran (on the torch path), forward only."""
+    work, tokens = {"expert_flops": 0, "model_flops": 0, "true_picks": 0}, windows[:, 1:].numel()
     for ffn in model.ffns():
         ffn.backend = "torch"
-    experts = everything = picks = 0
     for batch in windows.split(32):
-        flops = common.count_flops(lambda tokens=batch[:, :-1]: model(tokens))
-        experts += sum(flops[name] - flops[f"{name}.router"] for name in flops if name.endswith(".ffn"))
-        everything += flops["Global"]
-        picks += sum(int(ffn.true_counts.sum()) for ffn in model.ffns())
+        flops = common.count_flops(lambda inputs=batch[:, :-1]: model(inputs))
+        work["expert_flops"] += sum(flops[name] - flops[f"{name}.router"] for name in flops if name.endswith(".ffn"))
+        work["model_flops"] += flops["Global"]
+        work["true_picks"] += sum(int(ffn.true_counts.sum()) for ffn in model.ffns())
     w1, w2 = model.ffns()[0].w1[:1], model.ffns()[0].w2[:1]
     x, first = w1[0, :, :1].T, torch.zeros(1, 1, dtype=torch.long, device=w1.device)  # one row for expert 0
     row = common.count_flops(lambda: kernels.moe_mlp(x, first, first.to(w1), w1, w2, backend="torch"))["Global"]
-    tokens = windows[:, 1:].numel()
-    return {
-        "expert_flops": experts / tokens,
-        "model_flops": everything / tokens,
-        "rows": experts / row,
-        "true_picks": picks,
-    }
+    per_token = {name: work[name] / tokens for name in ("expert_flops", "model_flops")}
+    return work | per_token | {"rows": work["expert_flops"] / row}
 
 
 @torch.no_grad()
@@ -727,42 +726,27 @@ def pretrain_base(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 
 def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """From the base, with the arm's router: train and measure."""
+    """From the base, with the arm's router (--setting lora: with its routers and experts): train and measure."""
     settings, downstream = trained_arms(config, ablate=True)[arm], downstream_text(config)
-    generator = torch.Generator().manual_seed(seed)
-    model = build(config, settings, generator)
-    state = common.load(run.path("base", seed, ".pt"))
+    generator, lora = torch.Generator().manual_seed(seed), config.setting == "lora"
+    model, state = build(config, settings, generator), common.load(run.path("base", seed, ".pt"))
     for name, fresh in model.state_dict().items():
         if name.endswith("router.weight"):
-            nulls = fresh[config.num_experts :]
             copied = copy_null_rows(state[name], settings.num_null, generator=generator)
-            state[name] = copied if settings.copy_rows else torch.cat([state[name], nulls])
+            state[name] = copied if settings.copy_rows else torch.cat([state[name], fresh[config.num_experts :]])
     model.load_state_dict(state)
-    model = run.prepare(model)
-    alphas, options, lr = (config.alpha, config.alpha_late), run.train_options(arm, seed), settings.lr or config.lr
+    if lora:
+        sizes = (config.lora_experts, settings.num_null, settings.top_k, config.lora_rank, config.lora_alpha)
+        add_lora_experts(model.requires_grad_(False).blocks, *sizes, generator=generator)
+    model, options = run.prepare(model), run.train_options(arm, seed)
+    alphas, lr = (config.alpha, config.alpha_late), settings.lr or (config.lora_lr if lora else config.lr)
     train_text(model, downstream.train, config, config.steps, lr, alphas, 2 * seed + 1, options)
     common.save(run.path(arm, seed, ".pt"), model.state_dict())
     windows = validation_windows(downstream, config, run)
-    result = evaluate(model, windows) | expert_work(model, windows)
+    result = evaluate(model, windows) | ({} if lora else expert_work(model, windows))
     if arm == "adamoe":
         result |= {"leak": future_leak(model, windows[0, :-1]), "sample": count_sample(model, windows[-4:])}
     return result
-
-
-def lora_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """Setting A: from the dense base, frozen; every linear layer gets LoRA experts and a router of its own."""
-    settings, downstream = lora_arms(config, ablate=True)[arm], downstream_text(config)
-    generator = torch.Generator().manual_seed(seed)
-    model = build(config, settings, generator)
-    model.load_state_dict(common.load(run.path("base", seed, ".pt")))
-    model.requires_grad_(False)
-    sizes = (config.lora_experts, settings.num_null, settings.top_k, config.lora_rank, config.lora_alpha)
-    add_lora_experts(model.blocks, *sizes, generator=generator)
-    model = run.prepare(model)
-    alphas, options = (config.alpha, config.alpha_late), run.train_options(arm, seed)
-    train_text(model, downstream.train, config, config.steps, config.lora_lr, alphas, 2 * seed + 1, options)
-    common.save(run.path(arm, seed, ".pt"), model.state_dict())
-    return evaluate(model, validation_windows(downstream, config, run))
 
 
 def control_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -821,28 +805,27 @@ def set_mask(layers: list[NullExpertMoE], tokens: Tensor, lengths: Tensor) -> Te
     return mask
 
 
-def model_config(config: Config):
+def model_shape(config: Config, run: Run):
+    """The library's configuration of the model."""
     if config.model == "random":
-        shape = (config.num_layers, config.d_model, config.d_ff, config.num_heads, config.num_experts)
-        return pretrained.mixtral_config(*shape, vocab_size=RANDOM_VOCABULARY)
-    return pretrained.causal_config(config.model)
+        sizes = (config.num_layers, config.d_model, config.d_ff, config.num_heads, config.num_experts)
+        return pretrained.mixtral_config(*sizes, vocab_size=RANDOM_VOCABULARY)
+    return pretrained.find_config(config.model, run.data_dir, may_download=not run.dry_run)
 
 
 def pretrained_model(config: Config, arm: str, seed: int, run: Run) -> nn.Module:
     """The model, patched as the arm wants it, on its device; under torchrun spread over all processes."""
     settings, generator = full_arms(config, ablate=True)[arm], torch.Generator().manual_seed(seed)
-    rank, processes = common.processes()
+    options = {"average_nulls": settings.average_nulls, "copy_rows": settings.copy_rows, "generator": generator}
+    options |= {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+
+    def patch(model: nn.Module) -> None:
+        if arm != "original":
+            add_null_experts(model, settings.num_null, settings.top_k, **options)
+
     torch.manual_seed(seed)  # for random weights
-    if rank > 0 or config.model == "random":
-        device = "meta" if rank > 0 else run.device if processes == 1 else "cpu"
-        model = pretrained.random_causal(model_config(config), run.dtype, device)
-    else:
-        model = pretrained.load_causal(config.model, run.dtype)
-    if arm != "original":
-        options = {"average_nulls": settings.average_nulls, "copy_rows": settings.copy_rows, "generator": generator}
-        lora = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
-        add_null_experts(model, settings.num_null, settings.top_k, **lora, **options)
-    return pretrained.shard(model, run.device) if processes > 1 else model.to(run.device)
+    source = model_shape(config, run) if config.model == "random" else config.model
+    return pretrained.place_causal(source, run.dtype, run.device, patch)
 
 
 def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -> tuple[Tensor, dict]:
@@ -850,25 +833,17 @@ def answer_loss(model: nn.Module, layers: list, letters: Tensor, batch: tuple) -
     tokens, lengths, labels = batch
     mask = set_mask(layers, tokens, lengths)
     loss = F.cross_entropy(pretrained.last_logits(model, tokens, lengths), letters[labels])
-    counts = torch.stack([layer.true_counts for layer in layers])  # [layers, tokens]
-    load, aux_loss = counts[:, mask].float().mean(), take_aux_loss(layers)
-    return loss + aux_loss, {"answer_loss": loss.detach(), "aux_loss": aux_loss.detach(), "load": load}
+    return add_balance(loss, layers, "answer_loss", mask)
 
 
 def train_answers(
     model: nn.Module, train: Questions, letters: Tensor, config: Config, seed: int, run: Run, options: dict
 ) -> None:
     """The batch of a step depends on seed and step, not on the arm. Checkpoints hold what is trained and no more."""
-    layers, count = routed(model), len(train.labels)
+    layers = routed(model)
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-        shuffled = [
-            torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + int(epoch)))
-            for epoch in places // count
-        ]
-        rows = torch.stack([order[place % count] for order, place in zip(shuffled, places)])
-        return train.batch(rows, run.device)
+        return train.train_batch(step, config.batch_size, seed, run.device)
 
     def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
         for layer in layers:
@@ -898,13 +873,7 @@ def answer_questions(model: nn.Module, dev: Questions, letters: Tensor, config: 
     if not layers:
         return {"right": right}
     count = torch.cat(counts)  # [real tokens, layers]
-    return {
-        "right": right,
-        "load": float(count.double().mean()),
-        "load_by_layer": count.double().mean(dim=0).tolist(),
-        "histogram": (torch.bincount(count.flatten()).double() / count.numel()).tolist(),
-        "sample": count[: int(dev.lengths[0])].sum(dim=1).tolist(),
-    }
+    return {"right": right, "sample": count[: int(dev.lengths[0])].sum(dim=1).tolist(), **describe_counts(count)}
 
 
 def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run: Run) -> dict:
@@ -912,13 +881,13 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
     of a training step; and the peak memory of all of it in bytes."""
     layers, found = routed(model), {"forward_flops": [], "forward_seconds": [], "step_seconds": []}
     for rows in torch.arange(len(dev.labels)).split(config.batch_size)[:COST_BATCHES]:
-        batch = dev.batch(rows, run.device)
-        num_tokens = int(batch[1].sum())
+        batch = tokens, lengths, _ = dev.batch(rows, run.device)
+        num_tokens = int(lengths.sum())
 
-        def forward(batch=batch) -> None:
-            with torch.no_grad():
-                set_mask(layers, *batch[:2])
-                pretrained.last_logits(model, *batch[:2])
+        @torch.no_grad()
+        def forward(tokens=tokens, lengths=lengths) -> None:
+            set_mask(layers, tokens, lengths)
+            pretrained.last_logits(model, tokens, lengths)
 
         def step(batch=batch) -> None:
             with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
@@ -931,9 +900,9 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
             continue
         model.train()
         measured = common.measure_step(step, run.device)
+        model.eval()
         found["step_seconds"].append(measured["seconds"] / num_tokens)
         found.setdefault("memory", measured["memory"])
-        model.eval()
         for layer in layers:
             layer.backend = "torch"  # the counter does not see into Triton kernels
         found["forward_flops"].append(common.count_flops(forward)["Global"] / num_tokens)
@@ -952,10 +921,8 @@ def full_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model.activation_checkpointing_enable({"use_reentrant": False})
         train_answers(model, train, letters, config, seed, run, run.train_options(arm, seed))
         settings = full_arms(config, ablate=True)[arm]
-        sizes = {"num_null": settings.num_null, "top_k": settings.top_k}
-        save_null_experts(
-            run.path(arm, seed, ".npz"), model, **sizes, rank=config.lora_rank, lora_alpha=config.lora_alpha
-        )
+        sizes = {"num_null": settings.num_null, "top_k": settings.top_k, "rank": config.lora_rank}
+        save_null_experts(run.path(arm, seed, ".npz"), model, **sizes, lora_alpha=config.lora_alpha)
     return answer_questions(model, dev, letters, config, run) | cost(model, dev, letters, config, run)
 
 
@@ -988,42 +955,34 @@ def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, floa
 # Claims
 # ---------------------------------------------------------------------------------------------------------------
 
-LOAD = "the load follows top_k * num_experts / (num_experts + num_null), within 0.15"
-QUALITY = "at its own load, the loss lies under the straight line from top-1 to top-2"
-ADAPTIVE = "tokens use different numbers of experts; the same numbers dealt out at random are worse"
-NULL_FREE = "null experts cost nothing: rows processed = true picks"
-TRUE_NORM = "gates over true picks beat gates over all picks (distance to the line: their loads differ)"
-NULL_LOSS = "averaging the nulls in the balance loss beats balancing each null"
-FULL_ACCURACY = "a pre-trained mixture fine-tuned with null experts answers better than with its own top-k"
-FULL_FLOPS = "and needs fewer FLOPs"
-FULL_TIME = "and less time: the FLOPs saving shows in a training step"
 NEEDS_FULL = "not measured; run --full"
 CLAIMS = [
-    Claim("adamoe.load", LOAD, "1.66 measured, 1.5 predicted (Mixtral, mean of six tasks)", required=True),
-    Claim(
-        "adamoe.flops",
-        "expert work is below top-2's",
-        "15.21 % of all FLOPs saved (Mixtral, mean of six tasks)",
-        required=True,
-    ),
-    Claim("adamoe.quality", QUALITY, "not verified (no top-1 on Mixtral)", required=True),
-    Claim("adamoe.adaptive", ADAPTIVE, "not verified (the control is ours)", required=True),
-    Claim("adamoe.null_free", NULL_FREE, "by design", required=True),
+    Claim("adamoe.load", "the load follows top_k * num_experts / (num_experts + num_null), within 0.15",
+          "1.66 measured, 1.5 predicted (Mixtral, mean of six tasks)", required=True),
+    Claim("adamoe.flops", "expert work is below top-2's",
+          "15.21 % of all FLOPs saved (Mixtral, mean of six tasks)", required=True),
+    Claim("adamoe.quality", "at its own load, the loss lies under the straight line from top-1 to top-2",
+          "not verified (no top-1 on Mixtral)", required=True),
+    Claim("adamoe.adaptive", "tokens use different numbers of experts; the same numbers dealt out at random are worse",
+          "not verified (the control is ours)", required=True),
+    Claim("adamoe.null_free", "null experts cost nothing: rows processed = true picks", "by design", required=True),
     Claim("adamoe.causal", "routing does not look at later tokens", "by design", required=True),
-    Claim(
-        "adamoe.beats_top2",
-        "better than top-2 fine-tuning outright",
-        "accuracy 85.35 against 84.64 (Mixtral, mean of six tasks)",
-    ),
-    Claim("adamoe.true_norm", TRUE_NORM, "accuracy 81.27 at load 1.54 against 80.19 at 1.50 (SIQA)"),
+    Claim("adamoe.beats_top2", "better than top-2 fine-tuning outright",
+          "accuracy 85.35 against 84.64 (Mixtral, mean of six tasks)"),
+    Claim("adamoe.true_norm",
+          "gates over true picks beat gates over all picks (distance to the line: their loads differ)",
+          "accuracy 81.27 at load 1.54 against 80.19 at 1.50 (SIQA)"),
     Claim("adamoe.copy_init", "copied null rows beat random null rows", "not verified"),
-    Claim("adamoe.null_loss", NULL_LOSS, "accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)"),
-    Claim("adamoe.full_accuracy", FULL_ACCURACY, "89.15 against 87.46 (Mixtral, ARC-C)", measured=NEEDS_FULL),
-    Claim(
-        "adamoe.full_flops", FULL_FLOPS, "14.55 % of all FLOPs saved at load 1.67 (Mixtral, ARC-C)", measured=NEEDS_FULL
-    ),
-    Claim("adamoe.full_time", FULL_TIME, "not verified (no times in the paper)", measured=NEEDS_FULL),
-]
+    Claim("adamoe.null_loss", "averaging the nulls in the balance loss beats balancing each null",
+          "accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)"),
+    Claim("adamoe.full_accuracy",
+          "a pre-trained mixture fine-tuned with null experts answers better than with its own top-k",
+          "89.15 against 87.46 (Mixtral, ARC-C)", measured=NEEDS_FULL),
+    Claim("adamoe.full_flops", "and needs fewer FLOPs",
+          "14.55 % of all FLOPs saved at load 1.67 (Mixtral, ARC-C)", measured=NEEDS_FULL),
+    Claim("adamoe.full_time", "and less time: the FLOPs saving shows in a training step",
+          "not verified (no times in the paper)", measured=NEEDS_FULL),
+]  # fmt: skip
 
 Results = dict[str, list[dict]]  # {arm: [one result a seed]}
 
@@ -1068,9 +1027,9 @@ def judge(config: Config, run: Run, results: Results) -> None:
     varied = np.array([1 - max(result["histogram"]) for result in results["adamoe"]])
     text = f"{100 * varied.mean():.0f} % of tokens off the commonest number; shuffled {{margin}} nats/byte worse"
     report("adaptive", ahead("shuffled") * (varied.min() > 0), text, varied=varied)
-    rows, picks, leak = of("adamoe", "rows"), of("adamoe", "true_picks"), of("adamoe", "leak")
-    text, counted = f"{rows.sum():,.0f} rows, {picks.sum():,} true picks", {"rows": rows, "true_picks": picks}
-    counted = {name: count.tolist() for name, count in counted.items()}
+    rows, picks, leak = (of("adamoe", key) for key in ("rows", "true_picks", "leak"))
+    counted = {"rows": rows.tolist(), "true_picks": picks.tolist()}
+    text = f"{rows.sum():,.0f} rows, {picks.sum():,} true picks"
     run.claim("adamoe.null_free", text, counted, holds=bool((rows == picks).all()))
     text = f"logits move by at most {leak.max():.0e} when later text changes (float64)"
     run.claim("adamoe.causal", text, {"leak": leak.tolist()}, holds=bool(leak.max() < 1e-9))
@@ -1086,50 +1045,45 @@ def judge(config: Config, run: Run, results: Results) -> None:
 def judge_full(config: Config, run: Run, results: Results, base_k: int, share: float) -> None:
     """The three claims of --full, AdaMoE against "vanilla". One seed: the margins are taken over questions, batches."""
     of = lambda arm, key: np.array([result[key] for result in results[arm]], dtype=float)  # [seeds, ...]
-    over = lambda values: values.mean(axis=1) if len(values) > 1 else values[0]
-    if config.model != "random":
-        mine, other = of("adamoe", "right"), of("vanilla", "right")  # [seeds, questions]
-        low, high = bootstrap((mine - other).mean(axis=0))
-        text = (
-            f"{100 * mine.mean():.2f} against {100 * other.mean():.2f} % of {mine.shape[1]} questions ({config.task}), "
-        )
-        text += (
-            f"difference {100 * (mine - other).mean():.2f} points, 95 % interval {100 * low:.2f} to {100 * high:.2f}"
-        )
-        numbers = {
-            "adamoe": mine.mean(axis=1).tolist(),
-            "vanilla": other.mean(axis=1).tolist(),
-            "interval": [low, high],
-        }
-        run.claim("adamoe.full_accuracy", text, numbers, over(mine - other))
-    else:
+    over = lambda margins: margins.mean(axis=1) if len(margins) > 1 else margins[0]
+    if config.model == "random":
         run.claim("adamoe.full_accuracy", "not measured: random weights answer at random", {})
-    saved = {
-        key: 1 - of("adamoe", key) / of("vanilla", key) for key in ("forward_flops", "forward_seconds", "step_seconds")
-    }
+    else:
+        mine, other = of("adamoe", "right"), of("vanilla", "right")  # [seeds, questions]
+        interval = bootstrap((mine - other).mean(axis=0))
+        points = [100 * number for number in (mine.mean(), other.mean(), (mine - other).mean(), *interval)]
+        text = f"{points[0]:.2f} against {points[1]:.2f} % of {mine.shape[1]} questions ({config.task}), difference "
+        text += f"{points[2]:.2f} points, 95 % interval {points[3]:.2f} to {points[4]:.2f}"
+        numbers = {"adamoe": mine.mean(axis=1).tolist(), "vanilla": other.mean(axis=1).tolist(), "interval": interval}
+        run.claim("adamoe.full_accuracy", text, numbers, over(mine - other))
+    costs = ("forward_flops", "forward_seconds", "step_seconds")
+    saved = {key: 1 - of("adamoe", key) / of("vanilla", key) for key in costs}  # [seeds, batches] each
     load, percent = of("adamoe", "load"), {key: f"{100 * value.mean():.1f} %" for key, value in saved.items()}
-    formula = flops_saved(load.mean(), base_k, share)
     text = f"{percent['forward_flops']} fewer, counted; load {common.show(load, 3)} of {base_k}; "
-    text += f"{100 * formula:.1f} % by the paper's formula, with {100 * share:.1f} % of all FLOPs in the experts"
+    text += f"{100 * flops_saved(load.mean(), base_k, share):.1f} % by the paper's formula, "
+    text += f"with {100 * share:.1f} % of all FLOPs in the experts"
     numbers = {"saved": saved["forward_flops"].tolist(), "load": load.tolist(), "ffn_share": share}
     run.claim("adamoe.full_flops", text, numbers, over(saved["forward_flops"]))
     text = f"{percent['step_seconds']} less time a training step, {percent['forward_seconds']} less a forward"
-    run.claim(
-        "adamoe.full_time", text, {key: value.tolist() for key, value in saved.items()}, over(saved["step_seconds"])
-    )
+    numbers = {key: value.tolist() for key, value in saved.items()}
+    run.claim("adamoe.full_time", text, numbers, over(saved["step_seconds"]))
 
 
-def judge_lora(config: Config, run: Run, results: Results) -> None:
+def report_lora(config: Config, run: Run, results: Results) -> None:
     """Setting A: of the claims, the load's; the table says the rest."""
     run.claims[:] = [claim for claim in run.claims if claim.id == "adamoe.load"]
-    arms = lora_arms(config, run.ablate)
-    predicted = {arm: predicted_load(config.lora_experts, arms[arm].num_null, arms[arm].top_k) for arm in arms}
-    loads = {arm: values(results, arm, "load") for arm in arms}
-    off = np.max([abs(loads[arm] - predicted[arm]) for arm in arms], axis=0)  # [seeds]
-    texts = [
-        f"{arm} {common.show(loads[arm], 3)} (predicted {predicted[arm]:.3f})" for arm in arms if arms[arm].num_null
-    ]
-    run.claim("adamoe.load", "; ".join(texts), {arm: load.tolist() for arm, load in loads.items()}, 0.15 - off)
+    rows, texts, off = [], [], []
+    for arm, settings in trained_arms(config, run.ablate).items():
+        predicted = predicted_load(config.lora_experts, settings.num_null, settings.top_k)
+        loss, load = values(results, arm, "loss"), values(results, arm, "load")
+        gain = shown(under_line(results, arm, "k1", "k2"), len(run.seeds))
+        rows.append([arm, common.show(loss), common.show(load, 3), f"{predicted:.3f}", gain])
+        texts += [f"{arm} {common.show(load, 3)} (predicted {predicted:.3f})"] if settings.num_null else []
+        off.append(abs(load - predicted))
+    header = ["arm", "nats/byte", "load", "predicted", "under the line k1-k2"]
+    run.table(f"LoRA experts on a dense model: validation loss, {len(run.seeds)} seed(s)", header, rows)
+    loads = {arm: values(results, arm, "load").tolist() for arm in results}
+    run.claim("adamoe.load", "; ".join(texts), loads, 0.15 - np.max(off, axis=0))
 
 
 def print_tables(config: Config, run: Run, results: Results) -> None:
@@ -1159,24 +1113,13 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         run.table("the learning-rate grid", ["lr", "top1", "top2", "adamoe", "under the line"], rows)
 
 
-def print_lora(config: Config, run: Run, results: Results) -> None:
-    rows = []
-    for arm, settings in lora_arms(config, run.ablate).items():
-        predicted = predicted_load(config.lora_experts, settings.num_null, settings.top_k)
-        gain, load = under_line(results, arm, "k1", "k2"), values(results, arm, "load")
-        rows.append([arm, common.show(values(results, arm, "loss")), common.show(load, 3), f"{predicted:.3f}"])
-        rows[-1].append(shown(gain, len(run.seeds)))
-    header = ["arm", "nats/byte", "load", "predicted", "under the line k1-k2"]
-    run.table(f"LoRA experts on a dense model: validation loss, {len(run.seeds)} seed(s)", header, rows)
-
-
-PAPER = {  # Table 1, Mixtral: accuracy of the original, of top-2 fine-tuned, of AdaMoE; FLOPs saved; load
-    "winogrande": (55.96, 80.43, 81.93, 14.99, 1.66),
-    "hellaswag": (53.62, 84.10, 85.50, 14.10, 1.68),
-    "piqa": (68.06, 90.48, 90.32, 18.07, 1.59),
-    "siqa": (64.59, 76.36, 76.97, 16.31, 1.63),
-    "obqa": (65.40, 89.00, 88.20, 13.22, 1.70),
-    "arc-c": (83.73, 87.46, 89.15, 14.55, 1.67),
+PAPER = {  # Table 1, Mixtral: accuracy of the original, of top-2 fine-tuned, of AdaMoE
+    "winogrande": ("55.96", "80.43", "81.93 (load 1.66, 14.99 % of FLOPs saved)"),
+    "hellaswag": ("53.62", "84.10", "85.50 (load 1.68, 14.10 % of FLOPs saved)"),
+    "piqa": ("68.06", "90.48", "90.32 (load 1.59, 18.07 % of FLOPs saved)"),
+    "siqa": ("64.59", "76.36", "76.97 (load 1.63, 16.31 % of FLOPs saved)"),
+    "obqa": ("65.40", "89.00", "88.20 (load 1.70, 13.22 % of FLOPs saved)"),
+    "arc-c": ("83.73", "87.46", "89.15 (load 1.67, 14.55 % of FLOPs saved)"),
 }
 
 
@@ -1191,41 +1134,26 @@ def painted(words: list[str], counts: list[int], color: bool) -> str:
 
 
 def print_full(config: Config, run: Run, results: Results, words: list[str]) -> None:
-    per = lambda arm, key, scale: (
-        f"{scale * np.mean([r[key] for r in results[arm]]):.4g}" if results[arm][0].get(key) else ""
-    )
+    columns = {"load": 1.0, "forward_flops": 1e-9, "forward_seconds": 1e6, "step_seconds": 1e6, "memory": 1e-9}
     paper = dict(zip(("original", "vanilla", "adamoe"), PAPER.get(config.task, ()) if config.model != "random" else ()))
-    rows = []
+    rows, adamoe = [], results["adamoe"]
     for arm, found in results.items():
         right = np.array([result["right"] for result in found])  # [seeds, questions]
         error = 100 * math.sqrt(right.mean() * (1 - right.mean()) / right.shape[1])
-        row = [arm, f"{100 * right.mean():.2f} ± {error:.2f}", per(arm, "load", 1.0), per(arm, "forward_flops", 1e-9)]
-        row += [per(arm, "forward_seconds", 1e6), per(arm, "step_seconds", 1e6), per(arm, "memory", 1e-9)]
+        row = [arm, f"{100 * right.mean():.2f} ± {error:.2f}"]
+        for key, unit in columns.items():  # some are not measured for the original
+            row.append(f"{unit * np.mean([r[key] for r in found]):.4g}" if found[0].get(key) else "")
         rows.append([*row, paper.get(arm, "")])
     header = ["arm", "accuracy %", "load", "GFLOP/token", "forward µs/token", "step µs/token", "peak GB", "paper %"]
-    title = (
-        f"{config.task if config.model != 'random' else 'random tokens'}, {len(run.seeds)} seed(s); ± is the standard "
-    )
-    run.table(title + f"error over {right.shape[1]} questions; paper: Mixtral-8x7B", header, rows)
-    adamoe = results["adamoe"]
+    title = f"{config.task if config.model != 'random' else 'random tokens'}, {len(run.seeds)} seed(s)"
+    title += f"; ± is the standard error over {right.shape[1]} questions; paper: Mixtral-8x7B"
+    run.table(title, header, rows)
     loads = np.mean([result["load_by_layer"] for result in adamoe], axis=0)
     run.table("AdaMoE: load by layer", ["layer", "load"], [[i, f"{load:.3f}"] for i, load in enumerate(loads)])
     shares = [f"{100 * share:.1f} %" for share in adamoe[0]["histogram"]]
     run.table("AdaMoE: true experts a token, first seed", [*range(len(shares))], [shares])
     common.say("\nthe first question, true experts of each token over all layers")
     common.say(painted(words, adamoe[0]["sample"], sys.stdout.isatty()))
-
-
-def draw_full(run: Run, results: Results, words: list[str]) -> None:
-    accuracy = {arm: 100 * np.mean([result["right"] for result in found]) for arm, found in results.items()}
-    shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
-    cells = [(char, count) for word, count in zip(words, results["adamoe"][0]["sample"]) for char in word]
-    panels = [
-        lambda ax: common.bars(ax, accuracy, ylabel="accuracy %", title="right answers"),
-        lambda ax: common.bars(ax, shares, xlabel="true experts", ylabel="share of tokens", title="first seed"),
-        lambda ax: common.painted_text(ax, *zip(*cells), title="the brighter, the more true experts"),
-    ]
-    run.plot("adamoe", panels)
 
 
 def trade_off(results: Results, one: str, two: str) -> Callable:
@@ -1240,22 +1168,16 @@ def trade_off(results: Results, one: str, two: str) -> Callable:
     return panel
 
 
-def draw(run: Run, results: Results) -> None:
-    def histogram(ax) -> None:
-        shares = {str(i): share for i, share in enumerate(results["adamoe"][0]["histogram"])}
-        common.bars(
-            ax,
-            shares,
-            xlabel="true experts",
-            ylabel="share of tokens",
-            title="how many experts a token gets, first seed",
-        )
-
-    def painted(ax) -> None:
-        sample = results["adamoe"][0]["sample"]
-        common.painted_text(ax, sample["text"], sample["counts"], title="the brighter, the more true experts")
-
-    run.plot("adamoe", [trade_off(results, "top1", "top2"), histogram, painted])
+def draw(run: Run, panel: Callable, result: dict, text: str, counts: list[int]) -> None:
+    """A panel, and for the first seed's result: who gets how many experts; counts [characters] painted on the text."""
+    shares = {str(i): share for i, share in enumerate(result["histogram"])}
+    labels = {"xlabel": "true experts", "ylabel": "share of tokens"}
+    panels = [
+        panel,
+        lambda ax: common.bars(ax, shares, **labels, title="how many experts a token gets, first seed"),
+        lambda ax: common.painted_text(ax, text, counts, title="the brighter, the more true experts"),
+    ]
+    run.plot("adamoe", panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1263,46 +1185,51 @@ def draw(run: Run, results: Results) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+BELONGS = {  # options that do nothing elsewhere
+    "the small scale": "alpha_pretrain pretrain_steps pretrain_lr init text setting lora_experts lora_lr",
+    "--full": "model task train_examples accumulate",
+    "--setting moe": "num_experts num_null top_k load lr alpha_pretrain",
+    "--setting lora": "lora_experts lora_lr",
+    "--setting lora or --full": "lora_rank lora_alpha",
+}
+
+
+def refuse(config: Config, run: Run) -> None:
+    """An option that would do nothing, or a number that nothing can be done with, is an error."""
+    full, default = run.scale == "full", FULL if run.scale == "full" else SMALL
+    if config.setting not in ("moe", "lora"):
+        raise ValueError(f"setting is {config.setting!r}; allowed: moe, lora")
+    here = {"--full" if full else "the small scale", f"--setting {config.setting}"}
+    here |= {"--setting lora or --full"} if full or config.setting == "lora" else set()
+    for where in (place for place in BELONGS if place not in here):
+        for name in BELONGS[where].split():
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
+    if full and run.compile:
+        raise ValueError("--compile belongs to the small scale: here the rows of an expert change with every batch")
+    if config.load is not None and config.num_null != default.num_null:
+        raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
+    for name, value in vars(config).items():
+        if isinstance(value, int) and name not in ("num_null", "top_k") and value < 1:
+            raise ValueError(f"{name} is {value}; at least 1 is needed")
+
+
 def check(config: Config, corpus: text_data.Corpus) -> Config:
-    """Refuse impossible settings before anything is written; turn a load budget into a number of nulls."""
+    """Refuse what the small scale cannot do before anything is written; turn a load budget into a number of nulls."""
     sizes, needed = [len(corpus.train), len(corpus.val)], NUM_BLOCKS * config.context + 1
     if min(sizes) < needed:
         text = f"{sizes[0]} bytes to train on, {sizes[1]} to validate, at least {needed} needed of each"
         raise ValueError(f"text {corpus.name!r} is too short: {text}")
     if config.num_null is None or config.top_k is None:
         raise ValueError(f"num_null is {config.num_null}, top_k {config.top_k}; at this scale both need a number")
-    if config.load is not None:
-        if config.num_null != SMALL.num_null:
-            raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
-        config = replace(config, num_null=num_null_for_load(config.num_experts, config.top_k, config.load))
     if config.num_experts < 2:
         raise ValueError(f"num_experts is {config.num_experts}; the base and the top-2 arm need at least 2")
+    if config.load is not None:
+        config = replace(config, num_null=num_null_for_load(config.num_experts, config.top_k, config.load))
     if config.num_null > 4096 or config.init <= 0:
         raise ValueError(f"num_null is {config.num_null}, init {config.init:g}; at most 4096 and above 0 are allowed")
     check_sizes(config.num_experts, config.num_null, config.top_k)
-    for name, value in vars(config).items():
-        if isinstance(value, int) and name != "num_null" and value < 1:
-            raise ValueError(f"{name} is {value}; at least 1 is needed")
     return config
-
-
-def refuse_foreign(config: Config, run: Run) -> None:
-    """An option that would do nothing is an error."""
-    full, lora = run.scale == "full", config.setting == "lora"
-    default = FULL if full else SMALL
-    foreign = [(SMALL_ONLY, "the small scale") if full else (FULL_ONLY, "--full")]
-    if lora:
-        foreign.append((("num_experts", "num_null", "top_k", "load", "lr", "alpha_pretrain"), "--setting moe"))
-    elif not full:
-        foreign.append((("lora_experts", "lora_lr", "lora_rank", "lora_alpha"), "--setting lora"))
-    for names, where in foreign:
-        for name in names:
-            if getattr(config, name) != getattr(default, name):
-                raise ValueError(f"--{name.replace('_', '-')} belongs to {where}")
-    if config.setting not in ("moe", "lora"):
-        raise ValueError(f"setting is {config.setting!r}; allowed: moe, lora")
-    if full and run.compile:
-        raise ValueError("--compile belongs to the small scale: here the rows of an expert change with every batch")
 
 
 def fit(config: Config, shape) -> Config:
@@ -1311,53 +1238,39 @@ def fit(config: Config, shape) -> Config:
     for name, value in own.items():
         if getattr(config, name) not in (getattr(FULL, name), value):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, this model's {value}")
-    picks = round(1.5 * shape.num_experts_per_tok) if config.top_k is None else config.top_k
-    if config.load is not None and config.num_null is not None:
-        raise ValueError("--load chooses the number of nulls; give --load or --num-null, not both")
-    num_null = own["num_experts"] if config.num_null is None else config.num_null
-    if config.load is not None:
-        num_null = num_null_for_load(own["num_experts"], picks, config.load)
-    check_sizes(own["num_experts"], num_null, picks)
-    return replace(config, **own, num_null=num_null, top_k=picks)
+    num_experts, num_null = own["num_experts"], config.num_null
+    top_k = round(1.5 * shape.num_experts_per_tok) if config.top_k is None else config.top_k
+    if num_null is None:
+        num_null = num_experts if config.load is None else num_null_for_load(num_experts, top_k, config.load)
+    check_sizes(num_experts, num_null, top_k)
+    return replace(config, **own, num_null=num_null, top_k=top_k)
 
 
 def main_full(config: Config, run: Run) -> dict:
     """Settle the model, say what it will cost, then every arm; see full_arm."""
     run.claims[:] = [claim for claim in run.claims if claim.id.startswith("adamoe.full_")]
-    for name in ("batch_size", "steps", "context", "train_examples", "accumulate", "lora_rank"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
     if config.task not in task_data.LETTER_TASKS:
         raise ValueError(f"task is {config.task!r}; allowed: {', '.join(task_data.LETTER_TASKS)}")
-    _, processes = common.processes()
-    capacity = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
+    is_random, (_, processes) = config.model == "random", common.processes()
+    memory = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
     if config.model == "auto":
-        config = replace(config, model=MIXTRAL if capacity > 110e9 else OLMOE)
-    shape = None if config.model == "random" else pretrained.published_config(config.model)
-    if shape is None:
-        if run.dry_run and config.model != "random" and not pretrained.is_here(config.model, run.data_dir):
-            raise ValueError(
-                f"{config.model} is not here, so its size is not known; without --dry-run it is downloaded"
-            )
-        if config.model != "random":
-            config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
-        shape = model_config(config)
-    base_k = shape.num_experts_per_tok
+        config = replace(config, model=MIXTRAL if memory > 110e9 else OLMOE)
+    shape = model_shape(config, run)
     config = fit(config, shape)
-    share, needed = estimate_full(config, run, shape, capacity, processes)
+    share, needed = estimate_full(config, run, shape, memory, processes)
     if run.dry_run:
         return {}
-    if needed > capacity:
+    if needed > memory:
         remedy = "a lower --batch-size or --context, a smaller --model, --dtype bf16, or more GPUs with torchrun"
-        if config.model == "random":
-            remedy = f"a lower --num-layers (about {int(config.num_layers * capacity / needed)})"
-        raise ValueError(f"{needed / 1e9:.0f} GB needed, {capacity / 1e9:.0f} GB there; what helps: {remedy}")
-    run.workers = (
-        1 if processes > 1 else max(1, min(run.workers, int(capacity / needed) if run.device == "cpu" else 99))
-    )
-    if config.model == "random":
-        run.data = {"random": "tokens"}
-    else:
+        if is_random:
+            remedy = f"a lower --num-layers (about {int(config.num_layers * memory / needed)})"
+        raise ValueError(f"{needed / 1e9:.0f} GB needed, {memory / 1e9:.0f} GB there; what helps: {remedy}")
+    if processes > 1:
+        run.workers = 1
+    elif run.device == "cpu":
+        run.workers = max(1, min(run.workers, int(memory / needed)))
+    run.data = {"random": "tokens"}
+    if not is_random:
         files = task_data.task_files(config.task, run.data_dir)
         config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
         files = [*files, Path(config.model) / "config.json"]
@@ -1365,58 +1278,55 @@ def main_full(config: Config, run: Run) -> dict:
     run.config = config
     train, dev, _, words = load_questions(config, run.seed, run)
     text = f"{len(train.labels)} questions to train on, {len(dev.labels)} to answer"
-    run.header(f"{Path(config.model).name} · {config.task if config.model != 'random' else 'random tokens'}: {text}")
-    arms = list(full_arms(config, run.ablate))
-    results = run.measure(full_arm, config, arms)
+    run.header(f"{Path(config.model).name} · {'random tokens' if is_random else config.task}: {text}")
+    results = run.measure(full_arm, config, list(full_arms(config, run.ablate)))
     print_full(config, run, results, words)
-    judge_full(config, run, results, base_k, share)
-    draw_full(run, results, words)
+    judge_full(config, run, results, shape.num_experts_per_tok, share)
+    right = {arm: 100 * np.mean([result["right"] for result in found]) for arm, found in results.items()}
+    counts = [count for word, count in zip(words, results["adamoe"][0]["sample"]) for _ in word]
+    accuracy = lambda ax: common.bars(ax, right, ylabel="accuracy %", title="right answers")
+    draw(run, accuracy, results["adamoe"][0], "".join(words), counts)
     return {"arms": results}
 
 
-def estimate_full(config: Config, run: Run, shape, capacity: int, processes: int) -> tuple[float, float]:
+def estimate_full(config: Config, run: Run, shape, memory: int, processes: int) -> tuple[float, float]:
     """Print what --full will take, from the model's shape: (experts' share of a token's FLOPs, bytes needed)."""
     model = pretrained.random_causal(shape, run.dtype, "meta")  # shapes, no memory
     embedding, base_k = model.get_input_embeddings().weight.numel(), shape.num_experts_per_tok
     met = lambda experts: common.count_parameters(model, experts) - embedding  # a FLOP pair each, attention's aside
     parameters, active, share = met(None) + embedding, met(base_k), 1 - met(0) / met(base_k)
-    load = predicted_load(config.num_experts, config.num_null, config.top_k)
-    saved = 100 * flops_saved(load, base_k, share)
+    load, tokens = predicted_load(config.num_experts, config.num_null, config.top_k), config.batch_size * config.context
     add_null_experts(model, config.num_null, config.top_k, rank=config.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = config.batch_size * config.context
+    # Of every checkpointed layer its input, of one all that it computes.
     held = config.num_layers * config.d_model + config.top_k * (4 * config.d_model + 6 * config.d_ff)
-    weights, adam, held = parameters * run.dtype.itemsize, 16 * trained, 4 * held * tokens / config.accumulate
+    needed = {"weights": parameters * run.dtype.itemsize, "LoRA and Adam": 16 * trained}
+    needed["activations"] = 4 * held * tokens / config.accumulate
     here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
     size = lambda count: f"{count / 1e9:.2f} GB"
-    # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
-    flops = 6 * active * config.steps * tokens
     rows = [
         ["parameters", f"{parameters:,}"],
         ["of which a token meets", f"{active:,} and its embedding, {100 * share:.1f} % of them in experts"],
         ["predicted load", f"{load:.3f} of {base_k} experts ({config.num_null} nulls, {config.top_k} picks)"],
-        ["FLOPs saved, predicted", f"{saved:.1f} %"],
-        ["training FLOPs an arm, at most", f"{flops:.1e}"],
+        ["FLOPs saved, predicted", f"{100 * flops_saved(load, base_k, share):.1f} %"],
+        # Forward, forward again for the checkpointed layers, and a backward that needs no gradient of frozen weights.
+        ["training FLOPs an arm, at most", f"{6 * active * config.steps * tokens:.1e}"],
         ["weights to download", "none" if here else f"{size(2 * parameters)} in 16 bits"],
-        ["weights", size(weights)],
-        ["LoRA, its gradient and Adam", size(adam)],
-        ["activations, at most", size(held)],
-        ["memory there", f"{size(capacity)} ({run.device if processes == 1 else f'{processes} processes'})"],
+        ["memory needed, at most", " + ".join(f"{name} {size(count)}" for name, count in needed.items())],
+        ["memory there", f"{size(memory)} ({run.device if processes == 1 else f'{processes} processes'})"],
     ]
     run.table(f"what {config.model} will take", ["", "estimate"], rows)
-    return share, weights + adam + held
+    return share, sum(needed.values())
 
 
 def main(config: Config, run: Run) -> dict:
-    refuse_foreign(config, run)
+    refuse(config, run)
     if run.scale == "full":
         return main_full(config, run)
     python, downstream = text_data.load_domain("python"), downstream_text(config)
     run.config = config = check(config, downstream)
     run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
-    windows = validation_windows(downstream, config, run)
-    lora = config.setting == "lora"
-    arms = list((lora_arms if lora else trained_arms)(config, run.ablate))
+    windows, arms = validation_windows(downstream, config, run), list(trained_arms(config, run.ablate))
     model = build(config, Arm(0, 2), torch.Generator().manual_seed(run.seed)).to(run.device)
     step = lambda: common.lm_loss(model, windows[: config.batch_size]).mean().backward()
     if run.dry_run:
@@ -1427,23 +1337,22 @@ def main(config: Config, run: Run) -> dict:
     seconds = 1.3 * steps * common.measure_step(step, run.device)["seconds"]  # evaluation takes the rest
     run.header(f"text {python.digest} {downstream.digest}", seconds)
     for note in filter(None, {python.note, downstream.note}):
-        print(note)
+        common.say(note)
     if config.load is not None:
         predicted = predicted_load(config.num_experts, config.num_null, config.top_k)
-        print(f"load {config.load:g}: {config.num_null} nulls, predicted load {predicted:.3f}")
+        common.say(f"load {config.load:g}: {config.num_null} nulls, predicted load {predicted:.3f}")
 
     run.measure(pretrain_base, config, ["base"])
-    if lora:
-        results = run.measure(lora_arm, config, arms)
-        print_lora(config, run, results)
-        judge_lora(config, run, results)
+    results = run.measure(finetune_arm, config, arms)
+    if config.setting == "lora":
+        report_lora(config, run, results)
         run.plot("adamoe", [trade_off(results, "k1", "k2")])
         return {"arms": results}
-    results = run.measure(finetune_arm, config, arms)
     results |= run.measure(control_arm, config, ["shuffled", "random_k", "top_p"] if run.ablate else ["shuffled"])
     print_tables(config, run, results)
     judge(config, run, results)
-    draw(run, results)
+    first = results["adamoe"][0]
+    draw(run, trade_off(results, "top1", "top2"), first, first["sample"]["text"], first["sample"]["counts"])
     return {"arms": results}
 
 

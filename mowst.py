@@ -121,8 +121,8 @@ FULL = replace(
     turn_epochs=500, turn_patience=100, rounds=20, round_patience=10,
 )  # fmt: skip
 
-# Best settings in the official repository: hidden, layers, lr, lr_gate, weight_decay, dropout, dropout_gate,
-# gate_input, pretrain. Its row for GCN on Flickr has hidden 128, its preset 256.
+# Best settings in the official repository. Its row for GCN on Flickr has hidden 128, its preset 256.
+PRESET_FIELDS = "hidden layers lr lr_gate weight_decay dropout dropout_gate gate_input pretrain".split()
 PRESETS = {
     ("gcn", "flickr"): (128, 3, 0.1, 0.01, 5e-4, 0.3, 0.5, "d", "gnn"),
     ("gcn", "ogbn-arxiv"): (256, 3, 0.001, 0.001, 0.0, 0.2, 0.5, "dx", "gnn"),
@@ -201,15 +201,13 @@ class Confidence(nn.Module):
 
     def __init__(self, kind: str, num_features: int = 0, hidden: int = 16, layers: int = 2, dropout: float = 0.5):
         super().__init__()
-        self.kind, self.gate = kind, None
-        self.num_features = num_features
+        if kind not in ("var", "ent", "monotone", "free", "features"):
+            raise ValueError(f"gate is {kind!r}; allowed: var, ent, monotone, free, features")
+        self.kind, self.num_features = kind, num_features
         if kind == "monotone":
             self.gate = MonotoneGate(hidden, num_features)
         elif kind in ("free", "features"):
-            width = num_features + 2 * (kind == "free")
-            self.gate = MLP(width, hidden, 1, layers, dropout)
-        elif kind not in ("var", "ent"):
-            raise ValueError(f"gate is {kind!r}; allowed: var, ent, monotone, free, features")
+            self.gate = MLP(num_features + 2 * (kind == "free"), hidden, 1, layers, dropout)
 
     def forward(self, weak_logits: Tensor, x: Tensor | None = None) -> Tensor:
         if self.kind in ("var", "ent"):
@@ -363,10 +361,9 @@ class GATLayer(nn.Module):
         super().__init__()
         if out_width % heads:
             raise ValueError(f"width {out_width} does not divide into {heads} heads")
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(width, out_width)))
-        self.source, self.target = (
-            nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, out_width // heads))) for _ in range(2)
-        )
+        xavier = lambda *shape: nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+        self.weight = xavier(width, out_width)
+        self.source, self.target = (xavier(heads, out_width // heads) for _ in range(2))
         self.bias = nn.Parameter(torch.zeros(out_width))
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> Tensor:
@@ -376,9 +373,7 @@ class GATLayer(nn.Module):
         score = F.leaky_relu(by_source[source] + by_target[target], 0.2)  # [edges, heads]
         # Softmax over incoming edges. The shift by the largest score cancels, so it needs no gradient.
         index = target[:, None].expand_as(score)
-        largest = score.new_zeros(len(x), score.shape[1]).scatter_reduce(
-            0, index, score.detach(), "amax", include_self=False
-        )
+        largest = torch.zeros_like(by_source).scatter_reduce(0, index, score.detach(), "amax", include_self=False)
         weight = (score - largest[target]).exp()
         total = torch.zeros_like(largest).index_add(0, target, weight)
         message = h[source] * (weight / total[target]).unsqueeze(-1)  # [edges, heads, head_width]
@@ -534,10 +529,8 @@ def make_task(config: Config, seed: int, index: int, run: Run) -> Task:
         graph, digest = graphs.contextual_sbm(1000 * seed + index, train_share=config.labels, **knobs).split(0), ""
         x, adjacency = graph.x.to(run.device), Adjacency(graph.edge_index.to(run.device), len(graph.x))
     parts = [mask.nonzero()[:, 0].to(run.device) for mask in (graph.train_mask, graph.val_mask, graph.test_mask)]
-    if min(map(len, parts)) < 2:
-        raise ValueError(
-            f"{graph.name}: {[len(part) for part in parts]} train, val and test nodes; 2 of each are needed"
-        )
+    if min(sizes := [len(part) for part in parts]) < 2:
+        raise ValueError(f"{graph.name}: {sizes} train, val and test nodes; 2 of each are needed")
     return Task(graph, x, adjacency, graph.y.to(run.device), *parts, digest)
 
 
@@ -572,26 +565,26 @@ class Keeper:
             self.state = found
 
     def once(self, stage: str, work: Callable[[], dict]) -> dict:
-        """work() the first time, afterwards its stored result. Only a stage cut short restores random numbers (fit)."""
+        """work() the first time, afterwards its stored result. Only a stage cut short restores random numbers."""
         done = self.state["done"]
         if stage not in done:
             done[stage] = work()
         return done[stage]
 
     def keep(self, epoch: dict) -> None:
+        """Save, in the middle of a stage, what `fit` needs to go on."""
         self.saved = time.monotonic()
+        random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
         if self.path is not None:
-            common.save(self.path, {**self.state, "epoch": {**epoch, "random": _random_state()}})
+            common.save(self.path, {**self.state, "epoch": {**epoch, "random": random}})
 
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0].cpu())
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1].cpu())
+    def take(self) -> dict | None:
+        """What `keep` saved, the first time it is asked for."""
+        epoch, self.state["epoch"] = self.state["epoch"], None
+        if epoch is not None:
+            for state, put_back in zip(epoch["random"], (torch.set_rng_state, torch.cuda.set_rng_state)):
+                put_back(state.cpu())
+        return epoch
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
@@ -620,12 +613,10 @@ def fit(
         with torch.no_grad():
             return float(score_fn())
 
-    if (at := keeper.state["epoch"]) is not None:
+    if (at := keeper.take()) is not None:
         module.load_state_dict(at["module"])
         optimizer.load_state_dict(at["optimizer"])
         first, since, best, best_state = at["next"], at["since"], at["best"], at["best_state"]
-        _set_random_state(at["random"])
-        keeper.state["epoch"] = None
     else:
         first, since, best, best_state = 0, 0, score(), copy_state(module)
     label = f"{keeper.label}, {stage}"
@@ -661,34 +652,32 @@ def fit(
 def train_by_turns(model: Mowst, task: Task, config: Config, keeper: Keeper, stage: str, **adamw: float) -> None:
     """Mowst. Turn A: MLP and gate against the frozen GNN. Turn B: the GNN, where the frozen MLP is not sure.
 
-    A turn without a better validation loss of the mixture is undone; round_patience such rounds end the training.
+    The expert that does not train is in evaluation mode, and asked once a turn. A turn without a better validation
+    loss of the mixture is undone; round_patience such rounds end the training.
     """
-    x, y, train, val = task.x, task.y, task.train, task.val
-    x_train, x_val = x[train], x[val]
+    x, y = task.x, task.y
 
     @torch.no_grad()
-    def frozen(expert: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
-        """What the expert that does not train says about all nodes: computed once a turn, in evaluation mode."""
+    def frozen(expert: Callable, *inputs: object) -> Tensor | tuple[Tensor, Tensor]:
         model.eval()
         return expert(*inputs)
 
-    def turn_a(name: str) -> dict:
-        strong = frozen(model.strong, x, task.adjacency)
-        loss = lambda: mowst_loss(*model.look(x_train), strong[train], y[train])
-        score = lambda: mowst_star_loss(*model.look(x_val), strong[val], y[val])
-        module = nn.ModuleList([model.weak, model.confidence])
+    def train(name: str, module: nn.Module, parts: Callable[[Tensor], tuple[Tensor, ...]]) -> dict:
+        """parts(rows): confidence, weak and strong logits of those nodes."""
+        of = lambda criterion, rows: criterion(*parts(rows), y[rows])
+        loss, score = partial(of, mowst_loss, task.train), partial(of, mowst_star_loss, task.val)
         best = fit(module, loss, score, config.turn_epochs, config.turn_patience, keeper, name, **adamw)
         return {"score": best, "model": copy_state(model)}
 
+    def turn_a(name: str) -> dict:
+        strong = frozen(model.strong, x, task.adjacency)
+        module = nn.ModuleList([model.weak, model.confidence])
+        return train(name, module, lambda rows: (*model.look(x[rows]), strong[rows]))
+
     def turn_b(name: str) -> dict:
         confidence, weak = frozen(model.look, x)
-
-        def of(criterion: Callable, rows: Tensor) -> Tensor:
-            return criterion(confidence[rows], weak[rows], model.strong(x, task.adjacency)[rows], y[rows])
-
-        loss, score = partial(of, mowst_loss, train), partial(of, mowst_star_loss, val)
-        best = fit(model.strong, loss, score, config.turn_epochs, config.turn_patience, keeper, name, **adamw)
-        return {"score": best, "model": copy_state(model)}
+        strong = lambda rows: model.strong(x, task.adjacency)[rows]
+        return train(name, model.strong, lambda rows: (confidence[rows], weak[rows], strong(rows)))
 
     best, waited = math.inf, 0
     for number in range(config.rounds):
@@ -723,19 +712,16 @@ def train_alone(arm: Arm, task: Task, keeper: Keeper, lr: float, dropout: float,
     """One cell of the grid for one expert: cross-entropy on training nodes, kept by that on validation nodes."""
     config, start = arm.config, time.perf_counter()
     module = build_expert(arm.method, config, task, dropout).to(task.x.device)
-    is_mlp = arm.method == "mlp"
-    x_of = {"train": task.x[task.train], "val": task.x[task.val]} if is_mlp else {}
 
-    def loss(part: str) -> Tensor:
-        rows = getattr(task, part)
-        logits = module(x_of[part]) if is_mlp else module(task.x, task.adjacency)[rows]
-        return F.cross_entropy(logits, task.y[rows])
+    def answers(rows: Tensor | slice) -> Tensor:  # an MLP needs to see no other nodes
+        return module(task.x[rows]) if arm.method == "mlp" else module(task.x, task.adjacency)[rows]
 
+    loss = lambda rows: F.cross_entropy(answers(rows), task.y[rows])
     adamw, epochs = {"lr": lr, "weight_decay": config.weight_decay}, epochs_alone(arm)
-    fit(module, partial(loss, "train"), partial(loss, "val"), epochs, config.patience, keeper, stage, **adamw)
+    fit(module, partial(loss, task.train), partial(loss, task.val), epochs, config.patience, keeper, stage, **adamw)
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        logits = module(task.x) if is_mlp else module(task.x, task.adjacency)
+        logits = answers(slice(None))
     val = float((logits.argmax(dim=-1) == task.y)[task.val].double().mean())
     return {"val": val, "seconds": seconds, "state": module.state_dict(), "parts": [logits]}
 
@@ -803,13 +789,12 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
     results, kept, nodes = [], [], []
     for index in range(config.graphs):
         task, stage = make_task(config, seed, index, run), f"graph {index}"
-        stream = 10_000 * seed + 10 * index + arm.stream
-        if not starts:
+        experts, stream = tuple(start[index] for start in starts), 10_000 * seed + 10 * index + arm.stream
+        if not experts:
             work = partial(train_alone, arm, task, keeper)
             best = best_of_grid(config.lr, config.dropout, keeper, stage, stream, work)
             right, more = (best["parts"][0].argmax(dim=-1) == task.y).double(), {"val": best["val"]}
         else:
-            experts = tuple(start[index] for start in starts)
             if arm.method in ("ensemble", "posthoc", "oracle"):
                 best = put_together(arm, task, experts)
             else:
@@ -863,24 +848,24 @@ def summary(right: Tensor, task: Task) -> dict:
 
 def describe(confidence: Tensor, weak: Tensor, strong: Tensor, task: Task) -> dict:
     """Who is sure of what, on the test nodes."""
-    test, kind = task.test, task.graph.kind
-    y, c = task.y[test].cpu(), confidence[test].cpu().double()
+    test, kind = task.test.cpu(), task.graph.kind
+    y, c = task.y.cpu()[test], confidence.cpu()[test].double()
     log_probs = {"weak": weak.log_softmax(dim=-1), "strong": strong.log_softmax(dim=-1)}
     log_probs["mixture"] = mixture_log_probs(confidence, weak, strong)
-    log_probs = {name: z[test].cpu() for name, z in log_probs.items()}
+    log_probs = {name: z.cpu()[test] for name, z in log_probs.items()}
     right = {name: (z.argmax(dim=-1) == y).double() for name, z in log_probs.items()}
     loss = {name: F.nll_loss(z, y, reduction="none") for name, z in log_probs.items()}
     sides = {"all": torch.ones_like(y, dtype=torch.bool)}
     if kind is not None:
-        sides = {"feature-rich": kind[test.cpu()], "structure-rich": ~kind[test.cpu()]}
+        sides = {"feature-rich": kind[test], "structure-rich": ~kind[test]}
     deciles, bins = c.argsort(stable=True).tensor_split(10), (c * 10).long().clamp(max=9)
-    filled = [b for b in range(10) if bool((bins == b).any())]
+    filled = bins.unique().tolist()
     return {
-        "auc": area_under_curve(c, kind[test.cpu()]) if kind is not None else None,
+        "auc": area_under_curve(c, kind[test]) if kind is not None else None,
         "confidence": {name: float(c[nodes].mean()) for name, nodes in sides.items()},
         "histogram": {name: torch.bincount(bins[nodes], minlength=10).tolist() for name, nodes in sides.items()},
-        "deciles": {name: [float(right[name][part].mean()) for part in deciles] for name in right},
-        "bins": {name: {b: float(right[name][bins == b].mean()) for b in filled} for name in right},
+        "deciles": {name: [float(found[part].mean()) for part in deciles] for name, found in right.items()},
+        "bins": {name: {b: float(found[bins == b].mean()) for b in filled} for name, found in right.items()},
         "ece": {name: calibration_error(z, y) for name, z in log_probs.items()},
         "mean_confidence": float(c.mean()),
         "weak_better": float((loss["weak"] < loss["strong"]).double().mean()),
@@ -907,12 +892,12 @@ def calibration_error(log_probs: Tensor, labels: Tensor, bins: int = 15) -> floa
 def cost(model: Mowst, confidence: Tensor, task: Task, layers: int, num_queries: int = 32) -> dict:
     """What sampled routing takes: for all nodes at once, and for test nodes asked one at a time.
 
-    Edges are counted in the subgraphs that the GNN runs on; seconds are medians of nine. Asked for all nodes, Mowst
-    runs the GNN on the whole graph, since its active nodes see (nearly) all of it through `layers` layers.
+    Edges are counted in the subgraphs that the GNN runs on. Asked for all nodes, Mowst runs the GNN on the whole graph,
+    since its active nodes see (nearly) all of it through `layers` layers.
     """
     draw = torch.rand(len(confidence), generator=torch.Generator().manual_seed(0)).to(confidence)
-    active, edges = draw >= confidence, {"gnn": 0, "mowst": 0}
-    nodes = torch.arange(len(confidence), device=confidence.device)
+    active, queries = draw >= confidence, task.test[:num_queries].tolist()
+    nodes, whole = torch.arange(len(confidence), device=confidence.device), task.adjacency.edge_index.shape[1]
 
     def ask_gnn(node: int) -> int:
         """Its answer for one node, from the subgraph it sees; the number of edges in that."""
@@ -921,29 +906,19 @@ def cost(model: Mowst, confidence: Tensor, task: Task, layers: int, num_queries:
         model.strong(task.x[keep], part)
         return part.edge_index.shape[1]
 
-    def seconds(function: Callable) -> float:
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
-            function()
-            if task.x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[4]
+    def seconds(expert: nn.Module) -> float:
+        """The median of three medians of three."""
+        ask = lambda: expert(task.x, task.adjacency)
+        return sorted(common.measure_step(ask, task.x.device.type)["seconds"] for _ in range(3))[1]
 
-    model.strong(task.x, task.adjacency)  # builds the operators
-    for node in task.test[:num_queries].tolist():
-        seen = ask_gnn(node)
-        edges["gnn"] += seen
-        edges["mowst"] += seen * bool(active[node])
-    whole, num = task.adjacency.edge_index.shape[1], min(num_queries, len(task.test))
+    edges = np.array([ask_gnn(node) for node in queries])
     return {
         "active": float(active.double().mean()),
         "edges_seen": task.adjacency.restrict(task.adjacency.reach(active, layers)).edge_index.shape[1] / max(1, whole),
-        "query_edges_gnn": edges["gnn"] / num,
-        "query_edges_mowst": edges["mowst"] / num,
-        "seconds_gnn": seconds(lambda: model.strong(task.x, task.adjacency)),
-        "seconds_mowst": seconds(lambda: model(task.x, task.adjacency)),
+        "query_edges_gnn": float(edges.mean()),
+        "query_edges_mowst": float((edges * active.cpu().numpy()[queries]).mean()),
+        "seconds_gnn": seconds(model.strong),
+        "seconds_mowst": seconds(model),
     }
 
 
@@ -954,14 +929,14 @@ def write_nodes(path: Path, nodes: list[tuple[int, Task, tuple[Tensor, Tensor, T
         table.writerow(["graph", "node", "part", "kind", "label", "confidence", "weak", "strong", "mixture"])
         for index, task, (confidence, weak, strong) in nodes:
             num, kind = len(task.x), task.graph.kind
-            part, names = np.full(num, "", dtype=object), np.array(["structure-rich", "feature-rich"])
+            part = np.full(num, "", dtype=object)
             for name in ("train", "val", "test"):
                 part[getattr(task, name).cpu().numpy()] = name
-            kinds = [""] * num if kind is None else names[kind.long().numpy()]
+            kinds = [""] * num if kind is None else np.where(kind.numpy(), "feature-rich", "structure-rich")
             answers = (weak.argmax(dim=-1), strong.argmax(dim=-1), answer(confidence, weak, strong))
             shown = [f"{value:.6f}" for value in confidence.tolist()]
-            columns = [column.tolist() for column in (task.y, *answers)]
-            table.writerows(zip([index] * num, range(num), part, kinds, columns[0], shown, *columns[1:]))
+            label, *answers = (column.tolist() for column in (task.y, *answers))
+            table.writerows(zip([index] * num, range(num), part, kinds, label, shown, *answers))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -984,13 +959,13 @@ CLAIMS = [
     Claim("mowst.homophily_and_heterophily", "beats both experts on either", "3 and 3 graphs (abstract)"),
 ]
 
-WORK = {  # what cost() measures
-    "active": "nodes the GNN answers for",
-    "edges_seen": "edges it must see for that, all nodes at once",
-    "query_edges_gnn": "edges seen for one node, GNN alone",
-    "query_edges_mowst": "edges seen for one node, Mowst",
-    "seconds_gnn": "time for all nodes, GNN alone",
-    "seconds_mowst": "time for all nodes, Mowst",
+WORK = {  # what cost() measures: text, unit, format
+    "active": ("nodes the GNN answers for", 100, "{:.0f} %"),
+    "edges_seen": ("edges it must see for that, all nodes at once", 100, "{:.0f} %"),
+    "query_edges_gnn": ("edges seen for one node, GNN alone", 1, "{:,.0f}"),
+    "query_edges_mowst": ("edges seen for one node, Mowst", 1, "{:,.0f}"),
+    "seconds_gnn": ("time for all nodes, GNN alone", 1e3, "{:.2f} ms"),
+    "seconds_mowst": ("time for all nodes, Mowst", 1e3, "{:.2f} ms"),
 }
 Results = dict[str, list[dict]]  # {arm: [one result a graph]}
 
@@ -1075,14 +1050,10 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
     run.table("ways to answer", ["", *INFER], rows)
     counts = {side: np.sum([result["histogram"][side] for result in mowst], axis=0) for side in mowst[0]["histogram"]}
     bar = lambda share: f"{'#' * round(40 * share):<40s} {100 * share:4.1f} %"
-    rows = [
-        [f"{b / 10:.1f}-{(b + 1) / 10:.1f}", *(bar(c[b] / max(1, c.sum())) for c in counts.values())] for b in range(10)
-    ]
+    bars = [[bar(share) for share in count / max(1, count.sum())] for count in counts.values()]
+    rows = [[f"{b / 10:.1f}-{(b + 1) / 10:.1f}", *row] for b, row in enumerate(zip(*bars))]
     run.table("Mowst: test nodes by C", ["C", *counts], rows)
-    mean = {key: values(results, "mowst", key).mean() for key in WORK}
-    rows = [[text, f"{100 * mean[key]:.0f} %"] for key, text in list(WORK.items())[:2]]
-    rows += [[text, f"{mean[key]:,.0f}"] for key, text in list(WORK.items())[2:4]]
-    rows += [[text, f"{1e3 * mean[key]:.2f} ms"] for key, text in list(WORK.items())[4:]]
+    rows = [[text, shape.format(unit * values(results, "mowst", k).mean())] for k, (text, unit, shape) in WORK.items()]
     errors = {name: [result["ece"][name] for result in mowst] for name in mowst[0]["ece"]}
     rows += [[f"calibration error (ECE), {name}", common.show(error, 3)] for name, error in errors.items()]
     run.table("Mowst: work of sampled routing, and calibration", ["", ""], rows)
@@ -1128,27 +1099,25 @@ def draw(config: Config, run: Run, results: Results) -> None:
 
 def settle(config: Config) -> Config:
     """Fill the fields that are none from the official row for this GNN and graph. Raises ValueError."""
-    choices = {"backbone": BACKBONES, "gate": ("monotone", "free", "var", "ent"), "gate_input": ("d", "dx", None)}
-    choices |= {"pretrain": ("neither", "mlp", "gnn", "both", None), "infer": INFER}
+    choices = {"backbone": BACKBONES, "gate": ("monotone", "free", "var", "ent"), "gate_input": ("d", "dx")}
+    choices |= {"pretrain": ("neither", "mlp", "gnn", "both"), "infer": INFER}
     for name, allowed in choices.items():
-        if (given := getattr(config, name)) not in allowed:
-            raise ValueError(f"{name} is {given!r}; allowed: {', '.join(filter(None, allowed))}")
+        if (given := getattr(config, name)) not in (*allowed, None):
+            raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
     for name in ("lr", "dropout"):  # once experts are mixed, a value given for experts alone goes on to hold
         if getattr(config, f"{name}_gate") is None:
             config = replace(config, **{f"{name}_gate": getattr(config, name)})
-    names = "hidden layers lr lr_gate weight_decay dropout dropout_gate gate_input pretrain".split()
-    for name, value in zip(names, PRESETS.get((config.backbone, config.dataset), OTHERWISE)):
+    for name, value in zip(PRESET_FIELDS, PRESETS.get((config.backbone, config.dataset), OTHERWISE)):
         if getattr(config, name) is None:
             config = replace(config, **{name: (value,) if name.startswith(("lr", "dropout")) else value})
-    for name in ("hidden", "layers", "heads", "epochs", "patience", "turn_epochs", "turn_patience", "rounds", "graphs"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; at least 1 is needed")
-    if min(config.lr + config.lr_gate) <= 0 or config.weight_decay < 0:
-        raise ValueError(
-            f"lr {config.lr + config.lr_gate}, weight_decay {config.weight_decay}; above 0, and at least 0"
-        )
-    if not all(0 <= dropout < 1 for dropout in config.dropout + config.dropout_gate):
-        raise ValueError(f"dropout {config.dropout + config.dropout_gate}; 0 <= dropout < 1 is needed")
+    for name, value in vars(config).items():
+        if type(value) is int and name not in ("shift", "round_patience") and value < 1:
+            raise ValueError(f"{name} is {value}; at least 1 is needed")
+    rates, dropouts = config.lr + config.lr_gate, config.dropout + config.dropout_gate
+    if min(rates) <= 0 or config.weight_decay < 0:
+        raise ValueError(f"lr {rates}, weight_decay {config.weight_decay}; above 0, and at least 0")
+    if not all(0 <= dropout < 1 for dropout in dropouts):
+        raise ValueError(f"dropout {dropouts}; 0 <= dropout < 1 is needed")
     return config
 
 
@@ -1168,10 +1137,8 @@ def theory() -> None:
         cells = [alpha, entropy, mu, found["p"], found["confidence"], (2 * alpha - 1) ** 2, found["cross_entropy"]]
         rows.append([f"{cell:.4f}" for cell in cells])
     header = ["alpha", "H(alpha)", "GNN loss mu", "best p", "C(p)", "C(alpha)", "CE(p)"]
-    common.say(
-        "the MLP's best answer p to nodes it cannot tell apart, a share alpha of them of class 1; C = (2p - 1)^2\n"
-    )
-    common.say(common.format_table(header, rows))
+    text = "the MLP's best answer p to nodes it cannot tell apart, a share alpha of them of class 1; C = (2p - 1)^2"
+    common.say(f"{text}\n\n{common.format_table(header, rows)}")
 
 
 def main(config: Config, run: Run) -> dict:

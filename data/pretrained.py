@@ -3,6 +3,7 @@
     load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
     load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
+    place_causal(source, ...)           the same, or random_causal, patched, on its device; under torchrun spread
     random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
@@ -43,9 +44,7 @@ def locate(model: str, data_dir: str | Path) -> Path:
     Raises ValueError for a folder that lacks the configuration, weights or tokenizer, FileNotFoundError when the
     download fails; both say which files belong where.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        folder = Path(data_dir).expanduser() / "models" / model.replace("/", "--")
+    folder = _folder(model, data_dir)
     if not folder.is_dir():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model {model}: no such folder, and not a name like google/switch-base-32")
@@ -55,6 +54,11 @@ def locate(model: str, data_dir: str | Path) -> Path:
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; take them from the model's page on huggingface.co")
     return folder
+
+
+def _folder(model: str, data_dir: str | Path) -> Path:
+    given = Path(model).expanduser()
+    return given if given.is_dir() else Path(data_dir).expanduser() / "models" / model.replace("/", "--")
 
 
 def _download(model: str, folder: Path) -> None:
@@ -75,12 +79,30 @@ def _download(model: str, folder: Path) -> None:
         raise FileNotFoundError(f"model {model} is not here and cannot be downloaded ({reason}); {text}") from error
 
 
-def _switch_config(folder: Path):
+def _config(folder: str | Path):
     transformers = require_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:120]}") from error
+
+
+def _load(model_class, folder: str | Path, config, dtype: torch.dtype) -> nn.Module:
+    """Weights into a model class, on the CPU. Raises ValueError: damaged, missing or misshapen."""
+    options = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are reported below
+    try:
+        model, report = model_class.from_pretrained(folder, **options)
+    except Exception as error:
+        raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
+    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
+    if wrong:
+        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}")
+    return model.eval()
+
+
+def _switch_config(folder: str | Path):
+    config = _config(folder)
     if config.model_type != "switch_transformers":
         raise ValueError(f"{folder} holds a {config.model_type} model; a switch_transformers one is needed")
     config.dropout_rate = 0.0
@@ -89,28 +111,13 @@ def _switch_config(folder: Path):
 
 def load_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
     """An encoder-decoder Switch model in fp32 without dropout, its mixtures replaced. Raises ValueError: damaged."""
-    folder, transformers = Path(folder), require_transformers()
-    config = _switch_config(folder)
-    try:
-        model, report = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-        )
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
-    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
-    if wrong:
-        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}")
-    return _replace_mixtures(model, make_layer)
+    config, model_class = _switch_config(folder), require_transformers().SwitchTransformersForConditionalGeneration
+    return _replace_mixtures(_load(model_class, folder, config, torch.float32), make_layer)
 
 
 def empty_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
     """The same on the meta device: shapes without memory."""
-    return empty_switch_like(_switch_config(Path(folder)), make_layer)
+    return empty_switch_like(_switch_config(folder), make_layer)
 
 
 def empty_switch_like(config, make_layer: MakeLayer) -> nn.Module:
@@ -147,11 +154,7 @@ def load_tokenizer(folder: str | Path):
 
 def causal_config(folder: str | Path):
     """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model with experts."""
-    transformers = require_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:120]}") from error
+    transformers, config = require_transformers(), _config(folder)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_experts_per_tok"):
         raise ValueError(f"{folder} holds a {config.model_type} model; a causal language model with experts is needed")
     return _plain_forward(config)
@@ -187,22 +190,24 @@ def random_causal(config, dtype: torch.dtype, device: str) -> nn.Module:
 
 def load_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen weights."""
-    transformers, config = require_transformers(), causal_config(folder)
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-        )
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
-    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
-    if wrong:
-        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}")
-    return model.eval()
+    return _load(require_transformers().AutoModelForCausalLM, folder, causal_config(folder), dtype)
+
+
+def place_causal(source, dtype: torch.dtype, device: str, patch: Callable[[nn.Module], None]) -> nn.Module:
+    """A causal language model after patch(model), on its device; under torchrun spread over all processes by shard().
+
+    source  a folder, or a configuration for random weights. Raises ValueError like load_causal.
+    """
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if not alone and torch.distributed.get_rank() > 0:  # the first process has the weights
+        config = causal_config(source) if isinstance(source, (str, Path)) else source
+        model = random_causal(config, dtype, "meta")
+    elif isinstance(source, (str, Path)):
+        model = load_causal(source, dtype)
+    else:
+        model = random_causal(source, dtype, device if alone else "cpu")
+    patch(model)
+    return model.to(device) if alone else shard(model, device)
 
 
 def shard(model: nn.Module, device: str) -> nn.Module:
@@ -273,12 +278,18 @@ def published_config(model: str):
     return None
 
 
+def find_config(model: str, data_dir: str | Path, may_download: bool = True):
+    """The configuration of a well-known model, or of what locate() finds. Raises ValueError like causal_config."""
+    if (known := published_config(model)) is not None:
+        return known
+    if not may_download and not is_here(model, data_dir):
+        raise ValueError(f"{model} is not here, so its size is not known; without --dry-run it is downloaded")
+    return causal_config(locate(model, data_dir))
+
+
 def is_here(model: str, data_dir: str | Path) -> bool:
     """Whether locate() finds a model without downloading it."""
-    return any(
-        folder.is_dir()
-        for folder in (Path(model).expanduser(), Path(data_dir).expanduser() / "models" / model.replace("/", "--"))
-    )
+    return _folder(model, data_dir).is_dir()
 
 
 def device_memory(device: str) -> int:
@@ -309,6 +320,10 @@ class Questions(NamedTuple):
     def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
         lengths = self.lengths[rows]
         return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
+
+    def train_batch(self, step: int, size: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
+        return self.batch(tasks.epoch_rows(len(self.labels), step, size, seed), device)
 
 
 def letter_questions(

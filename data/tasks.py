@@ -466,6 +466,15 @@ def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
     return [ids[0] for ids in tokens]
 
 
+def epoch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
+    """[size] int64: batch number `step` of the endless sequence of epochs over `count` rows, each in an own order."""
+    first, last = step * size, (step + 1) * size
+    epochs = range(first // count, (last - 1) // count + 1)
+    shuffled = lambda epoch: torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.cat([torch.randperm(count, generator=shuffled(epoch)) for epoch in epochs])
+    return order[first - epochs[0] * count : last - epochs[0] * count]
+
+
 class PromptBatches:
     """A task of PROMPTS for a text-to-text model and its tokenizer (of transformers).
 
@@ -486,12 +495,7 @@ class PromptBatches:
 
     def train_batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
         """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
-        first, last = step * size, (step + 1) * size
-        epochs = range(first // len(self.train), (last - 1) // len(self.train) + 1)
-        shuffled = lambda epoch: torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.cat([torch.randperm(len(self.train), generator=shuffled(epoch)) for epoch in epochs])
-        skipped = epochs[0] * len(self.train)
-        return self.encode([self.train[i] for i in order[first - skipped : last - skipped].tolist()])
+        return self.encode([self.train[i] for i in epoch_rows(len(self.train), step, size, seed).tolist()])
 
     def sample(self, num: int, size: int, seed: int) -> list[dict[str, Tensor]]:
         """`num` random training examples (all, if there are fewer) in batches."""

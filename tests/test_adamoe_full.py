@@ -318,6 +318,9 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(checkpoint):
         batch = (torch.arange(18).view(2, 9), torch.tensor([9, 5]), torch.tensor([1, 0]))
         loss, parts = adamoe.answer_loss(model.train(), layers, torch.tensor([2, 3]), batch)
         assert loss.item() == pytest.approx(float(parts["answer_loss"] + parts["aux_loss"])) and parts["aux_loss"] > 0.5
+        counts = torch.stack([layer.true_counts.view(2, 9) for layer in layers]).float()
+        real = torch.cat([counts[:, 0], counts[:, 1, :5]], dim=1)  # four tokens are padding
+        assert parts["load"] == real.mean() != counts.mean()
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*found):
@@ -635,6 +638,10 @@ def test_lora_setting_end_to_end(command_line, tmp_path):
     assert report["claims"][0]["holds"] in (True, False) and "predicted 1.778" in report["claims"][0]["measured"]
     layers = report["results"]["arms"]["k2"][0]["load_by_layer"]
     assert layers == [2.0] * 4  # qkv, out, up, down
+    base, tuned = (common.load(tmp_path / "runs/adamoe-small/arms" / f"{arm}-seed0.pt") for arm in ("base", "k2"))
+    plain = {name.replace(".linear.", "."): value for name, value in tuned.items()}
+    assert all(torch.equal(plain[name], value) for name, value in base.items())  # nothing but the added is trained
+    assert any(value.any() for name, value in tuned.items() if name.endswith(".b"))
 
 
 def damage(folder, what):
