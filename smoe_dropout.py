@@ -263,6 +263,10 @@ class SMoEDropout(nn.Module):
         self.w1, self.b1 = normal(init, num_experts, d_model, width), nn.Parameter(torch.zeros(num_experts, width))
         self.w2, self.b2 = normal(init, num_experts, width, d_model), nn.Parameter(torch.zeros(num_experts, d_model))
 
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass, and cannot be copied."""
+        return {**self.__dict__, "aux_loss": None}
+
     def set_k(self, k: int) -> None:
         self.k = check_k(k, self.num_experts)
 
@@ -601,9 +605,13 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     return {"train_flops": flops, "steps": sum(steps_at_k.values())} | measure_model(model, settings, windows, config)
 
 
+def sliced(config: Config) -> Arm:
+    return Arm("frozen", config.num_experts, config.num_experts, scale=config.num_experts)
+
+
 def slice_dense(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Control without training: the dense model cut into experts behind a frozen random router."""
-    settings = Arm("frozen", config.num_experts, config.num_experts, scale=config.num_experts)
+    settings = sliced(config)
     corpus, model = load_corpus(config, run.data_dir, run.scale == "full"), build(config, settings, seed)
     dense = build(config, trained_arms(config, False)["dense"], seed)
     dense.load_state_dict(common.load(run.path("dense", seed, ".pt")))
@@ -611,6 +619,7 @@ def slice_dense(config: Config, arm: str, seed: int, run: Run) -> dict:
     model.load_state_dict(weights, strict=False)
     for ffn, whole in zip(model.ffns(), dense.ffns()):
         ffn.load_dense(whole.w1, whole.b1, whole.w2, whole.b2)
+    common.save(run.path(arm, seed, ".pt"), model.state_dict())
     return measure_model(model.to(run.device), settings, held_out_windows(corpus, config, run), config)
 
 
@@ -660,10 +669,32 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
     options = {"optimizer": optimizer, "schedule": common.cosine(config.task_steps, final=0.0), "clip": config.clip}
     common.train(model, loss_fn, config.task_steps, batches=batches, **options, **run.train_options(arm, seed))
+    common.save(run.path(arm, seed, ".pt"), model.state_dict())
     model.eval()
     with torch.no_grad():
         predicted = torch.cat([model(part.to(run.device)).argmax(dim=1).cpu() for part in dev_rows.split(64)])
     return {"accuracy": float(right[torch.arange(len(right)), predicted].double().mean()), "examples": len(right)}
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """The model of an arm, in eval mode, from what a run left: runs/smoe_dropout-small/arms/smoe_dropout-seed0.pt.
+
+    It runs at the k it was last trained at; `set_k` slims it. An arm of --tasks is a Classifier. Raises UsageError: see
+    common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> nn.Module:
+        config, state = trained.config, common.load(path)
+        source, k = trained.arm.split(".")[2:] if trained.arm.count(".") == 3 else (trained.arm, "")
+        arms = trained_arms(config, ablate=True) | {"dense_sliced": sliced(config)}
+        model = build(config, arms[source], seed=0)
+        if k:
+            set_k(model, int(k.removeprefix("k")))
+            model = Classifier(model, len(state["out.bias"]))
+        model.load_state_dict(state)
+        return model
+
+    return common.load_trained(path, Config, make)
 
 
 # ---------------------------------------------------------------------------------------------------------------
