@@ -53,6 +53,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -356,6 +357,10 @@ class SparseMoE(nn.Module):
         self.register_buffer("alive", everyone if alive is None else alive)
         self.register_buffer("remap", everyone.long().cumsum(0) - 1 if remap is None else remap)
 
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass, and cannot be copied."""
+        return {**self.__dict__, "aux_loss": None}
+
     def with_experts(self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None) -> "SparseMoE":
         """The same router over other experts."""
         return SparseMoE(self.router.weight, experts, remap, alive, self.top_k, self.normalize, self.capacity)
@@ -492,7 +497,7 @@ class LowRankSparseLinear(nn.Module):
                 raise ValueError(f"{len(self.u)} experts need a dispatch")
             rows = x.reshape(-1, x.shape[-1])
             dispatch = kernels.make_dispatch(rows.new_zeros(len(rows), 1, dtype=torch.int32), 1)
-            return self(rows, dispatch).view(*x.shape[:-1], -1)
+            return self(rows, dispatch).view(*x.shape[:-1], self.v.shape[-1])
         y = kernels.grouped_mm(kernels.grouped_mm(x, self.u, dispatch), self.v, dispatch, self.bias)
         if self.s is not None:
             return y + kernels.grouped_mm(x, self.s, dispatch)
@@ -1014,6 +1019,16 @@ def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
     except (ValueError, FileNotFoundError) as error:
         again = f"delete {path.with_suffix('.*')} and go on with --resume"
         raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """The model of an arm, in eval mode, from what a run left: runs/mcsmoe-small/arms/msmoe+kd-seed0.npz.
+
+    One of --full is built by the configuration of its Switch checkpoint, which must be where the run found it. Raises
+    UsageError: see common.load_trained.
+    """
+    build_empty = lambda trained: build(trained.config, trained, trained.seed)
+    return common.load_trained(path, Config, lambda trained: import_model(path, build_empty(trained)))
 
 
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
