@@ -57,6 +57,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -489,7 +490,7 @@ class Ranker(nn.Module):
         super().__init__()
         sizes = list(data.fields.values())
         offsets = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("offsets", offsets)
         self.embedding = nn.Embedding(sum(sizes), config.embedding)
         nn.init.normal_(self.embedding.weight, std=0.05, generator=stream(seed, 200))
         hidden = config.hidden * (config.experts if arm.wiring == "shared-bottom" else 1)
@@ -549,6 +550,28 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         val = evaluate(model, data, data.val, run.device)
         result["val"] = {key: val[key] for key in ("mean_auc", "mean_gauc")}
     return result | cost(model, data, run.device)
+
+
+def load_trained(path: str | Path) -> Ranker:
+    """The model of an arm, in eval mode, from what a run left: runs/home-small/arms/home-seed0.pt. No data is read.
+
+    ids [batch, fields] -> logits [batch, tasks], in the order of its data (data/behavior.py). Raises UsageError: see
+    common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> Ranker:
+        config, state = trained.config, common.load(path)
+        edges = [*state["offsets"].tolist(), len(state["embedding.weight"])]
+        fields = {str(i): end - start for i, (start, end) in enumerate(itertools.pairwise(edges))}
+        num_dense = state["core.layers.0.weights.0"].shape[1] - len(fields) * config.embedding
+        part = behavior.Part(*[torch.empty(0)] * 3, dense=torch.empty(0, num_dense) if num_dense else None)
+        groups = behavior.CENSUS_GROUPS if config.data == "census" else behavior.GROUPS
+        data = behavior.Behavior(config.data, fields, groups, part, None, part, "")
+        model = Ranker(config, ARMS[trained.arm.partition("@")[0]], data, trained.seed)
+        model.load_state_dict(state)
+        return model
+
+    return common.load_trained(path, Config, make)
 
 
 def oracle_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
