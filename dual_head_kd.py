@@ -603,6 +603,21 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
     return result | inference(model, student, settings, data, config, seed, run)
 
 
+def load_trained(path: str | Path) -> ResNet:
+    """The student of an arm, or the teacher, in eval mode, from what a run left: runs/dual_head_kd-small/arms/
+    dhkd-seed0.pt. What is deployed: the auxiliary head is not in it. --tune leaves no weights. Raises UsageError: see
+    common.load_trained."""
+
+    def make(trained: common.Trained) -> ResNet:
+        config, state = trained.config, common.load(path)
+        name = config.pair.split("-")[trained.arm != "teacher"]
+        model = make_model(name, len(state["fc.bias"]), config.stem_stride, trained.seed)
+        model.load_state_dict(state)
+        return model
+
+    return common.load_trained(path, Config, make)
+
+
 def aligned_backward(model: nn.Module, backbone: Sequence[Tensor] | None) -> Callable[[tuple[Tensor, Tensor]], None]:
     """A backward for common.train: gradients of (cross-entropy, logit loss), aligned, into the parameters."""
     parameters, shared = list(model.parameters()), None
