@@ -712,7 +712,7 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
     cost = train(model, batches, config, optimizer, start, stop, steps, **run.train_options(arm, seed))
     if kind == "seed":
         common.save(forest.path / "seed" / "resume.pt", {"optimizer": optimizer.state_dict(), "step": stop})
-    if kind in ("seed", "expert") or (kind == "grown" and system == "posterior"):
+    if in_forest(arm):
         meta = {"domain": which, "parents": origin, "updates_from_to": [start, stop], "seed": seed, **cost}
         meta["init"] = "average" if kind == "grown" else "copy" if origin else "scratch"
         meta |= {"device": run.device, "torch": torch.__version__}
@@ -737,7 +737,36 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     else:
         kept = score_all(model, config, run)
     common.save_arrays(run.path(arm, seed, ".npz"), kept)
+    if not in_forest(arm):
+        common.save(run.path(arm, seed, ".pt"), weights_of(model))
     return cost
+
+
+def in_forest(arm: str) -> bool:
+    """Whether train_model commits an arm's model to a forest."""
+    kind, _, system = arm.partition("@")
+    return kind.startswith(("seed", "expert")) or (kind.startswith("grown") and system == "posterior")
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """A language model in eval mode, from what a run left.
+
+    path  the folder of a seed or an expert, runs/btm-small/forest-seed0/experts/python; or of the other arms
+          runs/btm-small/arms/dense-seed0.pt. In DEMix, set `domain` of every layer in ffns() to use one of them.
+    Raises ValueError: see Forest.load and common.load_trained.
+    """
+    path = Path(path)
+    if path.is_dir():
+        forest = Forest(path.parent.parent if path.parent.name == "experts" else path.parent)
+        weights, _ = forest.load(path.name)
+        return put_weights(language_model(**{name: forest.config[name] for name in SHAPE}), weights).eval()
+
+    def make(trained: common.Trained) -> nn.Module:
+        is_demix = trained.arm == "demix"
+        model = build(trained.config, "", len(trained.config.domains) if is_demix else 0)
+        return put_weights(model, common.load(path))
+
+    return common.load_trained(path, Config, make)
 
 
 def scores_of(run: Run, arms: Sequence[str], seed: int, part: str, name: str) -> Tensor:
