@@ -223,7 +223,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32 or better."""
+    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32, or as x."""
     (time, head), dtype = x.shape[-2:], torch.promote_types(x.dtype, torch.float32)
     frequency = 10000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=dtype) / head)
     angle = torch.arange(time, device=x.device, dtype=dtype)[:, None] * frequency  # [time, head / 2]
