@@ -670,13 +670,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def format_claims(claims: Sequence[Claim]) -> str:
+def format_claims(claims: Sequence[Claim], measured: bool = True) -> str:
     words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
     rows = []
     for claim in claims:
         kind = "required" if claim.required else "open"
-        rows += [f"{words[claim.holds]:15s}{claim.id} ({kind}): {claim.text}"]
-        rows += [f"{'':15s}  measured  {claim.measured}", f"{'':15s}  paper     {claim.paper}"]
+        rows += [f"{words[claim.holds] if measured else '':15s}{claim.id} ({kind}): {claim.text}"]
+        rows += [f"{'':15s}  measured  {claim.measured}"] * measured + [f"{'':15s}  paper     {claim.paper}"]
     return "\n".join(rows)
 
 
@@ -1077,7 +1077,7 @@ def _run(
     options, settings = _parse(program, main, small, full, argv, actions)
     claims = [dataclasses.replace(claim) for claim in claims]
     if options["list_claims"]:
-        print(format_claims(claims))
+        say(format_claims(claims, measured=False))
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
@@ -1195,21 +1195,31 @@ def _parse(
     fields = parser.add_argument_group("settings (small scale / full scale)")
     comments, hints = _field_comments(type(small)), typing.get_type_hints(type(small))
     for item in dataclasses.fields(small):
-        values = " / ".join(str(getattr(config, item.name)) for config in (small, full) if config is not None)
+        values = [_as_typed(getattr(config, item.name)) for config in (small, full) if config is not None]
         how = {"type": _reader(hints[item.name]), "metavar": item.name.upper()}
         if hints[item.name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{comments.get(item.name, '')} ({values})".replace("%", "%%")
+        text = f"{comments.get(item.name, '')} ({' / '.join(dict.fromkeys(values))})".replace("%", "%%")
         fields.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [*parser._option_string_actions], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        name, known = unknown[0].split("=")[0], [*parser._option_string_actions]
+        word = name.strip("-").removesuffix("s")
+        inside = [flag for flag in known if len(word) > 3 and word in flag]  # --steps: --recover-steps and others
+        inside = inside or [flag for flag in known if {"step": "epoch", "epoch": "step"}.get(word, "?") in flag]
+        near = inside or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
     given = vars(found)
     options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
     return options | {"given": set(given)}, {name: given[name] for name in given if name not in flags}
+
+
+def _as_typed(value: object) -> str:
+    """A value as one would type it after its flag."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "empty"
+    return {None: "none", "": "empty"}.get(value, str(value))
 
 
 def _reader(hint: object) -> Callable[[str], object]:
