@@ -94,6 +94,7 @@ class Config:
     rank: int = 0  # of a feature gate; 0: an eighth of its input
     batch_size: int = 512  # exposures a step
     epochs: int = 1  # id embeddings over-fit from the second on
+    steps: int | None = None  # stop earlier: steps of every arm, schedule included
     lr: float | None = None  # of every arm; none: each arm's best of LR_GRID on seeds 100-101
     loss_weights: tuple[float, ...] = ()  # one a task; empty: all 1, the paper's plain sum
     models: tuple[str, ...] = ()  # only these arms, comma-separated; mmoe* and mmoe-star are the same
@@ -515,13 +516,17 @@ def load_data(config: Config, seed: int, run: Run) -> behavior.Behavior:
     return cached(config.data, run.data_dir, seed, config.hash_bits, **generated)
 
 
+def num_steps(config: Config, data: behavior.Behavior) -> int:
+    return config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
+
+
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Train one arm for its epochs and measure it; arm@rate trains at another learning rate."""
     name, _, rate = arm.partition("@")
     data = load_data(config, seed, run)
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
     train, steps_an_epoch = data.train.each(lambda t: t.to(run.device)), len(data.train.labels) // config.batch_size
-    steps = config.epochs * steps_an_epoch
+    steps = num_steps(config, data)
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
 
     @functools.lru_cache(maxsize=1)
@@ -865,8 +870,8 @@ def main(config: Config, run: Run) -> dict:
     if config.loss_weights and len(config.loss_weights) != len(data.tasks):
         number, tasks = len(config.loss_weights), ", ".join(data.tasks)
         raise ValueError(f"{number} loss_weights; the {len(data.tasks)} tasks are {tasks}")
-    steps = config.epochs * (len(data.train.labels) // config.batch_size)
-    if not steps:
+    steps = num_steps(config, data)
+    if len(data.train.labels) < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}; there are {len(data.train.labels)} rows to train on")
     if config.grid:
         arms += [f"{arm}@{rate:g}" for arm in arms for rate in LR_GRID if rate != (config.lr or LR[arm])]
