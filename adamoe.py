@@ -1454,7 +1454,7 @@ def main(config: Config, run: Run) -> dict:
     rounds = [math.ceil(len(run.seeds) * n / run.workers) for n in (1, len(arms))]  # jobs one worker does in turn
     steps = rounds[0] * config.pretrain_steps + rounds[1] * config.steps
     seconds = 1.3 * steps * common.measure_step(step, run.device)["seconds"]  # evaluation takes the rest
-    run.header(f"text {python.digest} {downstream.digest}", seconds)
+    run.header("text " + ", ".join(map(" ".join, run.data.items())), seconds)
     for note in filter(None, {python.note, downstream.note}):
         print(note)
     if config.load is not None:
