@@ -1463,7 +1463,7 @@ def main(config: Config, run: Run) -> dict:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * work * len(run.seeds) / run.workers
-    run.header(" ".join(["data", *run.data.values()]), seconds)
+    run.header(f"{'data' if config.task else 'text'} {', '.join(map(' '.join, run.data.items()))}", seconds)
     del model, step  # at full scale the arms need the memory
 
     results = {} if config.task else run.measure(pretrain_arm, config, ["pretrained"])
