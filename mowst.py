@@ -1093,9 +1093,9 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         fell = f"{sum(result['fell_back'] for result in found)} of {num_graphs}" if "fell_back" in found[0] else ""
         rows.append([arm, *cells, f"{values(results, arm, 'seconds').mean():.1f}", fell])
     title = f"test accuracy in %, {num_graphs} graphs or splits, inference: {config.infer}"
-    run.table(f"{title}; fell back: on the GNN alone", ["method", *keys.values(), "own train s", "fell back"], rows)
+    run.table(f"{title}; fell back: on the GNN alone", ["arm", *keys.values(), "own train s", "fell back"], rows)
     rows = [[arm, *(common.show(values(results, arm, key), 1) for key in INFER)] for arm in ("mowst", "mowst_star")]
-    run.table("ways to answer", ["", *INFER], rows)
+    run.table("ways to answer", ["arm", *INFER], rows)
     counts = {side: np.sum([result["histogram"][side] for result in mowst], axis=0) for side in mowst[0]["histogram"]}
     bar = lambda share: f"{'#' * round(40 * share):<40s} {100 * share:4.1f} %"
     rows = [
@@ -1113,7 +1113,7 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
     if any(len(grid) > 1 for grid in grids.values()):  # [cells, (lr, dropout, accuracy)]
         cell = lambda lr, dropout, accuracy: f"{lr:g}/{dropout:g} {100 * accuracy:.1f}"
         rows = [[arm, "   ".join(cell(*row) for row in grid)] for arm, grid in grids.items() if len(grid)]
-        run.table("the grid: lr/dropout, mean validation accuracy in %", ["method", ""], rows)
+        run.table("the grid: lr/dropout, mean validation accuracy in %", ["arm", "lr/dropout accuracy"], rows)
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
@@ -1221,7 +1221,10 @@ def main(config: Config, run: Run) -> dict:
     seconds = common.measure_step(step, run.device)["seconds"] * epochs / run.workers
     num_edges = task.adjacency.edge_index.shape[1]
     title = config.dataset or f"{config.graphs} generated graphs"
-    run.header(f"{title}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes", seconds)
+    run.header(
+        f"{title} {task.digest or task.graph.digest}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes",
+        seconds,
+    )
     if task.graph.note:
         common.say(f"{task.graph.name}: {task.graph.note}")
 
