@@ -1247,9 +1247,10 @@ def main(config: Config, run: Run) -> dict | None:
         return run.estimate(model, step, num_parts)
     cost = common.measure_step(step, run.device)
     seconds = 1.6 * cost["seconds"] * num_parts / run.workers  # batches of one domain, and evaluation, take the rest
+    digest = hashlib.sha256(json.dumps(run.data).encode()).hexdigest()[:12]
     tokens = f"{num_parts * part[:, 1:].numel():.1e} tokens, {num_parts * cost['flops']:.1e} FLOPs in all"
     hours = f", about {seconds / 3600:,.1f} hours" if seconds > 7200 else ""
-    run.header(f"{len(run.data)} domains, {tokens}{hours} (--tokens chooses)", seconds)
+    run.header(f"{len(run.data)} domains {digest}, {tokens}{hours} (--tokens chooses)", seconds)
     for note in filter(None, (load_domain(name, run.data_dir).note for name in run.data)):
         say(note)
     for path in [] if run.resume else run.out.glob("forest-seed*"):
