@@ -779,7 +779,7 @@ def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm
         header = ["", *("1st quarter", "2nd", "3rd", "4th")[: len(rows[0]) - 1]]
         run.table("cosine of the gradients of cross-entropy and logit loss, over the run", header, rows)
     rows = [[name, *(show(name, key, 3) for key in ("scatter", "etf_distance"))] for name in methods]
-    run.table("neural collapse of the main head (0: complete)", ["", "within / between", "distance to ETF"], rows)
+    run.table("neural collapse of the main head (0: complete)", ["arm", "within / between", "distance to ETF"], rows)
 
 
 def print_grid(run: Run, results: Results, arms: dict[str, Arm]) -> None:
