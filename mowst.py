@@ -1220,11 +1220,8 @@ def main(config: Config, run: Run) -> dict:
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * epochs / run.workers
     num_edges = task.adjacency.edge_index.shape[1]
-    title = config.dataset or f"{config.graphs} generated graphs"
-    run.header(
-        f"{title} {task.digest or task.graph.digest}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes",
-        seconds,
-    )
+    title = f"{config.dataset or f'{config.graphs} generated graphs'} {task.digest or task.graph.digest}"
+    run.header(f"{title}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes", seconds)
     if task.graph.note:
         common.say(f"{task.graph.name}: {task.graph.note}")
 
