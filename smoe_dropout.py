@@ -223,10 +223,13 @@ def dispatched_experts(
 
 def load_balancing_loss(router_logits: Tensor, expert_index: Tensor) -> Tensor:
     """num_experts * sum_e f_e P_e: f the share of assignments, P the mean probability. 0-dim; 1 when uniform.
+    0 without tokens, whose mean would be NaN.
 
     The baseline's; SMoE-Dropout has none. (The official gate divides P by k once more.)
     """
     num_experts = router_logits.shape[-1]
+    if not len(router_logits):
+        return router_logits.sum()
     f = torch.bincount(expert_index.flatten(), minlength=num_experts) / max(1, expert_index.numel())
     return num_experts * (f * router_logits.softmax(dim=-1).mean(dim=0)).sum()
 
