@@ -376,6 +376,8 @@ class SparseMoE(nn.Module):
             num_experts = len(self.remap)
             share = F.one_hot(expert_index, num_experts).sum(1).to(router_probs).mean(0)  # [num_experts]
             self.aux_loss = self.balance * num_experts * (share * router_probs.mean(0)).sum() / self.top_k
+            if not len(tokens):  # a mean over none is NaN
+                self.aux_loss = router_probs.sum()
         if self.capacity is not None:
             expert_index = drop_overflow(expert_index.view(*x.shape[:-1], self.top_k), len(self.remap), self.capacity)
         index = torch.where(expert_index < 0, expert_index, self.remap[expert_index.clamp(min=0)])
