@@ -207,7 +207,9 @@ def step(module: nn.Module, x: Tensor, seed: int = 2) -> tuple[object, Tensor, d
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     torch.manual_seed(seed)  # of dropout
     y = module(x)
-    loss_of(module, y).backward()
+    loss = loss_of(module, y)
+    assert torch.isfinite(loss)  # the auxiliary one included
+    loss.backward()
     return y, x.grad, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
