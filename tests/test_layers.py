@@ -236,17 +236,18 @@ def same_step(found, expected, **tolerance) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_under_autocast_bf16_rounds_and_nothing_else(name):
     """Routing stays in full precision: the same picks, so outputs differ by the rounding of a few sums to 2^-8."""
-    module, x = make(name), inputs(name)
-    module.eval()
-    expected = step(module, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = step(module, x)
-    assert_finite(found)
-    assert_near(found[0], expected[0], rtol=0.05, atol=0.05)
-    assert found[2].keys() == expected[2].keys()
-    assert all(found[2][key].dtype == expected[2][key].dtype for key in expected[2])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_finite(step(module.train(), x))
+    module, x = make(name).eval(), inputs(name)
+    for training in (False, True):
+        expected, aux_loss = step(module.train(training), x), getattr(module, "aux_loss", None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(module, x)
+        assert_finite(found)
+        assert found[2].keys() == expected[2].keys()
+        assert all(found[2][key].dtype == expected[2][key].dtype for key in expected[2])
+        if isinstance(aux_loss, Tensor):  # made of router logits alone
+            assert torch.equal(module.aux_loss, aux_loss)
+        if not training:
+            assert_near(found[0], expected[0], rtol=0.05, atol=0.05)
 
 
 COMPILED = {  # layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, or is sparse
@@ -307,12 +308,24 @@ def test_strided_input_is_the_same_as_contiguous(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_in_float64_the_same_and_gradients_in_float64(name):
+def test_in_float64_gradients_are_right_to_five_digits(name):
+    """Along a random direction, against a central difference, which a single step in fp32 on the way would spoil."""
     module, x = make(name).eval(), inputs(name)
     expected = step(copy.deepcopy(module), x)
-    found = step(module.double(), x.double() if x.is_floating_point() else x)
-    assert all(tensor.dtype == torch.float64 for tensor in [*tensors(found[0]), *found[2].values()])
+    x = x.double() if x.is_floating_point() else x
+    y, _, gradients = found = step(module.double(), x)
+    assert all(tensor.dtype == torch.float64 for tensor in [*tensors(y), *gradients.values()])
     same_step(found, expected, rtol=1e-3, atol=1e-4)
+    parameters = {key: p for key, p in module.named_parameters() if key in gradients}
+    generator, losses = torch.Generator().manual_seed(3), []
+    direction = {key: torch.randn(p.shape, generator=generator, dtype=p.dtype) for key, p in parameters.items()}
+    with torch.no_grad():
+        for move in (1e-5, -2e-5):
+            for key, p in parameters.items():
+                p += move * direction[key]
+            losses.append(loss_of(module, module(x)))
+    slope = sum((gradients[key] * direction[key]).sum() for key in parameters)
+    torch.testing.assert_close((losses[0] - losses[1]) / 2e-5, slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LAYERS)
