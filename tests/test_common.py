@@ -176,10 +176,11 @@ def test_causal_model_does_not_see_the_future_and_the_other_one_does(norm, posit
 
 def test_rope_depends_on_distance_only():
     x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)
-    y = common.rotate(x.float())[0]
+    y = common.rotate(x)[0]
     near = (y[1:] * y[:-1]).sum(-1)
-    torch.testing.assert_close(near, near[:1].expand(5), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(y.norm(dim=-1), x[0].norm(dim=-1).float())
+    torch.testing.assert_close(near, near[:1].expand(5), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(y.norm(dim=-1), x[0].norm(dim=-1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(common.rotate(x.float())[0], y.float(), atol=1e-6, rtol=1e-5)
 
 
 def test_aux_loss_is_the_mean_over_layers_and_is_forgotten():

@@ -80,6 +80,8 @@ def test_btm_demix_has_a_feed_forward_for_each_domain(tmp_path):
     run = common.Run("btm", "small", "cpu", torch.float32, [0], tmp_path, config=config)
     common.write_json(tmp_path / "run.json", run.record(0.0))
     model, tokens = btm.build(config, "", num_domains=2), torch.arange(32).view(2, 16)
+    for parameter in model.parameters():  # at the start all feed-forwards are copies of one
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     common.save(run.path("demix", 0, ".pt"), btm.weights_of(model))
     with torch.no_grad():
         assert torch.equal(again(btm, run, "demix")(tokens), model(tokens))
