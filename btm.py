@@ -686,7 +686,7 @@ def branch_later(
 def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: Run) -> tuple[nn.Module, dict]:
     """Train the model of an arm kind-which@system: (model, what it cost). names: the experts a later round may use.
 
-    A seed or an expert is committed to the forest; its checkpoints and metrics stay in the run's own folder.
+    A seed or an expert is committed to the forest; its checkpoints and metrics, and other models, stay with the run.
     """
     base, _, system = arm.partition("@")
     kind, _, which = base.partition("-")
@@ -712,7 +712,7 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
     cost = train(model, batches, config, optimizer, start, stop, steps, **run.train_options(arm, seed))
     if kind == "seed":
         common.save(forest.path / "seed" / "resume.pt", {"optimizer": optimizer.state_dict(), "step": stop})
-    if in_forest(arm):
+    if kind in ("seed", "expert") or (kind == "grown" and system == "posterior"):
         meta = {"domain": which, "parents": origin, "updates_from_to": [start, stop], "seed": seed, **cost}
         meta["init"] = "average" if kind == "grown" else "copy" if origin else "scratch"
         meta |= {"device": run.device, "torch": torch.__version__}
@@ -720,6 +720,8 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
             meta["data"] = load_domain(which, run.data_dir).digest
             meta["dev_bits"] = float(bits(-score(model, "dev", which, config, run)).mean())
         forest.add(which or "seed", weights_of(model), meta, force=True)
+    else:
+        common.save(run.path(arm, seed, ".pt"), weights_of(model))
     return model, cost
 
 
@@ -737,15 +739,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     else:
         kept = score_all(model, config, run)
     common.save_arrays(run.path(arm, seed, ".npz"), kept)
-    if not in_forest(arm):
-        common.save(run.path(arm, seed, ".pt"), weights_of(model))
     return cost
-
-
-def in_forest(arm: str) -> bool:
-    """Whether train_model commits an arm's model to a forest."""
-    kind, _, system = arm.partition("@")
-    return kind.startswith(("seed", "expert")) or (kind.startswith("grown") and system == "posterior")
 
 
 def load_trained(path: str | Path) -> nn.Module:
