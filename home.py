@@ -48,8 +48,8 @@ paper's; (f) all of its tables; (g) the weights of GAUC. Here:
 5. --full: KuaiRand has no "collect"; is_click is mostly "watched for some seconds" there, so it is a watch task.
 
 Break it yourself: --heavy-tail 6 (raw log-normal inputs: on seed 100 the scales of PLE's experts differ 70 times, and
-HoME leads by 0.013 AUC at the default rates); norm=False in `HOME` (zeros are back: 96 % in the worst expert); --lr 5e-3
-(too low for the plain models: HoME leads by 0.024).
+HoME leads by 0.013 AUC at the default rates); norm=False in `HOME` (zeros are back: 96 % of its worst expert);
+--lr 5e-3 (too low for the plain models: HoME leads by 0.024).
 """
 
 import functools
