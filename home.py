@@ -516,17 +516,13 @@ def load_data(config: Config, seed: int, run: Run) -> behavior.Behavior:
     return cached(config.data, run.data_dir, seed, config.hash_bits, **generated)
 
 
-def num_steps(config: Config, data: behavior.Behavior) -> int:
-    return config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
-
-
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Train one arm for its epochs and measure it; arm@rate trains at another learning rate."""
     name, _, rate = arm.partition("@")
     data = load_data(config, seed, run)
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
     train, steps_an_epoch = data.train.each(lambda t: t.to(run.device)), len(data.train.labels) // config.batch_size
-    steps = num_steps(config, data)
+    steps = config.epochs * steps_an_epoch
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
 
     @functools.lru_cache(maxsize=1)
@@ -544,6 +540,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         loss, each = multitask_loss(model(ids, dense), labels, weights)
         return loss, dict(zip(data.tasks, each.detach()))
 
+    steps = config.steps or steps
     optimizer = torch.optim.Adam(model.parameters(), lr=float(rate) if rate else config.lr or LR[name])
     options, schedule = run.train_options(arm, seed), common.cosine(steps, final=0.1)
     common.train(model, loss_fn, steps, batches=batches, optimizer=optimizer, schedule=schedule, clip=None, **options)
@@ -870,7 +867,7 @@ def main(config: Config, run: Run) -> dict:
     if config.loss_weights and len(config.loss_weights) != len(data.tasks):
         number, tasks = len(config.loss_weights), ", ".join(data.tasks)
         raise ValueError(f"{number} loss_weights; the {len(data.tasks)} tasks are {tasks}")
-    steps = num_steps(config, data)
+    steps = config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
     if len(data.train.labels) < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}; there are {len(data.train.labels)} rows to train on")
     if config.grid:
