@@ -500,6 +500,27 @@ class Forest:
             raise ValueError(f"expert {name[:80]!r} refused: {' '.join(str(error).split())}") from error
 
 
+def load_trained(path: str | Path) -> nn.Module:
+    """A language model in eval mode, from what a run left.
+
+    path  the folder of a seed or an expert, runs/btm-small/forest-seed0/experts/python; or of the other arms
+          runs/btm-small/arms/dense-seed0.pt. In DEMix, set `domain` of every layer in ffns() to use one of them.
+    Raises ValueError: see Forest.load and common.load_trained.
+    """
+    path = Path(path)
+    if path.is_dir():
+        forest = Forest(path.parent.parent if path.parent.name == "experts" else path.parent)
+        weights, _ = forest.load(path.name)
+        return put_weights(language_model(**{name: forest.config[name] for name in SHAPE}), weights).eval()
+
+    def make(trained: common.Trained) -> nn.Module:
+        is_demix = trained.arm == "demix"
+        model = build(trained.config, "", len(trained.config.domains) if is_demix else 0)
+        return put_weights(model, common.load(path))
+
+    return common.load_trained(path, Config, make)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The experiment: seed, experts, and rivals that cost the same
 # ---------------------------------------------------------------------------------------------------------------
@@ -740,27 +761,6 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         kept = score_all(model, config, run)
     common.save_arrays(run.path(arm, seed, ".npz"), kept)
     return cost
-
-
-def load_trained(path: str | Path) -> nn.Module:
-    """A language model in eval mode, from what a run left.
-
-    path  the folder of a seed or an expert, runs/btm-small/forest-seed0/experts/python; or of the other arms
-          runs/btm-small/arms/dense-seed0.pt. In DEMix, set `domain` of every layer in ffns() to use one of them.
-    Raises ValueError: see Forest.load and common.load_trained.
-    """
-    path = Path(path)
-    if path.is_dir():
-        forest = Forest(path.parent.parent if path.parent.name == "experts" else path.parent)
-        weights, _ = forest.load(path.name)
-        return put_weights(language_model(**{name: forest.config[name] for name in SHAPE}), weights).eval()
-
-    def make(trained: common.Trained) -> nn.Module:
-        is_demix = trained.arm == "demix"
-        model = build(trained.config, "", len(trained.config.domains) if is_demix else 0)
-        return put_weights(model, common.load(path))
-
-    return common.load_trained(path, Config, make)
 
 
 def scores_of(run: Run, arms: Sequence[str], seed: int, part: str, name: str) -> Tensor:
