@@ -1029,8 +1029,14 @@ def load_trained(path: str | Path) -> nn.Module:
     One of --full is built by the configuration of its Switch checkpoint, which must be where the run found it. Raises
     UsageError: see common.load_trained.
     """
-    build_empty = lambda trained: build(trained.config, trained, trained.seed)
-    return common.load_trained(path, Config, lambda trained: import_model(path, build_empty(trained)))
+
+    def make(trained: common.Trained) -> nn.Module:
+        if not trained.config.task:
+            return import_model(path, byte_lm(trained.config, trained.seed))
+        folder = pretrained.locate(trained.config.model, trained.data_dir)
+        return import_model(path, pretrained.empty_switch(folder, switch_layer))
+
+    return common.load_trained(path, Config, make)
 
 
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
