@@ -604,9 +604,11 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 
 def load_trained(path: str | Path) -> ResNet:
-    """The student of an arm, or the teacher, in eval mode, from what a run left: runs/dual_head_kd-small/arms/
-    dhkd-seed0.pt. What is deployed: the auxiliary head is not in it. --tune leaves no weights. Raises UsageError: see
-    common.load_trained."""
+    """The student of an arm, or the teacher, in eval mode: runs/dual_head_kd-small/arms/dhkd-seed0.pt.
+
+    What is deployed: the auxiliary head is not in it. --tune leaves no weights. Raises UsageError: see
+    common.load_trained.
+    """
 
     def make(trained: common.Trained) -> ResNet:
         config, state = trained.config, common.load(path)
