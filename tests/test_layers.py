@@ -341,3 +341,43 @@ def test_a_copy_and_a_restored_state_compute_the_same(name):
         expected = tensors(module.eval()(x))
         for again in (copied, other):
             assert all(torch.equal(a, b) for a, b in zip(tensors(again(x)), expected, strict=True))
+
+
+# --- functions that people paste -------------------------------------------------------------------------------
+
+
+def test_ensemble_nll_of_one_block_of_none_and_of_strided_ones():
+    logprobs = torch.randn(3, 4, 6).log_softmax(dim=0).requires_grad_()
+    nll, weights = btm.ensemble_nll(logprobs, torch.zeros(3))
+    nll.sum().backward()
+    assert torch.isfinite(logprobs.grad).all() and logprobs.grad.dtype == torch.float32
+    one = btm.ensemble_nll(logprobs[:, :1], torch.zeros(3))
+    strided = btm.ensemble_nll(logprobs.transpose(0, 2).contiguous().transpose(0, 2), torch.zeros(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = btm.ensemble_nll(logprobs, torch.zeros(3))
+    assert torch.equal(one[0], nll[:1]) and torch.equal(one[1], weights[:, :1])
+    for found in (strided, under_autocast, btm.ensemble_nll(logprobs.double(), torch.zeros(3))):
+        assert found[0].dtype == torch.float64 and torch.equal(found[0], nll) and torch.equal(found[1], weights)
+    for shape in ((3, 0, 6), (3, 4, 0)):
+        nll, weights = btm.ensemble_nll(torch.empty(shape), torch.zeros(3))
+        assert nll.shape == shape[1:] and weights.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_average_parameters_of_any_module(dtype):
+    modules = [nn.Sequential(nn.Linear(D, 3), nn.BatchNorm1d(3)).to(dtype) for _ in range(2)]
+    states = [module.state_dict() | {"none": torch.empty(0, D, dtype=dtype)} for module in modules]
+    states[1]["0.weight"] = states[1]["0.weight"].T.contiguous().T  # strided
+    found = btm.average_parameters(states, [0.25, 0.75])
+    for name, first in states[0].items():
+        expected = 0.25 * first.double() + 0.75 * states[1][name].double()
+        assert found[name].dtype == first.dtype and torch.equal(found[name], expected.to(first.dtype)), name
+    averaged = copy.deepcopy(modules[0])
+    averaged.load_state_dict({name: value for name, value in found.items() if name != "none"})
+    assert torch.equal(modules[0][0].weight, states[0]["0.weight"])  # inputs stay as they are
+
+
+def test_the_loss_of_no_windows_is_no_loss():
+    model = make("TransformerLM")
+    for rows in (0, 1):
+        assert common.lm_loss(model, torch.zeros(rows, 7, dtype=torch.long)).shape == (rows, 6)
