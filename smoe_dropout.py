@@ -822,7 +822,7 @@ def print_tables(config: Config, run: Run, results: Results, transfer: Results) 
         cost = values(results, arm, "train_flops").mean() if "train_flops" in first else 0.0
         rows.append([arm, *active, f"{first['frozen'] / 1e3:,.1f}", *flops, f"{cost:.3g}", f"{cost / dense:.3f}"])
     both = [f"k = {half}", f"k = {full}"]
-    header = ["arm", *(f"active k, {k}" for k in both), "frozen k", *(f"FFN kFLOP/byte, {k}" for k in both)]
+    header = ["arm", *(f"active, {k}" for k in both), "frozen", *(f"FFN kFLOP/byte, {k}" for k in both)]
     run.table("parameters (thousands) and work", [*header, "training FLOPs", "of dense"], rows)
     rows = []
     for arm in arms:
