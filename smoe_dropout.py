@@ -51,8 +51,8 @@ Differences from the paper and its code
 7. Not known: which layers of BERT are mixtures (here: all), BERT's settings, how math problems are answered. Here a
    head on the last byte picks one of the training set's equations, which is executed.
 
-Break it yourself: --scale 1 (a short run does not recover); --k-min 1 (slimmer, at a price); in `SMoEDropout.forward`
-detach router_logits (the gradient through the gate is lost).
+Break it yourself: --scale 1 (on seed 100 hardly worse at k = 8, better when slim); --k-min 1 (slimmer, at a price); in
+`SMoEDropout.forward` detach router_logits (the gradient through the gate is lost: 0.03 bits/byte at k = 4).
 """
 
 import json
