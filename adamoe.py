@@ -268,6 +268,10 @@ class NullRouting(nn.Module):
         self.aux_loss: Tensor | None = None
         self.true_counts: Tensor | None = None
 
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass, and cannot be copied."""
+        return {**self.__dict__, "aux_loss": None}
+
     def pick(self, router_logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         sizes, mask = (self.num_experts, self.top_k), None if token_mask is None else token_mask.reshape(-1)
         choose = self.choose or (lambda logits: route(logits, *sizes, self.normalize))
@@ -486,7 +490,7 @@ class LoRAExperts(NullRouting):
         rows = kernels.gather(tokens, dispatch, backend=self.backend)
         rows = expert_low_rank(rows, self.a, self.b, dispatch, self.backend)
         y = kernels.scatter(rows, dispatch, gates, backend=self.backend)  # [tokens, out]
-        return self.linear(x) + self.scale * y.view(*x.shape[:-1], -1)
+        return self.linear(x) + self.scale * y.view(*x.shape[:-1], y.shape[-1])
 
 
 def add_lora_experts(module: nn.Module, *sizes, **options) -> list[LoRAExperts]:
@@ -945,6 +949,31 @@ def load_null_experts(path: str | Path, model: nn.Module) -> list[NullExpertMoE]
     return layers
 
 
+def load_trained(path: str | Path) -> nn.Module:
+    """The model of a trained arm, in eval mode, from what a run left: runs/adamoe-small/arms/adamoe-seed0.pt.
+
+    An .npz of --full goes onto the pre-trained model it was made for. "shuffled", "random_k" and "top_p" are rules on
+    weights of other arms and have none of their own. Raises UsageError: see common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> nn.Module:
+        config, arm = trained.config, trained.arm
+        if Path(path).suffix == ".npz":
+            model = pretrained.load_causal(config.model, trained.dtype)
+            load_null_experts(path, model)
+            return model
+        lora = config.setting == "lora"
+        arms = {"base": Arm(0, 2)} | (lora_arms if lora else trained_arms)(config, ablate=True)
+        model = build(config, arms[arm], torch.Generator())
+        if lora and arm != "base":
+            sizes = (config.lora_experts, arms[arm].num_null, arms[arm].top_k, config.lora_rank, config.lora_alpha)
+            add_lora_experts(model.blocks, *sizes)
+        model.load_state_dict(common.load(path))
+        return model
+
+    return common.load_trained(path, Config, make)
+
+
 def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
     """95 % confidence interval of the mean of paired differences [questions]: questions drawn anew, with repetition."""
     drawn = np.random.default_rng(0).integers(len(differences), size=(draws, len(differences)))
@@ -1335,7 +1364,7 @@ def main(config: Config, run: Run) -> dict:
     rounds = [math.ceil(len(run.seeds) * n / run.workers) for n in (1, len(arms))]  # jobs one worker does in turn
     steps = rounds[0] * config.pretrain_steps + rounds[1] * config.steps
     seconds = 1.3 * steps * common.measure_step(step, run.device)["seconds"]  # evaluation takes the rest
-    run.header(f"text {python.digest} {downstream.digest}", seconds)
+    run.header("text " + ", ".join(map(" ".join, run.data.items())), seconds)
     for note in filter(None, {python.note, downstream.note}):
         common.say(note)
     if config.load is not None:

@@ -500,6 +500,27 @@ class Forest:
             raise ValueError(f"expert {name[:80]!r} refused: {' '.join(str(error).split())}") from error
 
 
+def load_trained(path: str | Path) -> nn.Module:
+    """A language model in eval mode, from what a run left.
+
+    path  the folder of a seed or an expert, runs/btm-small/forest-seed0/experts/python; or of the other arms
+          runs/btm-small/arms/dense-seed0.pt. In DEMix, set `domain` of every layer in ffns() to use one of them.
+    Raises ValueError: see Forest.load and common.load_trained.
+    """
+    path = Path(path)
+    if path.is_dir():
+        forest = Forest(path.parent.parent if path.parent.name == "experts" else path.parent)
+        weights, _ = forest.load(path.name)
+        return put_weights(language_model(**{name: forest.config[name] for name in SHAPE}), weights).eval()
+
+    def make(trained: common.Trained) -> nn.Module:
+        is_demix = trained.arm == "demix"
+        model = build(trained.config, "", len(trained.config.domains) if is_demix else 0)
+        return put_weights(model, common.load(path))
+
+    return common.load_trained(path, Config, make)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The experiment: seed, experts, and rivals that cost the same
 # ---------------------------------------------------------------------------------------------------------------
@@ -686,7 +707,7 @@ def branch_later(
 def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: Run) -> tuple[nn.Module, dict]:
     """Train the model of an arm kind-which@system: (model, what it cost). names: the experts a later round may use.
 
-    A seed or an expert is committed to the forest; its checkpoints and metrics stay in the run's own folder.
+    A seed or an expert is committed to the forest; its checkpoints and metrics, and other models, stay with the run.
     """
     base, _, system = arm.partition("@")
     kind, _, which = base.partition("-")
@@ -720,6 +741,8 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
             meta["data"] = load_domain(which, run.data_dir).digest
             meta["dev_bits"] = float(bits(-score(model, "dev", which, config, run)).mean())
         forest.add(which or "seed", weights_of(model), meta, force=True)
+    else:
+        common.save(run.path(arm, seed, ".pt"), weights_of(model))
     return model, cost
 
 
@@ -1218,9 +1241,10 @@ def main(config: Config, run: Run) -> dict | None:
         return run.estimate(model, step, num_parts)
     cost = common.measure_step(step, run.device)
     seconds = 1.6 * cost["seconds"] * num_parts / run.workers  # batches of one domain, and evaluation, take the rest
+    digest = hashlib.sha256(json.dumps(run.data).encode()).hexdigest()[:12]
     tokens = f"{num_parts * part[:, 1:].numel():.1e} tokens, {num_parts * cost['flops']:.1e} FLOPs in all"
     hours = f", about {seconds / 3600:,.1f} hours" if seconds > 7200 else ""
-    run.header(f"{len(run.data)} domains, {tokens}{hours} (--tokens chooses)", seconds)
+    run.header(f"{len(run.data)} domains {digest}, {tokens}{hours} (--tokens chooses)", seconds)
     for note in filter(None, (load_domain(name, run.data_dir).note for name in run.data)):
         say(note)
     for path in [] if run.resume else run.out.glob("forest-seed*"):

@@ -7,6 +7,7 @@
     claims       Claim, verdict: what the paper says, what this run measured, holds or not
     pictures     lines, bars, heatmap: panels for `run.plot`
     command line run(main, SMALL, FULL, CLAIMS): flags from a dataclass, arms in worker processes, results.json
+    afterwards   load_trained: the model of an arm, from the weights a run left; each script has its own on top
 
 A script's `main(config, run)` gets a `Run`: device, dtype, seeds, `map_arms`, `table`, `claim`, `plot`. An *arm* is
 one trained variant with one seed; `run.map_arms(train_arm, jobs)` trains arms in parallel and keeps each one's result
@@ -213,7 +214,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, time, d_model = x.shape
         q, k, v = (
-            self.qkv(x).view(batch, time, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            self.qkv(x).view(batch, time, 3, self.num_heads, d_model // self.num_heads).permute(2, 0, 3, 1, 4)
         )  # [batch, heads, time, head]
         if self.rope:
             q, k = rotate(q), rotate(k)
@@ -222,12 +223,12 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32."""
-    time, head = x.shape[-2:]
-    frequency = 10000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=torch.float32) / head)
-    angle = torch.arange(time, device=x.device, dtype=torch.float32)[:, None] * frequency  # [time, head / 2]
+    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32, or as x."""
+    (time, head), dtype = x.shape[-2:], torch.promote_types(x.dtype, torch.float32)
+    frequency = 10000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=dtype) / head)
+    angle = torch.arange(time, device=x.device, dtype=dtype)[:, None] * frequency  # [time, head / 2]
     cos, sin = angle.cos(), angle.sin()
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
@@ -313,7 +314,7 @@ class TransformerLM(nn.Module):
 def lm_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Next-token loss of every position. windows [batch, context + 1] int64 -> [batch, context] fp32, in nats."""
     logits = model(windows[:, :-1]).float()
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view_as(windows[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -669,13 +670,13 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def format_claims(claims: Sequence[Claim]) -> str:
+def format_claims(claims: Sequence[Claim], measured: bool = True) -> str:
     words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
     rows = []
     for claim in claims:
         kind = "required" if claim.required else "open"
-        rows += [f"{words[claim.holds]:15s}{claim.id} ({kind}): {claim.text}"]
-        rows += [f"{'':15s}  measured  {claim.measured}", f"{'':15s}  paper     {claim.paper}"]
+        rows += [f"{words[claim.holds] if measured else '':15s}{claim.id} ({kind}): {claim.text}"]
+        rows += [f"{'':15s}  measured  {claim.measured}"] * measured + [f"{'':15s}  paper     {claim.paper}"]
     return "\n".join(rows)
 
 
@@ -840,6 +841,12 @@ class Run:
         where = {"dtype": self.dtype_name, "device": self.device, "torch": torch.__version__}
         return {**config, "data": self.data, **where}
 
+    def record(self, wall_seconds: float) -> dict:
+        """The content of OUT/run.json: what --resume compares, and what `load_trained` builds a model from."""
+        about = {"method": self.method, "scale": self.scale, "config": dataclasses.asdict(self.config)}
+        about["data_dir"] = str(self.data_dir.absolute())
+        return {**about, "identity": self.identity(), "wall_seconds": wall_seconds}
+
     def _begin(self) -> None:
         """Claim the output folder, before the first arm: never mix two runs, never delete one for a mistyped flag."""
         if self.begun:
@@ -850,10 +857,10 @@ class Run:
         _barrier()
 
     def _claim_folder(self) -> None:
-        mark, arms, identity = self.out / "run.json", self.out / "arms", self.identity()
+        mark, arms = self.out / "run.json", self.out / "arms"
         if self.resume:
             before = read_json(mark, "identity")["identity"]
-            for key, now in identity.items():
+            for key, now in self.identity().items():
                 if before.get(key) != now:
                     raise UsageError(f"--resume: {self.out} was run with {key} = {before.get(key)}, not {now}")
         else:
@@ -861,7 +868,7 @@ class Run:
                 if self.overwrite:
                     for path in [*arms.glob("*"), *(self.out / name for name in ("results.json", "metrics.jsonl"))]:
                         path.unlink(missing_ok=True)
-                write_json(mark, {"identity": identity, "wall_seconds": 0.0})
+                write_json(mark, self.record(wall_seconds=0.0))
                 arms.mkdir(exist_ok=True)
             except OSError as error:
                 raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
@@ -931,6 +938,51 @@ def _end_with_parent() -> None:
 
 def _leave(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
+
+
+class Trained(typing.NamedTuple):
+    """Whose weights a file holds, from its name and the run.json of its run."""
+
+    config: Any  # the script's Config, as it was run
+    arm: str
+    seed: int
+    dtype: torch.dtype
+    data_dir: Path  # where that run looked for downloads
+
+
+def load_trained(path: str | Path, config_type: type, make: Callable[[Trained], nn.Module]) -> nn.Module:
+    """A model that a run left in OUT/arms/<arm>-seed<N>.*, in eval mode, on the CPU; OUT/run.json has its settings.
+
+    config_type  the script's Config; make(trained) -> the model with its weights
+    Raises UsageError in one line: no such file, damaged, of another script, of another version of this one.
+    """
+    path, script = Path(path), Path(inspect.getfile(config_type))
+    mark, (arm, _, seed) = path.parent.parent / "run.json", path.stem.rpartition("-seed")
+    if not path.is_file():
+        there = sorted(other.name for other in path.parent.glob(f"*-seed*{path.suffix}"))
+        raise UsageError(
+            f"{path}: there are no such weights, but {', '.join(there) or f'none like it in {path.parent}'}"
+        )
+    if not mark.is_file() or not seed.isdecimal():
+        raise UsageError(
+            f"{path}: {mark} and the name <arm>-seed<N> say how to build the model; keep both as they were"
+        )
+    left = read_json(mark, "identity")
+    if left.get("method", script.stem) != script.stem:
+        raise UsageError(f"{path} was left by {left['method']}.py, not by {script.name}")
+    expected = {item.name for item in dataclasses.fields(config_type)}
+    if not isinstance(left.get("config"), dict) or (odd := expected ^ set(left["config"])):
+        what = f"has other settings ({', '.join(sorted(odd)[:3])})" if "config" in left else "lacks its settings"
+        raise UsageError(f"{path} is of another version of {script.name}: {mark} {what}; run it again with --overwrite")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in left["config"].items()}
+    try:
+        where = (getattr(torch, left["identity"]["dtype"]), Path(left["data_dir"]))
+        return make(Trained(config_type(**settings), arm, int(seed), *where)).eval()
+    except (UsageError, FileNotFoundError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"{path} and {mark} do not fit together ({reason}); run it again with --overwrite") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1025,7 +1077,7 @@ def _run(
     options, settings = _parse(program, main, small, full, argv, actions)
     claims = [dataclasses.replace(claim) for claim in claims]
     if options["list_claims"]:
-        print(format_claims(claims))
+        say(format_claims(claims, measured=False))
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
@@ -1048,7 +1100,7 @@ def _run(
     finally:
         wall_seconds = round(earlier + time.monotonic() - start, 1)
         if run.begun and processes()[0] == 0:
-            write_json(mark, {"identity": run.identity(), "wall_seconds": wall_seconds})
+            write_json(mark, run.record(wall_seconds))
     if processes()[0] > 0:
         return 0
     with atomic_file(run.out / "metrics.jsonl") as file:
@@ -1143,21 +1195,31 @@ def _parse(
     fields = parser.add_argument_group("settings (small scale / full scale)")
     comments, hints = _field_comments(type(small)), typing.get_type_hints(type(small))
     for item in dataclasses.fields(small):
-        values = " / ".join(str(getattr(config, item.name)) for config in (small, full) if config is not None)
+        values = [_as_typed(getattr(config, item.name)) for config in (small, full) if config is not None]
         how = {"type": _reader(hints[item.name]), "metavar": item.name.upper()}
         if hints[item.name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{comments.get(item.name, '')} ({values})".replace("%", "%%")
+        text = f"{comments.get(item.name, '')} ({' / '.join(dict.fromkeys(values))})".replace("%", "%%")
         fields.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [*parser._option_string_actions], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        name, known = unknown[0].split("=")[0], [*parser._option_string_actions]
+        word = name.strip("-").removesuffix("s")
+        inside = [flag for flag in known if len(word) > 3 and word in flag]  # --steps: --recover-steps and others
+        inside = inside or [flag for flag in known if {"step": "epoch", "epoch": "step"}.get(word, "?") in flag]
+        near = inside or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
     given = vars(found)
     options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
     return options | {"given": set(given)}, {name: given[name] for name in given if name not in flags}
+
+
+def _as_typed(value: object) -> str:
+    """A value as one would type it after its flag."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "empty"
+    return {None: "none", "": "empty"}.get(value, str(value))
 
 
 def _reader(hint: object) -> Callable[[str], object]:

@@ -603,6 +603,23 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
     return result | inference(model, student, settings, data, config, seed, run)
 
 
+def load_trained(path: str | Path) -> ResNet:
+    """The student of an arm, or the teacher, in eval mode: runs/dual_head_kd-small/arms/dhkd-seed0.pt.
+
+    What is deployed: the auxiliary head is not in it. --tune leaves no weights. Raises UsageError: see
+    common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> ResNet:
+        config, state = trained.config, common.load(path)
+        name = config.pair.split("-")[trained.arm != "teacher"]
+        model = make_model(name, len(state["fc.bias"]), config.stem_stride, trained.seed)
+        model.load_state_dict(state)
+        return model
+
+    return common.load_trained(path, Config, make)
+
+
 def aligned_backward(model: nn.Module, backbone: Sequence[Tensor] | None) -> Callable[[tuple[Tensor, Tensor]], None]:
     """A backward for common.train: gradients of (cross-entropy, logit loss), aligned, into the parameters."""
     parameters, shared = list(model.parameters()), None
@@ -764,7 +781,7 @@ def print_tables(config: Config, run: Run, results: Results, arms: dict[str, Arm
         header = ["", *("1st quarter", "2nd", "3rd", "4th")[: len(rows[0]) - 1]]
         run.table("cosine of the gradients of cross-entropy and logit loss, over the run", header, rows)
     rows = [[name, *(show(name, key, 3) for key in ("scatter", "etf_distance"))] for name in methods]
-    run.table("neural collapse of the main head (0: complete)", ["", "within / between", "distance to ETF"], rows)
+    run.table("neural collapse of the main head (0: complete)", ["arm", "within / between", "distance to ETF"], rows)
 
 
 def print_grid(run: Run, results: Results, arms: dict[str, Arm]) -> None:

@@ -48,8 +48,8 @@ paper's; (f) all of its tables; (g) the weights of GAUC. Here:
 5. --full: KuaiRand has no "collect"; is_click is mostly "watched for some seconds" there, so it is a watch task.
 
 Break it yourself: --heavy-tail 6 (raw log-normal inputs: on seed 100 the scales of PLE's experts differ 70 times, and
-HoME leads by 0.013 AUC at the default rates); norm=False in `ARMS["home"]`; zero the experts' initial weights instead
-of drawing them (identical experts stay identical for ever).
+HoME leads by 0.013 AUC at the default rates); norm=False in `HOME` (zeros are back: 96 % of its worst expert);
+--lr 5e-3 (too low for the plain models: HoME leads by 0.024).
 """
 
 import functools
@@ -57,6 +57,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +94,7 @@ class Config:
     rank: int = 0  # of a feature gate; 0: an eighth of its input
     batch_size: int = 512  # exposures a step
     epochs: int = 1  # id embeddings over-fit from the second on
+    steps: int | None = None  # stop earlier: steps of every arm, schedule included
     lr: float | None = None  # of every arm; none: each arm's best of LR_GRID on seeds 100-101
     loss_weights: tuple[float, ...] = ()  # one a task; empty: all 1, the paper's plain sum
     models: tuple[str, ...] = ()  # only these arms, comma-separated; mmoe* and mmoe-star are the same
@@ -489,7 +491,7 @@ class Ranker(nn.Module):
         super().__init__()
         sizes = list(data.fields.values())
         offsets = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("offsets", offsets)
         self.embedding = nn.Embedding(sum(sizes), config.embedding)
         nn.init.normal_(self.embedding.weight, std=0.05, generator=stream(seed, 200))
         hidden = config.hidden * (config.experts if arm.wiring == "shared-bottom" else 1)
@@ -538,6 +540,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         loss, each = multitask_loss(model(ids, dense), labels, weights)
         return loss, dict(zip(data.tasks, each.detach()))
 
+    steps = config.steps or steps
     optimizer = torch.optim.Adam(model.parameters(), lr=float(rate) if rate else config.lr or LR[name])
     options, schedule = run.train_options(arm, seed), common.cosine(steps, final=0.1)
     common.train(model, loss_fn, steps, batches=batches, optimizer=optimizer, schedule=schedule, clip=None, **options)
@@ -549,6 +552,28 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         val = evaluate(model, data, data.val, run.device)
         result["val"] = {key: val[key] for key in ("mean_auc", "mean_gauc")}
     return result | cost(model, data, run.device)
+
+
+def load_trained(path: str | Path) -> Ranker:
+    """The model of an arm, in eval mode, from what a run left: runs/home-small/arms/home-seed0.pt. No data is read.
+
+    ids [batch, fields] -> logits [batch, tasks], in the order of its data (data/behavior.py). Raises UsageError: see
+    common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> Ranker:
+        config, state = trained.config, common.load(path)
+        edges = [*state["offsets"].tolist(), len(state["embedding.weight"])]
+        fields = {str(i): end - start for i, (start, end) in enumerate(itertools.pairwise(edges))}
+        num_dense = state["core.layers.0.weights.0"].shape[1] - len(fields) * config.embedding
+        part = behavior.Part(*[torch.empty(0)] * 3, dense=torch.empty(0, num_dense) if num_dense else None)
+        groups = behavior.CENSUS_GROUPS if config.data == "census" else behavior.GROUPS
+        data = behavior.Behavior(config.data, fields, groups, part, None, part, "")
+        model = Ranker(config, ARMS[trained.arm.partition("@")[0]], data, trained.seed)
+        model.load_state_dict(state)
+        return model
+
+    return common.load_trained(path, Config, make)
 
 
 def oracle_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -842,8 +867,8 @@ def main(config: Config, run: Run) -> dict:
     if config.loss_weights and len(config.loss_weights) != len(data.tasks):
         number, tasks = len(config.loss_weights), ", ".join(data.tasks)
         raise ValueError(f"{number} loss_weights; the {len(data.tasks)} tasks are {tasks}")
-    steps = config.epochs * (len(data.train.labels) // config.batch_size)
-    if not steps:
+    steps = config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
+    if len(data.train.labels) < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}; there are {len(data.train.labels)} rows to train on")
     if config.grid:
         arms += [f"{arm}@{rate:g}" for arm in arms for rate in LR_GRID if rate != (config.lr or LR[arm])]

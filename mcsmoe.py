@@ -53,6 +53,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -356,6 +357,10 @@ class SparseMoE(nn.Module):
         self.register_buffer("alive", everyone if alive is None else alive)
         self.register_buffer("remap", everyone.long().cumsum(0) - 1 if remap is None else remap)
 
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass, and cannot be copied."""
+        return {**self.__dict__, "aux_loss": None}
+
     def with_experts(self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None) -> "SparseMoE":
         """The same router over other experts."""
         return SparseMoE(self.router.weight, experts, remap, alive, self.top_k, self.normalize, self.capacity)
@@ -371,6 +376,8 @@ class SparseMoE(nn.Module):
             num_experts = len(self.remap)
             share = F.one_hot(expert_index, num_experts).sum(1).to(router_probs).mean(0)  # [num_experts]
             self.aux_loss = self.balance * num_experts * (share * router_probs.mean(0)).sum() / self.top_k
+            if not len(tokens):  # a mean over none is NaN
+                self.aux_loss = router_probs.sum()
         if self.capacity is not None:
             expert_index = drop_overflow(expert_index.view(*x.shape[:-1], self.top_k), len(self.remap), self.capacity)
         index = torch.where(expert_index < 0, expert_index, self.remap[expert_index.clamp(min=0)])
@@ -492,7 +499,7 @@ class LowRankSparseLinear(nn.Module):
                 raise ValueError(f"{len(self.u)} experts need a dispatch")
             rows = x.reshape(-1, x.shape[-1])
             dispatch = kernels.make_dispatch(rows.new_zeros(len(rows), 1, dtype=torch.int32), 1)
-            return self(rows, dispatch).view(*x.shape[:-1], -1)
+            return self(rows, dispatch).view(*x.shape[:-1], self.v.shape[-1])
         y = kernels.grouped_mm(kernels.grouped_mm(x, self.u, dispatch), self.v, dispatch, self.bias)
         if self.s is not None:
             return y + kernels.grouped_mm(x, self.s, dispatch)
@@ -1016,6 +1023,22 @@ def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
         raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
 
 
+def load_trained(path: str | Path) -> nn.Module:
+    """The model of an arm, in eval mode, from what a run left: runs/mcsmoe-small/arms/msmoe+kd-seed0.npz.
+
+    One of --full is built by the configuration of its Switch checkpoint, which must be where the run found it. Raises
+    UsageError: see common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> nn.Module:
+        if not trained.config.task:
+            return import_model(path, byte_lm(trained.config, trained.seed))
+        folder = pretrained.locate(trained.config.model, trained.data_dir)
+        return import_model(path, pretrained.empty_switch(folder, switch_layer))
+
+    return common.load_trained(path, Config, make)
+
+
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """The small model on all domains at once, routers trained with the balance loss."""
     corpora = [corpus(name) for name in text_data.DOMAINS]
@@ -1448,7 +1471,7 @@ def main(config: Config, run: Run) -> dict:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * work * len(run.seeds) / run.workers
-    run.header(" ".join(["data", *run.data.values()]), seconds)
+    run.header(f"{'data' if config.task else 'text'} {', '.join(map(' '.join, run.data.items()))}", seconds)
     del model, step  # at full scale the arms need the memory
 
     results = {} if config.task else run.measure(pretrain_arm, config, ["pretrained"])

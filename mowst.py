@@ -377,7 +377,7 @@ class GATLayer(nn.Module):
         weight = (score - largest[target]).exp()
         total = torch.zeros_like(largest).index_add(0, target, weight)
         message = h[source] * (weight / total[target]).unsqueeze(-1)  # [edges, heads, head_width]
-        return torch.zeros_like(h).index_add(0, target, message).flatten(1) + self.bias
+        return message.new_zeros(h.shape).index_add(0, target, message).flatten(1) + self.bias
 
 
 class MLP(nn.Module):
@@ -772,7 +772,7 @@ def fall_back(confidence: Tensor, weak: Tensor, strong: Tensor, alone: Tensor, t
     return (confidence, weak, strong), {"val": max(val, val_gnn), "val_gnn": val_gnn, "fell_back": val < val_gnn}
 
 
-def load_trained(path: Path, device: str) -> list[dict]:
+def trained_experts(path: Path, device: str) -> list[dict]:
     """What an expert's arm left behind: the result of train_alone for every graph."""
     try:
         return common.load(path, device)
@@ -785,7 +785,7 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
     """One arm on every graph of the seed. Experts leave weights and logits behind, from which mixtures start."""
     arm = make_arms(config, ablate=True)[name]
     config, keeper = arm.config, Keeper(run.path(name, seed, ".ckpt"), f"{name}-seed{seed}", run.device)
-    starts = [load_trained(run.path(expert, seed, ".pt"), run.device) for expert in (arm.weak, arm.strong) if expert]
+    starts = [trained_experts(run.path(expert, seed, ".pt"), run.device) for expert in (arm.weak, arm.strong) if expert]
     results, kept, nodes = [], [], []
     for index in range(config.graphs):
         task, stage = make_task(config, seed, index, run), f"graph {index}"
@@ -810,7 +810,7 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
                 model.load_state_dict(best["state"])
                 more |= cost(model.eval(), parts[0], task, config.layers)
                 nodes.append((index, task, parts))
-        kept += [best] if "state" in best else []
+        kept += [best | {"num_features": task.x.shape[1]}] if "state" in best else []
         results.append(summary(right, task) | more | {"seconds": best["seconds"], "grid": best["grid"]})
     if kept:
         common.save(run.path(name, seed, ".pt"), kept)
@@ -819,6 +819,29 @@ def train_arm(config: Config, name: str, seed: int, run: Run) -> dict:
     with common.atomic_file(run.path(name, seed, ".jsonl"), "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in keeper.state["log"])
     return {"graphs": results}
+
+
+def load_trained(path: str | Path, index: int = 0) -> nn.Module:
+    """The model of a trained arm, in eval mode, from what a run left: runs/mowst-small/arms/mowst-seed0.pt.
+
+    index  which of the run's graphs, or splits, it was trained on
+    An expert alone, or a Mowst as it was trained: where the run says that a mixture fell back, its numbers are those of
+    the GNN alone. The answers of the run stand in the file, too: common.load(path)[index]["parts"]. "ensemble",
+    "posthoc" and "oracle" train nothing and leave none. Raises UsageError: see common.load_trained.
+    """
+
+    def make(trained: common.Trained) -> nn.Module:
+        arm, found = make_arms(trained.config, ablate=True)[trained.arm], common.load(path)[index]
+        rows, logits = torch.empty(0, found["num_features"]), found["parts"][-1]
+        nothing = torch.empty(0, dtype=torch.int64)
+        graph = Graph("", rows, nothing, nothing, nothing, nothing, nothing, num_classes=logits.shape[1])
+        task = Task(graph, rows, *[nothing] * 5, "")
+        make_model = build_mixture if arm.weak else build_expert
+        model = make_model(arm.method, arm.config, task, 0.0)
+        model.load_state_dict(found["state"])
+        return model
+
+    return common.load_trained(path, Config, make)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1045,9 +1068,9 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
         fell = f"{sum(result['fell_back'] for result in found)} of {num_graphs}" if "fell_back" in found[0] else ""
         rows.append([arm, *cells, f"{values(results, arm, 'seconds').mean():.1f}", fell])
     title = f"test accuracy in %, {num_graphs} graphs or splits, inference: {config.infer}"
-    run.table(f"{title}; fell back: on the GNN alone", ["method", *keys.values(), "own train s", "fell back"], rows)
+    run.table(f"{title}; fell back: on the GNN alone", ["arm", *keys.values(), "own train s", "fell back"], rows)
     rows = [[arm, *(common.show(values(results, arm, key), 1) for key in INFER)] for arm in ("mowst", "mowst_star")]
-    run.table("ways to answer", ["", *INFER], rows)
+    run.table("ways to answer", ["arm", *INFER], rows)
     counts = {side: np.sum([result["histogram"][side] for result in mowst], axis=0) for side in mowst[0]["histogram"]}
     bar = lambda share: f"{'#' * round(40 * share):<40s} {100 * share:4.1f} %"
     bars = [[bar(share) for share in count / max(1, count.sum())] for count in counts.values()]
@@ -1061,7 +1084,7 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
     if any(len(grid) > 1 for grid in grids.values()):  # [cells, (lr, dropout, accuracy)]
         cell = lambda lr, dropout, accuracy: f"{lr:g}/{dropout:g} {100 * accuracy:.1f}"
         rows = [[arm, "   ".join(cell(*row) for row in grid)] for arm, grid in grids.items() if len(grid)]
-        run.table("the grid: lr/dropout, mean validation accuracy in %", ["method", ""], rows)
+        run.table("the grid: lr/dropout, mean validation accuracy in %", ["arm", "lr/dropout accuracy"], rows)
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
@@ -1164,7 +1187,7 @@ def main(config: Config, run: Run) -> dict:
         return {}
     seconds = common.measure_step(step, run.device)["seconds"] * epochs / run.workers
     num_edges = task.adjacency.edge_index.shape[1]
-    title = config.dataset or f"{config.graphs} generated graphs"
+    title = f"{config.dataset or f'{config.graphs} generated graphs'} {task.digest or task.graph.digest}"
     run.header(f"{title}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes", seconds)
     if task.graph.note:
         common.say(f"{task.graph.name}: {task.graph.note}")

@@ -188,17 +188,22 @@ def _random_splits(y: np.ndarray, num_splits: int = 10) -> list[np.ndarray]:
 
 
 class SparseProduct(torch.autograd.Function):
-    """a @ x for a constant CSR matrix, whose transpose is stored too: autograd's own would build it at every step."""
+    """a @ x for a constant CSR matrix, whose transpose is stored too: autograd's own would build it at every step.
+
+    In the precision of a, also under autocast: sparse products in bfloat16 do not exist everywhere.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, a_transposed: Tensor) -> Tensor:
         ctx.a_transposed = a_transposed
-        return a @ x
+        with torch.autocast(x.device.type, enabled=False):
+            return a @ x.to(a.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.a_transposed @ gradient, None, None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return ctx.a_transposed @ gradient, None, None
 
 
 class Sparse:

@@ -176,10 +176,11 @@ def test_causal_model_does_not_see_the_future_and_the_other_one_does(norm, posit
 
 def test_rope_depends_on_distance_only():
     x = torch.randn(1, 1, 8, dtype=torch.float64).expand(1, 6, 8)
-    y = common.rotate(x.float())[0]
+    y = common.rotate(x)[0]
     near = (y[1:] * y[:-1]).sum(-1)
-    torch.testing.assert_close(near, near[:1].expand(5), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(y.norm(dim=-1), x[0].norm(dim=-1).float())
+    torch.testing.assert_close(near, near[:1].expand(5), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(y.norm(dim=-1), x[0].norm(dim=-1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(common.rotate(x.float())[0], y.float(), atol=1e-6, rtol=1e-5)
 
 
 def test_aux_loss_is_the_mean_over_layers_and_is_forgotten():
@@ -420,13 +421,16 @@ def test_flags_come_from_the_config(command_line, tmp_path):
     expected = {"widths": [1, 2, 3], "budget": 1.5, "bias": False, "lr": 0.01, "steps": 3}
     assert {name: config[name] for name in expected} == expected
     help_text = command_line(toy, "--help").stdout
-    assert "optimizer steps (30 / 60)" in help_text and "--no-bias" in help_text and "--budget" in help_text
+    assert "optimizer steps (30 / 60)" in help_text and "--no-bias" in help_text
+    assert "peak (0.1)" in help_text and "of the layer (4)" in help_text and "optional number (none)" in help_text
 
 
 @pytest.mark.parametrize(
     "flags, expected",
     [
         (["--stepz", "3"], "did you mean --steps?"),
+        (["--epochs", "3"], "did you mean --steps?"),
+        (["--batches", "3"], "did you mean --batch-size?"),
         (["--steps", "three"], "argument --steps: invalid int value: 'three'"),
         (["--widths", "1,x"], "comma-separated int"),
         (["--device", "tpu"], "--device"),
@@ -531,6 +535,7 @@ def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
     assert done.returncode == 0 and "parameters" in done.stdout and "FLOPs" in done.stdout
     done = command_line(toy, "--list-claims")
     assert done.returncode == 0 and "toy.learns (required): the loss falls" in done.stdout
+    assert "measured" not in done.stdout and done.stdout.count("paper") == 3
     assert list(tmp_path.iterdir()) == []
 
 

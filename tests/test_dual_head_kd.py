@@ -592,6 +592,7 @@ def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
     assert "best epoch" in done.stdout and "photos images" in done.stdout
     epochs = json.loads((out / "arms" / "dhkd-seed0.epochs.json").read_text())
     result = report["results"]["arms"]["dhkd"][0]
+    assert dhkd.load_trained(out / "arms" / "dhkd-seed0.pt").fc.out_features == 5
     assert set(epochs) == {"1", "2"} and result["best_accuracy"] == max(epochs.values())
     assert result["accuracy"] == pytest.approx(epochs["2"])  # the last epoch is what counts
     assert all(claim["holds"] in (True, False) for claim in report["claims"])

@@ -626,6 +626,9 @@ def test_full_scale_epoch_on_files_in_the_published_format(command_line, tmp_pat
     found = report["results"]["arms"]["home"][0]
     assert report["config"]["lr"] == 1e-3 and 0 < found["val"]["mean_auc"] < 1 and len(found["auc"]) == 8
     assert report["data"].keys() == {f"kuairand-{version}"} and "valid play" in done.stdout
+    loaded = home.load_trained(tmp_path / "runs" / "home-full" / "arms" / "home-seed0.pt")
+    fields = behavior.load(f"kuairand-{version}", tmp_path / "data", hash_bits=8).fields
+    assert len(loaded.offsets) == len(fields) and len(loaded.embedding.weight) == sum(fields.values())
     metrics = (tmp_path / "runs" / "home-full" / "metrics.jsonl").read_text().splitlines()
     train_rows = behavior.load(f"kuairand-{version}", tmp_path / "data", hash_bits=8).train.labels.shape[0]
     assert len(metrics) == 2 * (train_rows // 64)

@@ -858,6 +858,8 @@ def test_full_scale_runs_from_the_archive_with_the_official_settings(command_lin
     assert report["scale"] == "full" and list(report["data"]) == ["ogbn-arxiv"]
     state = common.load(tmp_path / "runs" / "mowst-full" / "arms" / "gcn-seed0.pt")
     assert state[0]["state"]["layers.0.weight"].shape == (16, 256) and len(state[0]["parts"][0]) == 300
+    loaded = mowst.load_trained(tmp_path / "runs" / "mowst-full" / "arms" / "mowst-seed0.pt")
+    assert loaded.confidence.kind == "free" and loaded.confidence.num_features == 16
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,11 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
     assert sum(len(layer["dominant"]) for layer in arms["msmoe"][0]["layers"]) == 6
     assert "381" in done.stdout or "733 M" in done.stdout  # the ledger of the real shape
     assert report["config"]["num_experts"] == 4 and "points" in report["claims"][1]["measured"]
+    out = tmp_path / "runs" / "mcsmoe-full"
+    loaded = mcsmoe.load_trained(out / "arms" / "mc-seed0.npz")
+    run = common.Run("mcsmoe", "full", "cpu", torch.float32, [0], out, data_dir=data_dir)
+    task = mcsmoe.make_task(mcsmoe.Config(**report["config"]), run, 0, 1)
+    assert mcsmoe.evaluate(loaded, task, run)["loss"] == arms["mc"][0]["loss"]
 
 
 def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):

@@ -9,6 +9,9 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import ROOT
+from tiny import ADAMOE
+
+import adamoe
 
 import common
 
@@ -18,7 +21,8 @@ import update_readme  # noqa: E402
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_snippets_run():
+def test_python_snippets_run(command_line):
+    assert command_line(adamoe, *ADAMOE, "--pretrain-steps", 1, "--steps", 1, "--workers", 1).returncode == 0
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert snippets
     for snippet in snippets:

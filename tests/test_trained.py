@@ -1,0 +1,237 @@
+"""Weights that a run leaves: each script's load_trained gives the model back, with the numbers that were reported."""
+
+import importlib
+import json
+import math
+import pickle
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+import adamoe
+import btm
+import common
+import dual_head_kd
+import home
+import mcsmoe
+import mowst
+import smoe_dropout
+
+METHODS = [name.removesuffix(".py") for name in tiny.SCRIPTS]
+
+
+@pytest.fixture
+def left(command_line, tmp_path):
+    """left(module, *flags) -> (the Run as its arms saw it, its config, {arm: its result}) of a run of a second."""
+
+    def run(module, *flags):
+        method = module.__name__
+        done = command_line(module, *tiny.SCRIPTS[f"{method}.py"], "--workers", 1, *flags, "--threads", 1)
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / "runs" / f"{method}-small"
+        config = common.read_json(out / "run.json", "config")["config"]
+        config = module.Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+        found = [json.loads(path.read_text()) for path in (out / "arms").glob("*-seed0.json")]
+        trained = common.Run(method, "small", "cpu", torch.float32, [0], out, config=config)
+        return trained, config, {one["arm"]: one["result"] for one in found}
+
+    return run
+
+
+def again(module, run, arm, suffix=".pt", **options):
+    model = module.load_trained(run.path(arm, 0, suffix), **options)
+    assert not any(part.training for part in model.modules())
+    return model
+
+
+@pytest.mark.parametrize("setting", ["moe", "lora"])
+def test_adamoe(left, setting):
+    run, config, results = left(adamoe, "--setting", setting, "--pretrain-steps", 2, "--steps", 2)
+    windows = adamoe.validation_windows(adamoe.downstream_text(config), config, run)
+    arms = {"moe": ["base", "top1", "top2", "adamoe"], "lora": ["k1", "k2", "m5k4"]}[setting]
+    for arm in arms:
+        found = adamoe.evaluate(again(adamoe, run, arm), windows)
+        assert all(found[key] == results[arm][key] for key in ("loss", "load", "histogram")), arm
+    if setting == "lora":
+        assert math.isfinite(float(common.lm_loss(again(adamoe, run, "base"), windows[:2]).mean()))  # reports nothing
+    with pytest.raises(
+        common.UsageError, match="no such weights, but adamoe-seed0.pt, base" if setting == "moe" else "k1"
+    ):
+        adamoe.load_trained(run.path("shuffled", 0, ".pt"))
+
+
+def test_btm(left):
+    run, config, _ = left(btm)
+    forest = run.out / "forest-seed0"
+    paths = {f"expert-{name}": forest / "experts" / name for name in config.domains}
+    paths |= {"seed": forest / "seed", f"grown-{config.grow}@posterior": forest / "experts" / config.grow}
+    paths |= {arm: run.path(arm, 0, ".pt") for arm in ("dense", *btm.random_arms(config))}
+    for arm, path in paths.items():
+        model, kept = btm.load_trained(path), common.load_arrays(run.path(arm, 0, ".npz"))[0]
+        assert not model.training
+        for name in config.domains[:2]:
+            assert torch.equal(btm.score(model, "test", name, config, run), kept[f"test {name}"]), arm
+
+
+def test_btm_demix_has_a_feed_forward_for_each_domain(tmp_path):
+    config = btm.Config(domains=("python", "docs"), num_layers=1, d_model=16, num_heads=2, context=16)
+    run = common.Run("btm", "small", "cpu", torch.float32, [0], tmp_path, config=config)
+    common.write_json(tmp_path / "run.json", run.record(0.0))
+    model, tokens = btm.build(config, "", num_domains=2), torch.arange(32).view(2, 16)
+    for parameter in model.parameters():  # at the start all feed-forwards are copies of one
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    common.save(run.path("demix", 0, ".pt"), btm.weights_of(model))
+    with torch.no_grad():
+        assert torch.equal(again(btm, run, "demix")(tokens), model(tokens))
+
+
+def test_dual_head_kd(left):
+    run, config, results = left(dual_head_kd)
+    data = dual_head_kd.load_images(config, 0, run)
+    for arm, result in results.items():
+        right = dual_head_kd.top1(again(dual_head_kd, run, arm), data.test_x, data.test_y, data, run)
+        assert right.mean() == result["accuracy"], arm
+    assert {"teacher", "dhkd"} <= set(results)
+
+
+@pytest.mark.parametrize("flags", [(), ("--heavy-tail", 2, "--models", "home,mmoe,shared-bottom", "--lr", 0.01)])
+def test_home(left, flags):
+    run, config, results = left(home, *flags)
+    data = home.load_data(config, 0, run)
+    for arm in set(results) - {"oracle"}:
+        model = again(home, run, arm)
+        found = home.evaluate(model, data, data.test, "cpu")
+        assert all(found[key] == results[arm][key] for key in ("auc", "mean_gauc", "levels")), arm
+    assert "home" in results
+
+
+def test_mcsmoe(left):
+    run, config, results = left(mcsmoe)
+    task = mcsmoe.make_task(config, run, 0, 1)
+    for arm in ("pretrained", "full", "msmoe", "pruning", "averaging+kd", "full+steps", "mc", "c_equal_size"):
+        found = mcsmoe.evaluate(again(mcsmoe, run, arm, ".npz"), task, run)
+        draws = results[arm].get("loss_by_draw", [results[arm]["loss"]])  # the weights are those of the first
+        assert found["loss"] == pytest.approx(draws[0], rel=1e-12), arm
+
+
+def test_mowst(left):
+    run, config, results = left(mowst, "--graphs", 2)
+    for arm in ("mlp", "gcn", "gcn-skip", "moe", "mowst", "mowst_star"):
+        for index in range(2):
+            task, model = mowst.make_task(config, 0, index, run), again(mowst, run, arm, index=index)
+            with torch.no_grad():
+                found = model(task.x) if arm == "mlp" else model(task.x, task.adjacency)
+            parts = common.load(run.path(arm, 0, ".pt"))[index]["parts"]
+            found = [found] if isinstance(found, torch.Tensor) else found
+            assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True)), arm
+            if not results[arm]["graphs"][index].get("fell_back"):
+                right = mowst.right_of("mixture", *found, task.y) if len(found) > 1 else found[0].argmax(-1) == task.y
+                accuracy = mowst.summary(right.double(), task)["accuracy"]
+                assert accuracy == results[arm]["graphs"][index]["accuracy"], arm
+
+
+def test_smoe_dropout(left):
+    run, config, results = left(smoe_dropout)
+    windows = smoe_dropout.held_out_windows(smoe_dropout.load_corpus(config, None, False), config, run)
+    for arm, result in results.items():
+        model = again(smoe_dropout, run, arm)
+        for k, blocks in result["blocks"].items():
+            assert smoe_dropout.evaluate(model, windows, config, int(k)) == blocks, arm
+    assert {"dense", "smoe_dropout", "learned_k2", "dense_sliced"} <= set(results)
+
+
+def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
+    config = smoe_dropout.Config(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, task_steps=2)
+    run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path, config=config)
+    common.write_json(tmp_path / "run.json", run.record(0.0))
+    body = smoe_dropout.build(config, smoe_dropout.trained_arms(config, True)["smoe_dropout"], 0)
+    common.save(run.path("smoe_dropout", 0, ".pt"), body.state_dict())
+    rows, right = torch.randint(256, (6, 2, 9)), F.one_hot(torch.arange(6) % 2, 2).bool()  # [examples, choices, bytes]
+    monkeypatch.setattr(smoe_dropout.tasks, "load_task", lambda *_: ())
+    monkeypatch.setattr(smoe_dropout.tasks, "pose", lambda *_: (rows, torch.arange(6) % 2, rows, right))
+    result = smoe_dropout.finetune_arm(config, "csqa.fold0.smoe_dropout.k2", 0, run)
+    model = again(smoe_dropout, run, "csqa.fold0.smoe_dropout.k2")
+    assert [layer.k for layer in smoe_dropout.moe_layers(model)] == [2]
+    predicted = model(rows).argmax(dim=1)
+    assert result["accuracy"] == float(right[torch.arange(6), predicted].double().mean())
+
+
+# --- what cannot be loaded is one line -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder with the weights of one small model, as if trained: its path."""
+    config = smoe_dropout.Config(num_layers=1, d_model=8, d_ff=8, num_experts=4, num_heads=2)
+    run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path / "out", config=config)
+    common.write_json(run.out / "run.json", run.record(0.0))
+    path, arm = run.path("dense", 0, ".pt"), smoe_dropout.trained_arms(config, True)["dense"]
+    common.save(path, smoe_dropout.build(config, arm, 0).state_dict())
+    assert isinstance(smoe_dropout.load_trained(str(path)), common.TransformerLM)
+    return path
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def refused(path, wanted, module=smoe_dropout):
+    with pytest.raises(ValueError) as caught:
+        module.load_trained(path)
+    text = str(caught.value)
+    assert all(word in text for word in wanted) and "\n" not in text and len(text) < 500, text
+
+
+def test_damaged_or_hostile_weights(saved):
+    whole = saved.read_bytes()
+    for content in (b"", whole[:1000], b"x" * 1000, pickle.dumps(Bomb())):
+        saved.write_bytes(content)
+        refused(saved, ["dense-seed0.pt is not a readable checkpoint", "--resume"])
+    for content in ([1, 2], {"embedding.weight": 3}, {"a": torch.zeros(2)}, torch.zeros(2)):
+        common.save(saved, content)
+        refused(saved, ["dense-seed0.pt and", "do not fit together", "--overwrite"])
+
+
+def test_weights_of_another_shape_or_arm(saved):
+    mark = saved.parent.parent / "run.json"
+    content = json.loads(mark.read_text())
+    common.write_json(mark, content | {"config": content["config"] | {"d_model": 16}})
+    refused(saved, ["do not fit together", "--overwrite"])
+    common.write_json(mark, content)
+    refused(saved.rename(saved.with_name("smoe_dropout-seed0.pt")), ["do not fit together"])
+    refused(saved.with_name("smoe_dropout-seed0.pt").rename(saved.with_name("nobody-seed0.pt")), ["'nobody'"])
+
+
+def test_weights_that_are_not_there_or_stand_alone(saved, tmp_path):
+    refused(saved.with_name("thor-seed0.pt"), ["thor-seed0.pt", "no such weights, but dense-seed0.pt"])
+    refused(tmp_path / "nowhere" / "a-seed0.pt", ["none like it in"])
+    refused(saved.parent, ["no such weights"])
+    (tmp_path / "elsewhere").mkdir()
+    refused(saved.rename(tmp_path / "elsewhere" / saved.name), ["run.json", "keep both"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"text"', "{}"])
+def test_a_damaged_run_json(saved, content):
+    (saved.parent.parent / "run.json").write_text(content)
+    refused(saved, ["run.json is damaged", "--overwrite"])
+
+
+def test_an_earlier_or_later_version(saved):
+    mark = saved.parent.parent / "run.json"
+    content = json.loads(mark.read_text())
+    before = {key: content[key] for key in ("identity", "wall_seconds")}
+    common.write_json(mark, before)
+    refused(saved, ["another version of smoe_dropout.py", "lacks its settings", "--overwrite"])
+    for config in (content["config"] | {"new_field": 1}, {"steps": 3}):
+        common.write_json(mark, content | {"config": config})
+        refused(saved, ["another version of smoe_dropout.py", "other settings"])
+    common.write_json(mark, content | {"identity": {"dtype": "no such"}})
+    refused(saved, ["do not fit together"])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "smoe_dropout"])
+def test_another_script(saved, method):
+    refused(saved, [f"was left by smoe_dropout.py, not by {method}.py"], importlib.import_module(method))
