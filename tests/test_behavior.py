@@ -350,6 +350,48 @@ def test_kuairand_mistakes_name_the_culprit(tmp_path, options, message):
     assert not list((tmp_path / "kuairand-1k").glob(".parsed-*"))
 
 
+def test_kuairand_row_numbers_go_on_over_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(behavior, "CHUNK", 16)
+    write_kuairand(tmp_path, change=lambda kind, row, i: row | {"is_like": 7} if kind == "log" and i == 37 else row)
+    with pytest.raises(ValueError, match="label 'like' is 7.0 in row 37"):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+
+
+def test_kuairand_odd_files_are_read_alike_or_refused_by_name(tmp_path):
+    folder = write_kuairand(tmp_path, rows=300)
+    expected = behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest
+    log, video = folder / "log_standard_4_22_to_5_08_1k.csv", folder / "video_features_basic_1k.csv"
+    good_log, good_video = log.read_bytes(), video.read_bytes()
+    log.write_bytes(b"\xef\xbb\xbf" + good_log.replace(b"\n", b"\r\n") + b"\n\n")  # as a spreadsheet saves it
+    video.write_bytes(b"\xef\xbb\xbf" + good_video + b"\n")
+    assert behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest == expected
+    last = good_log.splitlines()[-1]
+    for content, message in (
+        (good_log + b"9," + last + b"\n", "a row has 20 cells, the header 19"),  # all its cells are one off
+        (good_log + b"#" + last + b"\n", "could not convert string to float: '#"),
+        (good_log + b"inf" + last[last.index(b",") :] + b"\n", "column 'user_id' has an empty cell, or one that is no"),
+        (good_log + b"\xff\n", "is damaged .'utf-8' codec"),
+    ):
+        log.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{log.name}.*{message}"):
+            behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    log.write_bytes(good_log)
+    video.write_bytes(good_video + b'7,"' + b"x" * 200_000)  # a quote that is never closed
+    with pytest.raises(ValueError, match=f"{video.name} is damaged .field larger"):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+
+
+def test_kuairand_damaged_cache_is_read_anew(tmp_path):
+    write_kuairand(tmp_path, rows=300)
+    first = behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    parsed = tmp_path / "kuairand-1k" / "parsed"
+    for name, content in (("train-ids", b"short"), ("meta.json", b"[1]"), ("meta.json", b'{"key": 1}')):
+        (parsed / name).unlink()  # the arrays of `first` are mapped: never write into them
+        (parsed / name).write_bytes(content)
+        assert behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest == first.digest
+        assert (parsed / "train-ids").stat().st_size > 1000
+
+
 def test_kuairand_torn_row_names_the_file(tmp_path):
     folder = write_kuairand(tmp_path, rows=100)
     for name, message in (("log_standard_4_22_to_5_08_1k", "a row has 3 cells"), ("video_features_basic_1k", "cells")):

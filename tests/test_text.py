@@ -261,6 +261,16 @@ def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
     write_domain(tmp_path / "d", ".bin", **{part: b"odd" for part in good})
     with pytest.raises(ValueError, match="odd number of bytes"):
         text.load_split(tmp_path / "d")
+    deep = b'{"text": "fine"}\n' + b"[" * 100_000 + b"\n"
+    for lines, message in ((deep, "train.jsonl, line 2"), (b'{"text": ""}\n', "train.jsonl holds no text")):
+        write_domain(tmp_path / "f", ".jsonl", **dict.fromkeys(good, lines))
+        with pytest.raises(ValueError, match=message):
+            text.load_split(tmp_path / "f")
+    folder = write_domain(tmp_path / "g", ".bin", **dict.fromkeys(good, b"even"))
+    for vocab_size in ("1e999", "NaN", "1000000", "-1", "[]", "[" * 100_000):
+        (folder / "meta.json").write_text(f'{{"vocab_size": {vocab_size}}}')
+        with pytest.raises(ValueError, match="meta.json"):
+            text.load_split(folder)
     folder = write_domain(tmp_path / "e", ".bin", train=b"even", valid=b"even")
     write_domain(folder, ".txt", test=b"text")
     with pytest.raises(ValueError, match="cannot be mixed"):
@@ -317,6 +327,12 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
     assert sizes["train"] > 5 * sizes["test"] > sizes["dev"] > 0
     split = text.load_split(tmp_path / "btm" / "notes")
     assert b"\1\2" not in whole(split.train) and b"secret" not in whole(split.train) and b"thought" in whole(split.test)
+    for i in range(120):  # many documents, one of which is most of the text
+        content = "\n\n".join(f"leaf {i} {i * j} {j * j + i} of the tree {j}" for j in range(4000 if i == 7 else 40))
+        (tmp_path / "book" / f"{i}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "book" / f"{i}.txt").write_text(content)
+    sizes = text.prepare(tmp_path / "book", tmp_path / "btm", "book")[0]["book"]
+    assert sizes["train"] > 5 * sizes["test"] > 5 * sizes["dev"] > 0
     with pytest.raises(ValueError, match="a domain named '../x'"):
         text.prepare(folder, tmp_path / "btm", "../x")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
