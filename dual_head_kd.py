@@ -357,7 +357,7 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
 }
 DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
 SWEPT = {"ce": "CE alone", "bkl": "BinaryKL alone", "ce+bkl": "one head for both", "dual-bkl": "two heads"}
-SWEEP = {"lr": (0.1, 0.25, 0.5), "alpha": (0.1, 0.3)}
+SWEEP = (("lr", 0.1), ("lr", 0.25), ("lr", 0.5), ("alpha", 0.1), ("alpha", 0.3))
 GRID = {"lr": (0.25, 0.5, 1.0), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
 TUNED = {  # arm: (lr, alpha), the best of GRID on the validation images of seeds 100 and 101
     "ce": (1.0, 0.0),
@@ -392,6 +392,7 @@ class Arm:
 
 def all_arms(config: Config) -> dict[str, Arm]:
     """Methods; controls that slow the head or bound the step; sweeps; every method at its best settings; the grid."""
+    small = config.data == "generated"  # tuned settings and sweeps are of the small scale
     own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
     methods = {
         "ce": Arm(**own | {"alpha": 0.0}),
@@ -411,25 +412,25 @@ def all_arms(config: Config) -> dict[str, Arm]:
         "lskd": Arm("lskd", ce=0.1, weight=9.0, **own),
     }
 
-    def vary(suffix: str, names: Sequence[str], **changes: float) -> dict[str, Arm]:
-        """Without a teacher alpha means nothing, and stays 0."""
-        names = [name for name in names if methods[name].loss or set(changes) != {"alpha"}]
-        varied = {f"{name}@{suffix}": replace(methods[name], **changes) for name in names}
-        return {name: arm if arm.loss else replace(arm, alpha=0.0) for name, arm in varied.items()}
+    arms = {name: methods[name] for name in DEFAULT}
 
-    arms, one_and_two = {name: methods[name] for name in DEFAULT}, ("ce+bkl", "dual-bkl")
-    arms |= vary("head-lr0.2", one_and_two, head_lr_mult=0.2) | vary("clip1", one_and_two, clip=1.0)
-    if config.data == "generated":  # settings of the small scale
-        for name, (lr, alpha) in TUNED.items():
-            arms |= vary("tuned", [name], lr=lr, alpha=alpha)
+    def vary(suffix: str, names: Sequence[str], **changes: float) -> None:
+        for name in names:
+            if methods[name].loss:
+                arms[f"{name}@{suffix}"] = replace(methods[name], **changes)
+            elif set(changes) != {"alpha"}:  # without a teacher alpha means nothing, and stays 0
+                arms[f"{name}@{suffix}"] = replace(methods[name], **changes | {"alpha": 0.0})
+
+    vary("head-lr0.2", ("ce+bkl", "dual-bkl"), head_lr_mult=0.2)
+    vary("clip1", ("ce+bkl", "dual-bkl"), clip=1.0)
+    for name, (lr, alpha) in TUNED.items() if small else ():
+        vary("tuned", [name], lr=lr, alpha=alpha)
     arms |= methods
-    if config.data == "generated":
-        for field, points in SWEEP.items():
-            for value in points:
-                arms |= vary(f"{field}{value:g}", list(SWEPT), **{field: value})
-        arms |= vary("lr0.5", ("bkln", "ce+bkln", "dhkd"), lr=0.5)
+    for field, value in SWEEP if small else ():
+        vary(f"{field}{value:g}", SWEPT, **{field: value})
+    vary("lr0.5", ("bkln", "ce+bkln", "dhkd") if small else (), lr=0.5)
     for lr, alpha in itertools.product(*GRID.values()) if config.tune else ():
-        arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
+        vary(f"lr{lr:g}-alpha{alpha:g}", methods, lr=lr, alpha=alpha)
     return arms
 
 
@@ -459,7 +460,7 @@ def num_steps(config: Config, data: images.ImageSet) -> int:
 def fit(model: nn.Module, loss_fn: Callable, data: images.ImageSet, config: Config, arm: Arm, *job, **options) -> None:
     """common.train with the SGD of the official code and the schedule of the scale. job: (arm's name, seed, run)."""
     steps, (name, seed, run) = num_steps(config, data), job
-    is_head = lambda name: "fc" in name.split(".") or name.startswith("aux.")
+    is_head = lambda path: "fc" in path.split(".") or path.startswith("aux.")
     backbone, heads = ([p for n, p in model.named_parameters() if is_head(n) == wanted] for wanted in (False, True))
     groups = [{"params": backbone, "lr": arm.lr}, {"params": heads, "lr": arm.lr * arm.head_lr_mult}]
     fused = True if run.device == "cuda" else None
@@ -801,7 +802,7 @@ def draw(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> No
     def heights(ax) -> None:
         common.bars(ax, {arm: values(results, arm).mean() for arm in results if "@" not in arm}, ylabel="test top-1, %")
 
-    swept = [lambda ax, field=field: sweep(ax, field) for field in SWEEP]
+    swept = [lambda ax: sweep(ax, "lr"), lambda ax: sweep(ax, "alpha")]
     run.plot("dual_head_kd", [cosines, *(swept if run.ablate and config.data == "generated" else [heights])])
 
 
