@@ -407,11 +407,6 @@ class Forest:
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.path.glob("experts/*") if not path.name.startswith("."))
 
-    def names(self) -> list[str]:
-        """Experts that are complete, by name; what is in them is only checked by `load`."""
-        complete = lambda name: text_data.NAME.fullmatch(name) and (self.folder(name) / "meta.json").is_file()
-        return [name for name in self.folders() if complete(name)]
-
     def verify(self) -> dict[str, str | None]:
         """Every folder under experts/: None when it loads, otherwise what is wrong in one line."""
         return {name: self.wrong_with(name) for name in self.folders()}
@@ -493,11 +488,7 @@ EQ2, LAST_TOKEN = "BTM, eq. 2", "BTM, last token (released code)"
 
 @functools.cache
 def load_domain(name: str, root: Path) -> text_data.Split:
-    """root/btm/<name> if it is there, otherwise one of the domains that every machine has."""
-    if not text_data.NAME.fullmatch(name) or name == "seed":
-        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
-    here = (root / "btm" / name).is_dir() or name not in text_data.PROVENANCE
-    return text_data.load_split(root / "btm" / name) if here else text_data.load_provenance(name)
+    return text_data.find_split(name, root / "btm")
 
 
 def seed_steps(config: Config) -> int:
@@ -611,19 +602,11 @@ def train(
     return numbers | {"seconds": seconds, "parameters": common.count_parameters(model)}
 
 
-def blocks(data: Tensor, num: int, context: int) -> Tensor:
-    """`num` blocks spread over the text, none overlapping: [num, context + 1]."""
-    if len(data) <= context:
-        raise ValueError(f"a part of {len(data)} tokens is too short for blocks of {context}")
-    windows = data.unfold(0, context + 1, context)
-    return windows[torch.linspace(0, len(windows) - 1, min(num, len(windows))).long()].long()
-
-
 @torch.no_grad()
 def score(model: nn.Module, part: str, name: str, config: Config, run: Run) -> Tensor:
     """log p of every token of a domain's "dev" or "test" blocks: [N, context] fp32, on the CPU."""
-    num = config.dev_blocks if part == "dev" else config.test_blocks
-    windows, model = blocks(getattr(load_domain(name, run.data_dir), part), num, config.context), model.eval()
+    num, text = config.dev_blocks if part == "dev" else config.test_blocks, load_domain(name, run.data_dir)
+    windows, model = text_data.spread_windows(getattr(text, part), config.context, num), model.eval()
     return torch.cat([-common.lm_loss(model, some.to(run.device)).cpu() for some in windows.split(64)])
 
 
@@ -898,9 +881,9 @@ def judge(config: Config, run: Run, costs: dict[str, list[dict]], rows: Sequence
     text = f"bits/byte gained on {' and '.join(first)}: "
     text += ", ".join(f"{shown(gain)} with {num}" for num, gain in gains.items())
     report("more_domains", min(steps, key=np.mean), text, **{str(num): gain for num, gain in gains.items()})
-    times = (1.0, *MORE_COMPUTE)
-    curve = lambda found: [mean_bits(found, f"dense@x{t:g}" if t > 1 else "dense", inside).mean() for t in times]
-    curves, goals = [curve(found) for found in rows], [mean_bits(found, EQ2, inside).mean() for found in rows]
+    times, mean = (1.0, *MORE_COMPUTE), lambda found, method: mean_bits(found, method, inside).mean()
+    curves = [[mean(found, f"dense@x{t:g}" if t > 1 else "dense") for t in times] for found in rows]
+    goals = [mean(found, EQ2) for found in rows]
     factor = np.array([compute_factor(times, *found) for found in zip(curves, goals)])
     text = f"{common.show(factor, 2)} times the updates ({times[-1]:g}: or more)"
     report("compute_saving", factor - 1, text, dense=curves, forest=goals)
@@ -958,19 +941,15 @@ def draw(config: Config, run: Run, rows: Sequence[Rows]) -> None:
 
     def growing(ax) -> None:
         counts = fewer_domains(config)
-        level = lambda method: np.mean(
-            [mean_bits(found, method, config.domains[: min(counts)]).mean() for found in rows]
-        )
-        gains = [level("dense" + system) - level(EQ2 + system) for system in counts.values()]
+        at = lambda method: np.mean([mean_bits(by, method, names[: min(counts)]).mean() for by in rows])
+        gains = [at("dense" + system) - at(EQ2 + system) for system in counts.values()]
         title = f"gain on the first {min(counts)} domains, by number of domains"
         common.lines(ax, {"dense - BTM": (list(counts), gains)}, title=title, xlabel="domains", ylabel="bits/byte")
 
-    panels = [by_domain]
-    if run.draw:
-        logprobs, where = changing_text(config, run)
-        panels.append(lambda ax: believed(ax, None, "whom to believe, from all of the past (eq. 2)"))
-        panels.append(lambda ax: believed(ax, 24, "... from the last 24 bytes"))
-    run.plot("btm", [*panels, growing] if run.ablate else panels, width=5.2, height=4.2)
+    logprobs, where = changing_text(config, run) if run.draw else (None, "")
+    all_past = lambda ax: believed(ax, None, "whom to believe, from all of the past (eq. 2)")
+    short = lambda ax: believed(ax, 24, "... from the last 24 bytes")
+    run.plot("btm", [by_domain, all_past, short, *[growing] * run.ablate], width=5.2, height=4.2)
 
 
 def changing_text(config: Config, run: Run, length: int = 80, num: int = 6) -> tuple[Tensor, str]:
@@ -993,16 +972,18 @@ def changing_text(config: Config, run: Run, length: int = 80, num: int = 6) -> t
 
 def settings_of(forest: Forest, config: Config, run: Run) -> Config:
     """The forest's own settings; flags that ask for other ones are refused."""
-    default = FULL if run.scale == "full" else SMALL
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in forest.config.items()}
+    default, settled = forest_config(FULL if run.scale == "full" else SMALL, seed=0), {}
     for name, value in forest_config(config, run.seed).items():
-        kinds = {type(value), type(stored.get(name))}
+        stored = forest.config.get(name)
+        stored = tuple(stored) if isinstance(stored, list) else stored
+        kinds = {type(value), type(stored)}
         if len(kinds) > 1 and not kinds <= {int, float}:
-            raise common.UsageError(f"{forest.path / 'config.json'} is damaged: {name} = {stored.get(name)!r}")
-        if value not in (stored.get(name), getattr(default, name, 0)):  # seed, which is no field, is 0 by default
-            raise common.UsageError(f"{forest.path} was made with {name} = {stored.get(name)}, not {value}")
-    run.seeds = [stored["seed"]]
-    return replace(config, **{name: stored[name] for name in forest_config(config, 0) if name != "seed"})
+            raise common.UsageError(f"{forest.path / 'config.json'} is damaged: {name} = {stored!r}")
+        if value not in (stored, default[name]):
+            raise common.UsageError(f"{forest.path} was made with {name} = {stored}, not {value}")
+        settled[name] = stored
+    run.seeds = [settled.pop("seed")]
+    return replace(config, **settled)
 
 
 def lineage(meta: dict) -> str:
@@ -1042,21 +1023,21 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
 def sound(forest: Forest, run: Run) -> dict[str, tuple[dict, dict]]:
     """{name: (weights, meta)} of the experts that load and are not left out; one line for each that is refused."""
     without, found = [name for name in run.actions.get("without", "").split(",") if name], {}
+    for name in without:
+        if name not in forest.folders():
+            raise common.UsageError(f"{forest.path}: there is no expert {name!r}")
     for name in (name for name in forest.folders() if name not in without):
         try:
             found[name] = forest.load(name)
         except ValueError as error:
             say(str(error))
-    unknown = [name for name in without if name not in forest.folders()]
-    if unknown or not found:
-        text = f"there is no expert {unknown[0]!r}" if unknown else "no expert to use; --stage expert trains one"
-        raise common.UsageError(f"{forest.path}: {text}")
+    if not found:
+        raise common.UsageError(f"{forest.path}: no expert to use; --stage expert trains one")
     return found
 
 
-def evaluate_forest(config: Config, run: Run) -> None:
+def evaluate_forest(config: Config, forest: Forest, run: Run) -> None:
     """--stage eval: lineage, bits/byte of the ensemble and its averages, whom the posterior believes."""
-    forest = Forest(forest_path(run, run.seed))
     experts = sound(forest, run)
     states = [weights for weights, _ in experts.values()]
     models = [filled(config, state, run) for state in states]
@@ -1072,21 +1053,19 @@ def evaluate_forest(config: Config, run: Run) -> None:
         prior = top_k_prior(cached_prior(dev, blocks=config.dev_blocks), config.top_k or len(models))
         kept = prior.nonzero().flatten().tolist()  # the others are not run at all
         test = torch.stack([score(models[i], "test", name, config, run) for i in kept])
-        mixed = [ensemble_nll(test, prior[kept].log(), window) for window in (None, 1)]
+        (eq2, believed), (last, _) = (ensemble_nll(test, prior[kept].log(), window) for window in (None, 1))
         average = score(filled(config, average_parameters(states, prior), run), "test", name, config, run)
-        nlls = [mixed[0][0], mixed[1][0], -average, -test[prior[kept].argmax()]]
+        nlls = [eq2, last, -average, -test[prior[kept].argmax()]]
         table.append([name, *(f"{bits(nll).mean():.3f}" for nll in nlls), len(kept)])
-        share = torch.zeros(len(models), dtype=torch.float64)
-        share[kept] = mixed[0][1].mean(dim=(1, 2))
+        share = torch.zeros_like(prior).index_copy(0, torch.tensor(kept), believed.mean(dim=(1, 2)))
         weights.append([name, *(f"{weight:.2f}" for weight in share)])
     header = ["domain", "eq. 2", "last token", "posterior average", "best expert", "passes a token"]
     run.table("bits/byte on test text", header, table)
     run.table("whom eq. 2 believes: mean weight of each expert, by test domain", ["", *experts], weights)
 
 
-def write_sample(config: Config, run: Run) -> None:
+def write_sample(config: Config, forest: Forest, run: Run) -> None:
     """--sample: go on with a text, and show whom the ensemble believes as it does."""
-    forest = Forest(forest_path(run, run.seed))
     if config.vocab_size != 256:
         raise common.UsageError("--sample writes bytes; this forest was trained on token ids")
     if config.top_k:
@@ -1123,10 +1102,11 @@ def act(config: Config, run: Run) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if given.get("stage") == "seed":
         return run_stage(check(config, run), run, "seed")
-    config = settings_of(Forest(forest_path(run, run.seed)), config, run)
+    forest = Forest(forest_path(run, run.seed))
+    config = settings_of(forest, config, run)
     if given.get("stage") == "expert":
         return run_stage(config, run, "expert")
-    return evaluate_forest(config, run) if "stage" in given else write_sample(config, run)
+    return evaluate_forest(config, forest, run) if "stage" in given else write_sample(config, forest, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------

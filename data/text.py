@@ -170,9 +170,19 @@ def all_windows(data: Tensor, context: int) -> Tensor:
 
     What is left at the end and fills no window is dropped. Raises ValueError when there is not one window.
     """
+    return _windows(data, context).long()
+
+
+def spread_windows(data: Tensor, context: int, num: int) -> Tensor:
+    """At most `num` of `all_windows`, evenly spread over the text; the others are not read."""
+    windows = _windows(data, context)
+    return windows[torch.linspace(0, len(windows) - 1, min(num, len(windows))).long()].long()
+
+
+def _windows(data: Tensor, context: int) -> Tensor:
     if len(data) < context + 1:
         raise ValueError(f"the text has {len(data)} bytes; a window of context {context} needs {context + 1}")
-    return data.unfold(0, context + 1, context).long()
+    return data.unfold(0, context + 1, context)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -424,6 +434,22 @@ def load_split(folder: str | Path) -> Split:
     return Split(folder.name, *parts, hashlib.sha256(b"\0\0".join([sizes, *ends])).hexdigest()[:12], "", vocab_size)
 
 
+def find_split(name: str, root: Path) -> Split:
+    """root/<name> if it is there, otherwise the domain of that name that every machine has.
+
+    Raises ValueError for an impossible name, and whatever load_split raises for what it finds.
+    """
+    check_name(name)
+    here = (root / name).is_dir() or name not in PROVENANCE
+    return load_split(root / name) if here else load_provenance(name)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that leads out of its folder, or is kept for the seed of a forest."""
+    if not NAME.fullmatch(name) or name == "seed":
+        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
+
+
 def _read_part(path: Path) -> Tensor:
     if path.stat().st_size < 2:
         raise ValueError(f"{path} is empty")
@@ -483,8 +509,8 @@ def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dic
     Raises FileNotFoundError, or ValueError naming what was found.
     """
     source, found = Path(source).expanduser(), Counter()
-    if domain and not NAME.fullmatch(domain):
-        raise ValueError(f"a domain named {domain!r}; letters, digits, '_', '.' and '-' are allowed, at most 64")
+    if domain:
+        check_name(domain)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     hidden = lambda path: any(part.startswith(".") for part in path.relative_to(source).parts)

@@ -479,6 +479,10 @@ def test_generation_follows_the_ensembles_own_weights():
 # --- the forest ----------------------------------------------------------------------------------------------
 
 
+def names(forest):
+    return [name for name, wrong in forest.verify().items() if wrong is None]
+
+
 @pytest.fixture
 def forest(tmp_path):
     forest = btm.Forest.create(tmp_path / "F", btm.forest_config(TINY, 0))
@@ -496,7 +500,7 @@ def test_experts_come_back_bit_for_bit_and_are_never_overwritten_by_accident(for
         meta["sha256"] == common.sha256(forest.path / "experts" / "a" / "weights.npz")
         and meta["config"] == forest.digest
     )
-    assert forest.names() == ["a", "b"] and forest.verify() == {"a": None, "b": None}
+    assert names(forest) == ["a", "b"] and forest.verify() == {"a": None, "b": None}
     with pytest.raises(ValueError, match="'a' is in .* already; --force replaces it"):
         forest.add("a", weights)
     forest.add("a", btm.weights_of(btm.build(TINY, "b")), force=True)
@@ -505,7 +509,7 @@ def test_experts_come_back_bit_for_bit_and_are_never_overwritten_by_accident(for
 
 def test_remove_and_drop_in(forest, tmp_path):
     os.rename(forest.path / "experts" / "b", tmp_path / "b")
-    assert forest.names() == ["a"]
+    assert names(forest) == ["a"]
     os.rename(tmp_path / "b", forest.path / "experts" / "b")
     forest.remove("a")
     assert forest.verify() == {"b": None} and [path.name for path in (forest.path / "experts").iterdir()] == ["b"]
@@ -534,7 +538,7 @@ def test_a_removal_that_is_cut_short_leaves_no_half_expert(forest, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", stopped)
     with pytest.raises(OSError, match="stopped"):
         forest.remove("a")
-    assert forest.names() == ["b"] and forest.verify() == {"b": None}
+    assert names(forest) == ["b"] and forest.verify() == {"b": None}
 
 
 def test_an_expert_that_does_not_fit_is_not_added(forest):
@@ -549,7 +553,7 @@ def test_an_expert_that_does_not_fit_is_not_added(forest):
             forest.add("c", wrong)
     with pytest.raises(ValueError, match="NaN"):
         forest.add("c", weights | {"embedding.weight": weights["embedding.weight"] * math.nan})
-    assert forest.names() == ["a", "b"]
+    assert names(forest) == ["a", "b"]
 
 
 class Bomb:
@@ -674,7 +678,7 @@ def test_names_that_leave_the_forest_are_refused(forest):
             with pytest.raises(ValueError, match="expert name"):
                 method(name)
     (forest.path / "experts" / "bad name").mkdir()
-    assert "letters, digits" in forest.verify()["bad name"] and forest.names() == ["a", "b"]
+    assert "letters, digits" in forest.verify()["bad name"] and names(forest) == ["a", "b"]
 
 
 def test_a_damaged_or_missing_config_is_one_error(tmp_path):
@@ -713,7 +717,7 @@ def test_killed_during_a_commit_the_forest_is_valid(forest, after):
     """Before weights.npz is there, or between weights.npz and meta.json."""
     code = KILLED.format(root=str(ROOT), path=str(forest.path), after=after)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
-    assert forest.names() == ["b"] and "still being made" in forest.verify()["a"] and forest.verify()["b"] is None
+    assert names(forest) == ["b"] and "still being made" in forest.verify()["a"] and forest.verify()["b"] is None
     forest.add("a", forest.load("b")[0])
     assert forest.verify() == {"a": None, "b": None}
 
@@ -845,7 +849,7 @@ def test_script_end_to_end_with_every_arm(act, tmp_path):
     assert {"seed", "dense", btm.EQ2, "DEMix, eq. 2", "dense@lr0.02", "average, uniform@unseeded"} <= set(rows)
     assert len(rows["dense"]) == 10 and len(rows["dense@first2"]) == 2
     assert np.shape(report["results"]["posterior"]) == (10, 6)
-    assert btm.Forest(tmp_path / "out" / "forest-seed0").names() == sorted([*btm.SMALL.domains, "licences"])
+    assert names(btm.Forest(tmp_path / "out" / "forest-seed0")) == sorted([*btm.SMALL.domains, "licences"])
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {"arm", "step", "loss", "tokens"} <= set(metrics[0])
     # An arm that is lost is trained again, to the same results; a new run replaces the forest.
@@ -897,12 +901,12 @@ def test_ranks_share_the_domains_out_and_indices_name_them(act, tmp_path, monkey
     assert act(*flags, "--stage", "seed").returncode == 0
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     assert act("--stage", "expert", "--forest", "F").returncode == 0
-    assert btm.Forest(tmp_path / "F").names() == ["docs"]
+    assert names(btm.Forest(tmp_path / "F")) == ["docs"]
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     assert act("--stage", "expert", "--forest", "F", "--domain-index", 2).returncode == 0
-    assert btm.Forest(tmp_path / "F").names() == ["docs", "unicode"]
+    assert names(btm.Forest(tmp_path / "F")) == ["docs", "unicode"]
     done = act("--stage", "expert", "--forest", "F")
-    assert done.stdout.count("is in F already; --force") == 2 and len(btm.Forest(tmp_path / "F").names()) == 3
+    assert done.stdout.count("is in F already; --force") == 2 and len(names(btm.Forest(tmp_path / "F"))) == 3
     done = act("--stage", "expert", "--forest", "F", "--domain-index", 3)
     assert done.returncode == 2 and "counts the 3 domains from 0" in done.stderr
 
@@ -927,7 +931,7 @@ def test_a_stopped_process_loses_its_own_unfinished_expert_only(act, tmp_path, n
         assert "--stage expert --forest F --domain-index 1 --resume" in process.stderr.read()
         assert (tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.ckpt").exists()
     process.stderr.close()
-    assert btm.Forest(tmp_path / "F").names() == ["python"]
+    assert names(btm.Forest(tmp_path / "F")) == ["python"]
     assert act("--stage", "expert", "--forest", "F").returncode == 0  # the rerun
     assert act("--stage", "expert", "--forest", "whole").returncode == 0
     assert hashes(tmp_path / "F") == hashes(tmp_path / "whole")
@@ -996,7 +1000,7 @@ def test_top_k_drops_experts_before_they_are_run(act, plain_forest, monkeypatch)
 
 def test_a_forest_of_one_is_that_expert(act, plain_forest, tmp_path):
     shutil.copytree(plain_forest, tmp_path / "F")
-    others = [name for name in btm.Forest(tmp_path / "F").names() if name != "docs"]
+    others = [name for name in names(btm.Forest(tmp_path / "F")) if name != "docs"]
     done = act("--stage", "eval", "--forest", "F", "--without", ",".join(others))
     row = next(line for line in done.stdout.split("bits/byte on test text")[1].splitlines() if line.startswith("docs"))
     assert done.returncode == 0 and len(set(row.split()[1:5])) == 1 and row.split()[5] == "1"

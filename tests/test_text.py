@@ -333,7 +333,7 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
         (tmp_path / "book" / f"{i}.txt").write_text(content)
     sizes = text.prepare(tmp_path / "book", tmp_path / "btm", "book")[0]["book"]
     assert sizes["train"] > 5 * sizes["test"] > 5 * sizes["dev"] > 0
-    with pytest.raises(ValueError, match="a domain named '../x'"):
+    with pytest.raises(ValueError, match="a domain cannot be called '../x'"):
         text.prepare(folder, tmp_path / "btm", "../x")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         text.prepare(tmp_path / "none", tmp_path / "btm", "x")
