@@ -507,23 +507,12 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     name, _, rate = arm.partition("@")
     data = load_data(config, seed, run)
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
-    train, steps_an_epoch = data.train.each(lambda t: t.to(run.device)), len(data.train.labels) // config.batch_size
-    steps = config.epochs * steps_an_epoch
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
+    batches = behavior.batch_maker(data.train.each(lambda t: t.to(run.device)), config.batch_size, seed)
+    steps = config.epochs * (len(data.train.labels) // config.batch_size)
 
-    @functools.lru_cache(maxsize=1)
-    def order(epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        return torch.randperm(len(data.train.labels), generator=generator).to(run.device)
-
-    def batches(step: int) -> tuple:
-        epoch, i = divmod(step, steps_an_epoch)
-        rows = order(epoch)[i * config.batch_size : (i + 1) * config.batch_size]  # what fills no batch is left out
-        return train.ids[rows], train.labels[rows], None if train.dense is None else train.dense[rows]
-
-    def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
-        ids, labels, dense = batch
-        loss, each = multitask_loss(model(ids, dense), labels, weights)
+    def loss_fn(batch: behavior.Part, step: int) -> tuple[Tensor, dict]:
+        loss, each = multitask_loss(model(batch.ids, batch.dense), batch.labels, weights)
         return loss, dict(zip(data.tasks, each.detach()))
 
     optimizer = torch.optim.Adam(model.parameters(), lr=float(rate) if rate else config.lr or LR[name])

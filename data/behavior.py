@@ -82,6 +82,25 @@ def check(data: Behavior) -> Behavior:
     return data
 
 
+def batch_maker(part: Part, batch_size: int, seed: int) -> Callable[[int], Part]:
+    """step -> a batch (ids, labels, dense) of `part`, on its device, a function of the step alone.
+
+    The order is drawn anew for each epoch. The last, smaller batch of an epoch is dropped.
+    """
+    part, plan = part._replace(users=None, truth=None), {}
+
+    def batches(step: int) -> Part:
+        epoch, place = divmod(step, len(part.labels) // batch_size)
+        if epoch not in plan:
+            plan.clear()
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            plan[epoch] = torch.randperm(len(part.labels), generator=generator).to(part.labels.device)
+        rows = plan[epoch][place * batch_size : (place + 1) * batch_size]
+        return part.each(lambda tensor: tensor[rows])
+
+    return batches
+
+
 def as_labels(values: np.ndarray, tasks: Sequence[str], where: str, first_row: int = 0) -> np.ndarray:
     """[rows, tasks] numbers -> uint8. Raises ValueError naming the task and the first row that is not 0 or 1."""
     wrong = ~((values == 0) | (values == 1))  # true for NaN

@@ -149,6 +149,20 @@ def test_check_names_the_culprit():
             behavior.as_labels(np.array([[0.0, 1], [1, value]]), ["a", "b"], "here")
 
 
+def test_batches_are_a_function_of_the_step_and_take_each_row_once_an_epoch():
+    rows = torch.arange(11)
+    part = behavior.Part(rows[:, None], rows[:, None] % 2, rows, rows[:, None] / 11)
+    batches = behavior.batch_maker(part, 3, seed=5)
+    epochs = [[batches(step).ids[:, 0].tolist() for step in range(first, first + 3)] for first in (0, 3)]
+    for epoch in epochs:  # two of the eleven are left out
+        assert len({row for batch in epoch for row in batch}) == 9 and all(len(batch) == 3 for batch in epoch)
+    again = behavior.batch_maker(part, 3, seed=5)
+    assert again(4).ids[:, 0].tolist() == epochs[1][1] and again(1).ids[:, 0].tolist() == epochs[0][1]  # in any order
+    assert epochs[0] != epochs[1] and behavior.batch_maker(part, 3, seed=6)(0).ids[:, 0].tolist() != epochs[0][0]
+    batch = again(2)
+    assert torch.equal(batch.labels, batch.ids % 2) and batch.users is batch.truth is batch.dense is None
+
+
 # --- KuaiRand ------------------------------------------------------------------------------------------------
 
 LOG = (
