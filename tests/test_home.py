@@ -408,6 +408,21 @@ def test_summary_takes_the_worst():
     }  # fmt: skip
 
 
+def test_gate_table_by_hand():
+    level = home.masks("cgc", {"g": ["t", "u"]}, num_shared=1)[0]  # experts: shared, t, u
+    g = torch.tensor([[[0.75, 0.25, 0.0]], [[0.5, 0.0, 0.5]]])  # [rows, batch, experts]
+    s = torch.tensor([[[0.0, 0.5, 0.0]], [[0.0, 0.0, 0.25]]])
+    header, rows = home.gate_table(level, home.diagnose(level, home.statistics(level, torch.ones(1, 3, 2), g, s)))
+    assert header == ["weight of", "shared", "t", "u", "own: gate", "self", "share"]
+    assert rows[:2] == [["t", "0.75", "0.75", ".", "0.25", "0.50", "0.50"],
+                        ["u", "0.50", ".", "0.75", "0.50", "0.25", "0.60"]]  # fmt: skip
+    assert rows[2][:4] == ["occupancy", "0.60", "", ""] and rows[4] == ["zero", "0.00", "0.00", "0.00", "", "", ""]
+    assert [row[0] for row in rows[3:]] == ["effective_users", "zero", "dead", "mean", "std"]
+    mmoe = home.masks("mmoe", {"g": ["t"]}, num_experts=2)[0]
+    found = home.diagnose(mmoe, home.statistics(mmoe, torch.ones(1, 2, 2), torch.full((1, 1, 2), 0.5), None))
+    assert home.gate_table(mmoe, found)[0] == ["weight of", "shared", "shared"]  # nobody's own
+
+
 # --- the experiment ------------------------------------------------------------------------------------------
 
 TINY = replace(home.SMALL, rows=2000, users=60, items=80, hidden=8, width=8, tower=4, experts=3, batch_size=64)

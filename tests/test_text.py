@@ -203,6 +203,15 @@ def test_a_missing_source_is_replaced_and_says_so(monkeypatch, tmp_path):
         list(text.generated("poems"))
 
 
+def test_packages_are_not_part_of_the_standard_library(monkeypatch, tmp_path):
+    """Where they lie inside its folder, numpy (a novel domain) would be learnt as python."""
+    for name in ("os.py", "json/decoder.py", "site-packages/numpy/a.py", "dist-packages/numpy/b.py", "test/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    monkeypatch.setattr(text, "STDLIB", tmp_path)
+    assert sorted(name for name, _ in text.PROVENANCE["python"]()) == ["json/decoder.py", "os.py"]
+
+
 def test_generated_text_is_true_and_the_same_everywhere():
     line = whole(text.load_provenance("sums").test).split(b"\n")[3].decode()
     left, right = line.split(" = ")
