@@ -535,7 +535,7 @@ def grown_arms(config: Config, ablate: bool) -> list[str]:
 
 def stream(data: Tensor, num: int, context: int, key: str) -> Callable[[int], Tensor]:
     """Batches [num, context + 1] int64: a function of key and step alone, whoever asks, in whatever process."""
-    first = zlib.crc32(key.encode()) << 28
+    first = zlib.crc32(key.encode()) << 28  # the seeds of two keys are further apart than any run has steps
     draw = lambda step: torch.Generator().manual_seed(first + step)
     return lambda step: text_data.sample_windows(data, num, context + 1, draw(step))
 
