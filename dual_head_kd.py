@@ -390,28 +390,33 @@ class Arm:
     clip: float | None = None
 
 
+METHODS = {
+    "ce": Arm(),
+    "kd": Arm("kd"),
+    "bkl": Arm("bkl", ce=0.0),
+    "ce+bkl": Arm("bkl"),
+    "dual-bkl": Arm("bkl", aux="linear"),
+    "dhkd": Arm("bkln", aux="linear"),
+    "bkln": Arm("bkln", ce=0.0),
+    "ce+bkln": Arm("bkln"),
+    "dhkd-mlp": Arm("bkln", aux="mlp"),
+    "dhkd-ga": Arm("bkln", aux="linear", align=True),
+    "dual-mse": Arm("mse", aux="linear"),
+    "kd-crd": Arm("kd", ce=0.1, weight=0.9),  # the weights behind the public tables
+    "dkd": Arm("dkd", ramp=20 / 240),
+    "dist": Arm("dist", weight=2.0),
+    "lskd": Arm("lskd", ce=0.1, weight=9.0),
+}
+
+
 def all_arms(config: Config) -> dict[str, Arm]:
     """Methods; controls that slow the head or bound the step; sweeps; every method at its best settings; the grid."""
     small = config.data == "generated"  # tuned settings and sweeps are of the small scale
-    own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
-    methods = {
-        "ce": Arm(**own | {"alpha": 0.0}),
-        "kd": Arm("kd", **own),
-        "bkl": Arm("bkl", ce=0.0, **own),
-        "ce+bkl": Arm("bkl", **own),
-        "dual-bkl": Arm("bkl", aux="linear", **own),
-        "dhkd": Arm("bkln", aux=config.aux, **own),
-        "bkln": Arm("bkln", ce=0.0, **own),
-        "ce+bkln": Arm("bkln", **own),
-        "dhkd-mlp": Arm("bkln", aux="mlp", **own),
-        "dhkd-ga": Arm("bkln", aux=config.aux, align=True, **own),
-        "dual-mse": Arm("mse", aux="linear", **own),
-        "kd-crd": Arm("kd", ce=0.1, weight=0.9, **own),  # the weights behind the public tables
-        "dkd": Arm("dkd", ramp=20 / 240, **own),
-        "dist": Arm("dist", weight=2.0, **own),
-        "lskd": Arm("lskd", ce=0.1, weight=9.0, **own),
-    }
-
+    given = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
+    methods = {name: replace(arm, **given) for name, arm in METHODS.items()}
+    methods["ce"] = replace(methods["ce"], alpha=0.0)
+    for name in ("dhkd", "dhkd-ga"):
+        methods[name] = replace(methods[name], aux=config.aux)
     arms = {name: methods[name] for name in DEFAULT}
 
     def vary(suffix: str, names: Sequence[str], **changes: float) -> None:
@@ -598,9 +603,9 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
     if config.tune:
         return result
     common.save(run.path(arm, seed, ".pt"), student.state_dict())  # what is deployed: no auxiliary head
-    lines = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()] if probed else []
-    lines = [line for line in lines if line["step"] % config.probe_every == 0]
-    result["probes"] = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in lines]
+    lines = map(json.loads, run.path(arm, seed, ".jsonl").read_text().splitlines() if probed else ())
+    probes = [line for line in lines if line["step"] % config.probe_every == 0]
+    result["probes"] = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in probes]
     return result | inference(model, student, settings, data, config, seed, run)
 
 
@@ -818,8 +823,8 @@ def check(config: Config) -> None:
         raise ValueError(f"pair is {config.pair!r}; needed: teacher-student, each one of {', '.join(MODELS)}")
     above_zero = ("temperature", "kd_temperature", "lr", "teacher_lr", "head_lr_mult", "clip")
     least = dict.fromkeys(("epochs", "steps", "stem_stride", "probe_every", "test_per_class"), 1) | {"batch_size": 2}
-    least |= dict.fromkeys(("alpha", "warmup", "momentum", "weight_decay", "test_every"), 0)
-    least |= dict.fromkeys(("train_per_class", "val_per_class"), 0)
+    zeros = ("alpha", "warmup", "momentum", "weight_decay", "test_every", "train_per_class", "val_per_class")
+    least |= dict.fromkeys(zeros, 0)
     for name, value in vars(config).items():
         if value is not None and (not value > 0 if name in above_zero else name in least and not value >= least[name]):
             allowed = "above 0" if name in above_zero else f"of at least {least[name]}"
@@ -839,8 +844,8 @@ def main(config: Config, run: Run) -> dict:
     for name, arm in arms.items():  # settings that stand under two names are trained once
         unique.setdefault(arm, name)
     seeds = run.seeds if config.data == "generated" else run.seeds[:1]  # of teachers
-    to_download = run.dry_run and config.data in images.FILES
-    data = images.blank(config.data) if to_download else load_images(config, run.seed, run)
+    unread = run.dry_run and config.data in images.FILES
+    data = images.blank(config.data) if unread else load_images(config, run.seed, run)
     if len(data.train_y) < config.batch_size:
         raise ValueError(f"{len(data.train_y)} training images are less than one batch of {config.batch_size}")
     steps, x = num_steps(config, data), images.batch_maker(data, config.batch_size, 0, False)(0)[0].to(run.device)
@@ -854,8 +859,7 @@ def main(config: Config, run: Run) -> dict:
         student(x).sum().backward()
 
     if run.dry_run:
-        there = (run.data_dir / config.data / images.download.MARKER).exists()
-        size = images.download.DATASETS[config.data].size if to_download and not there else 0
+        size = images.download_size(config.data, run.data_dir)
         run.estimate(student, student_step, steps * (len(unique) * len(run.seeds) + 3 * len(seeds)), size)
         return {}
     run.data = {loaded.name: loaded.digest for loaded in (load_images(config, seed, run) for seed in seeds)}
