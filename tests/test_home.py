@@ -483,6 +483,11 @@ def test_evaluation_does_not_train_and_blocks_make_up_the_whole(tmp_path):
     expected = behavior.ranking(scores, data.test, [5, 6, 7])
     assert found["mean_gauc"] == pytest.approx(expected["mean_gauc"], abs=1e-6)
     assert found["blocks"]["zero"] == [0.0] * home.NUM_BLOCKS
+    trace = []
+    with torch.no_grad():
+        model(data.test.ids, None, trace)
+    for level, of_level, levels in zip(model.core.wiring, trace, found["levels"]):  # of all rows, not of a block
+        assert np.allclose(home.diagnose(level, home.statistics(level, *of_level))["gate"], levels["gate"], atol=2e-6)
 
 
 def test_cost_counts_experts_of_all_rows(tmp_path):
