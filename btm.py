@@ -61,6 +61,7 @@ Break it yourself: --seed-share 0.25 (averages fall apart before the ensemble do
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -151,9 +152,7 @@ def ensemble_nll(expert_logprobs: Tensor, log_prior: Tensor, window: int | None 
     """
     logprobs, log_prior = expert_logprobs.double(), torch.as_tensor(log_prior).double().to(expert_logprobs.device)
     if logprobs.dim() != 3 or log_prior.shape not in (logprobs.shape[:1], logprobs.shape[:2]):
-        raise ValueError(
-            f"expert_logprobs {list(logprobs.shape)} with log_prior {list(log_prior.shape)}: not [E, N, T]"
-        )
+        raise ValueError(f"expert_logprobs {[*logprobs.shape]} with log_prior {[*log_prior.shape]}: not [E, N, T]")
     if window is not None and window < 0:
         raise ValueError(f"window is {window}; None or at least 0 is allowed")
     if not torch.isfinite(logprobs).all():
@@ -180,34 +179,28 @@ def smoothed(posteriors: Tensor, rate: float = 0.3) -> Tensor:
     return prior / prior.sum()
 
 
-def cached_prior(
-    expert_logprobs: Tensor, window: int | None = None, blocks: int = 100, rate: float = 0.3, updating: bool = False
-) -> Tensor:
+def cached_prior(expert_logprobs: Tensor, window: int | None = None, blocks: int = 100, rate: float = 0.3) -> Tensor:
     """p(expert) [E] for a target domain, from its development text; then fixed. Section "cached prior".
 
     expert_logprobs [E, N, T] of development blocks, of which the first `blocks` count. Each block's posterior is the
-    mean of its weights over positions under a uniform prior; with `updating`, under the prior of the blocks before it
-    (released code). Raises ValueError without blocks.
+    mean of its weights over positions under a uniform prior. Raises ValueError without blocks.
     """
     logprobs = expert_logprobs[:, :blocks]
-    if updating:
-        return updating_prior(logprobs, window, rate)[:, -1]
     _, weights = ensemble_nll(logprobs, torch.zeros(len(logprobs)), window)
     return smoothed(weights.mean(dim=-1).T, rate)
 
 
 def updating_prior(expert_logprobs: Tensor, window: int | None = None, rate: float = 0.3) -> Tensor:
-    """The prior in force at each block when it follows the blocks seen so far: [E, N + 1], column 0 is uniform."""
+    """The prior in force at each block when it follows the blocks seen so far: [E, N + 1], column 0 is uniform.
+
+    Its last column is the cached prior of the released code. expert_logprobs [E, N, T].
+    """
     num_experts, num_blocks, _ = expert_logprobs.shape
-    if num_blocks == 0:
-        raise ValueError("no blocks to estimate a prior from")
-    prior = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
-    priors = [prior]
+    priors = [torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)]
     for n in range(num_blocks):
-        _, weights = ensemble_nll(expert_logprobs[:, n : n + 1], prior.log(), window)
+        _, weights = ensemble_nll(expert_logprobs[:, n : n + 1], priors[-1].log(), window)
         posterior = weights.mean(dim=(1, 2))
-        prior = posterior if n == 0 else rate * posterior + (1 - rate) * prior
-        priors.append(prior)
+        priors.append(posterior if n == 0 else rate * posterior + (1 - rate) * priors[-1])
     return torch.stack(priors, dim=1)
 
 
@@ -243,13 +236,11 @@ def average_parameters(state_dicts: Sequence[dict[str, Tensor]], weights: Sequen
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in state_dicts]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("the models differ in names or shapes of their parameters")
-    averaged = {}
-    for name, first in state_dicts[0].items():
-        if not first.is_floating_point():
-            averaged[name] = first.clone()
-            continue
-        total = sum(w * state[name].double() for w, state in zip(weights, state_dicts) if w > 0)
-        averaged[name] = total.to(first.dtype)
+    averaged = {name: tensor.clone() for name, tensor in state_dicts[0].items()}
+    for name, first in averaged.items():
+        if first.is_floating_point():
+            total = sum(w * state[name].double() for w, state in zip(weights, state_dicts) if w > 0)
+            averaged[name] = total.to(first.dtype)
     return averaged
 
 
@@ -326,46 +317,35 @@ class DomainFFN(nn.Module):
         return torch.stack([mlp(rows[:, i]) for i, mlp in enumerate(self.mlps)], dim=1).flatten(0, 1)
 
 
-SHAPE = ("vocab_size", "num_layers", "d_model", "num_heads", "context", "conv")
+SHAPE = ("vocab_size", "num_layers", "d_model", "num_heads", "context", "conv")  # as in common.TransformerLM
 
 
 def language_model(
-    vocab_size: int,
-    num_layers: int,
-    d_model: int,
-    num_heads: int,
-    context: int,
-    conv: int = 0,
-    init: float = 0.02,
-    num_domains: int = 0,
-    generator: torch.Generator | None = None,
+    init: float = 0.02, num_domains: int = 0, generator: torch.Generator | None = None, **shape: int
 ) -> common.TransformerLM:
-    """A GPT with tied embeddings; num_domains > 0 makes it DEMix. tokens [batch, time] -> logits."""
+    """A GPT of that SHAPE with tied embeddings; num_domains > 0 makes it DEMix. tokens [batch, time] -> logits."""
 
     def make_ffn(layer: int) -> nn.Module:
-        mlp = MLP(d_model, init, num_layers, generator)
+        mlp = MLP(shape["d_model"], init, shape["num_layers"], generator)
         return DomainFFN(mlp, num_domains) if num_domains else mlp
 
-    shape = (vocab_size, num_layers, d_model, num_heads, context, make_ffn)
-    model = common.TransformerLM(*shape, conv=conv, init=init, generator=generator)
+    model = common.TransformerLM(**shape, make_ffn=make_ffn, init=init, generator=generator)
     model.head.weight = model.embedding.weight
     return model
 
 
-def parameter_shapes(**shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{name: (shape, dtype)} of a language_model's weights, tied ones once; no memory is spent on them."""
-    with torch.device("meta"):
-        state = language_model(**shape).state_dict()
-    return {name: (tuple(tensor.shape), "float32") for name, tensor in state.items() if name != "head.weight"}
-
-
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items() if name != "head.weight"}
+    """A language_model's state, tied weights once."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
 
 
 def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     model.load_state_dict(weights | {"head.weight": weights["embedding.weight"]})
     return model
+
+
+def shapes_of(weights: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(w.shape), str(w.dtype).removeprefix("torch.")) for name, w in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,7 +375,8 @@ class Forest:
             shape = {name: int(self.config[name]) for name in SHAPE}
             if self.config["format"] != self.FORMAT or not 1 <= shape["num_layers"] <= 1000:
                 raise ValueError(f"format {self.config['format']}, {shape['num_layers']} layers")
-            self.expected = parameter_shapes(**shape)
+            with torch.device("meta"):  # no memory is spent on the weights
+                self.expected = shapes_of(weights_of(language_model(**shape)))
         except (ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{self.path / 'config.json'} is damaged ({error})") from error
         self.digest = hashlib.sha256(content).hexdigest()
@@ -426,11 +407,6 @@ class Forest:
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.path.glob("experts/*") if not path.name.startswith("."))
 
-    def names(self) -> list[str]:
-        """Experts that are complete, by name; what is in them is only checked by `load`."""
-        complete = lambda name: text_data.NAME.fullmatch(name) and (self.folder(name) / "meta.json").is_file()
-        return [name for name in self.folders() if complete(name)]
-
     def verify(self) -> dict[str, str | None]:
         """Every folder under experts/: None when it loads, otherwise what is wrong in one line."""
         return {name: self.wrong_with(name) for name in self.folders()}
@@ -451,9 +427,7 @@ class Forest:
             if not force:
                 raise ValueError(f"expert {name!r} is in {self.path} already; --force replaces it")
             (folder / "meta.json").unlink()
-        dtype = lambda tensor: str(tensor.dtype).removeprefix("torch.")
-        found = {key: (tuple(tensor.shape), dtype(tensor)) for key, tensor in weights.items()}
-        if found != self.expected:
+        if (found := shapes_of(weights)) != self.expected:
             odd = sorted(key for key in found.keys() | self.expected if found.get(key) != self.expected.get(key))
             raise ValueError(f"expert {name!r} does not fit {self.path}: {', '.join(odd[:3])}")
         digest = common.save_arrays(folder / "weights.npz", weights)
@@ -528,18 +502,14 @@ def load_trained(path: str | Path) -> nn.Module:
 LR_GRID, BRANCH_LR_GRID = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3)  # the same for every arm; --ablate prints them
 INITS = ("posterior", "nearest", "uniform", "seed", "scratch")  # where a later round may branch from
 MORE_COMPUTE, FEWER_DOMAINS = (1.25, 1.5, 2.0), (2, 4)  # for --ablate: updates of the dense LM, domains of all
+AVERAGED = ("", "@unseeded")  # systems whose experts are averaged, too
 NUM_GROUPS = 16  # of test blocks: what a run of one seed takes its standard error over
 EQ2, LAST_TOKEN = "BTM, eq. 2", "BTM, last token (released code)"
 
 
 @functools.cache
 def load_domain(name: str, root: Path) -> text_data.Split:
-    """root/btm/<name> if it is there, otherwise one of the domains that every machine has."""
-    if not text_data.NAME.fullmatch(name) or name == "seed":
-        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
-    if (root / "btm" / name).is_dir() or name not in text_data.PROVENANCE:
-        return text_data.load_split(root / "btm" / name)
-    return text_data.load_provenance(name)
+    return text_data.find_split(name, root / "btm")
 
 
 def seed_steps(config: Config) -> int:
@@ -554,18 +524,27 @@ def random_arms(config: Config) -> list[str]:
     return [f"random-{i}" for i in range(len(config.domains))]
 
 
+def demix_experts(config: Config) -> list[str]:
+    return [f"demix-{name}" for name in config.domains]
+
+
+def fewer_domains(config: Config) -> dict[int, str]:
+    """{number of domains: suffix of the system that has the first so many}, the whole last."""
+    return {n: f"@first{n}" for n in FEWER_DOMAINS if n < len(config.domains)} | {len(config.domains): ""}
+
+
 def systems(config: Config, ablate: bool) -> dict[str, tuple[Config, list[str]]]:
     """What is trained in one round: {suffix: (config, arms without the suffix)}; "" is the system itself."""
     pair = ["dense", *expert_arms(config)]
     found = {"": (config, [*pair, *random_arms(config), *["demix"] * ablate])}
     if ablate:
-        small = replace(config, novel=())
-        found |= {f"@lr{lr:g}": (replace(small, lr=lr), pair) for lr in LR_GRID if lr != config.lr}
-        few = [replace(small, domains=config.domains[:num]) for num in FEWER_DOMAINS if num < len(config.domains)]
-        found |= {f"@first{len(part.domains)}": (part, ["dense", *expert_arms(part)]) for part in few}
-        found["@unseeded"] = (replace(small, seed_share=0.0), expert_arms(config))
+        inside = replace(config, novel=())
+        found |= {f"@lr{lr:g}": (replace(inside, lr=lr), pair) for lr in LR_GRID if lr != config.lr}
+        for num, suffix in [*fewer_domains(config).items()][:-1]:
+            found[suffix] = (replace(inside, domains=config.domains[:num]), pair[: 1 + num])
+        found["@unseeded"] = (replace(inside, seed_share=0.0), expert_arms(config))
         for times in MORE_COMPUTE:
-            found[f"@x{times:g}"] = (replace(small, steps=round(times * config.steps), seed_share=0.0), ["dense"])
+            found[f"@x{times:g}"] = (replace(inside, steps=round(times * config.steps), seed_share=0.0), ["dense"])
     return found
 
 
@@ -577,7 +556,7 @@ def grown_arms(config: Config, ablate: bool) -> list[str]:
 
 def stream(data: Tensor, num: int, context: int, key: str) -> Callable[[int], Tensor]:
     """Batches [num, context + 1] int64: a function of key and step alone, whoever asks, in whatever process."""
-    first = zlib.crc32(key.encode()) << 28
+    first = zlib.crc32(key.encode()) << 28  # the seeds of two keys are further apart than any run has steps
     draw = lambda step: torch.Generator().manual_seed(first + step)
     return lambda step: text_data.sample_windows(data, num, context + 1, draw(step))
 
@@ -630,13 +609,12 @@ def train(
         seen["tokens"] += windows[:, 1:].numel()  # of all parts of the batch
         return common.lm_loss(model, windows).mean(), dict(seen)
 
-    began, batch = time.perf_counter(), batches(start)
+    began, batch, num = time.perf_counter(), batches(start), config.blocks_per_domain
+    # A part has equally many rows of every domain.
+    parts = next((n for n in range(1, num + 1) if num % n == 0 and len(batch) // n <= config.micro_batch), num)
     schedule = lambda step: learning_rate_factor(max(1, step), steps, config.warmup_share)  # as fairseq counts
     options |= {"start_step": start, "stop_step": stop, "optimizer": optimizer, "schedule": schedule}
-    num = config.blocks_per_domain  # a part has equally many rows of every domain
-    parts = next((n for n in range(1, num + 1) if num % n == 0 and len(batch) // n <= config.micro_batch), num)
-    options |= {"clip": config.clip, "accumulate": parts}
-    common.train(model, loss_fn, steps, batches=counted, **options)
+    common.train(model, loss_fn, steps, batches=counted, clip=config.clip, accumulate=parts, **options)
     seconds, part = time.perf_counter() - began, batch.chunk(parts)[0].to(device)
     flops = common.count_flops(lambda: common.lm_loss(model, part).mean().backward())["Global"]
     model.zero_grad(set_to_none=True)
@@ -645,26 +623,12 @@ def train(
     return numbers | {"seconds": seconds, "parameters": common.count_parameters(model)}
 
 
-def blocks(data: Tensor, num: int, context: int) -> Tensor:
-    """`num` blocks spread over the text, none overlapping: [num, context + 1]."""
-    if len(data) <= context:
-        raise ValueError(f"a part of {len(data)} tokens is too short for blocks of {context}")
-    windows = data.unfold(0, context + 1, context)
-    return windows[torch.linspace(0, len(windows) - 1, min(num, len(windows))).long()].long()
-
-
 @torch.no_grad()
 def score(model: nn.Module, part: str, name: str, config: Config, run: Run) -> Tensor:
     """log p of every token of a domain's "dev" or "test" blocks: [N, context] fp32, on the CPU."""
-    num = config.dev_blocks if part == "dev" else config.test_blocks
-    windows, model = blocks(getattr(load_domain(name, run.data_dir), part), num, config.context), model.eval()
+    num, text = config.dev_blocks if part == "dev" else config.test_blocks, load_domain(name, run.data_dir)
+    windows, model = text_data.spread_windows(getattr(text, part), config.context, num), model.eval()
     return torch.cat([-common.lm_loss(model, some.to(run.device)).cpu() for some in windows.split(64)])
-
-
-def score_all(model: nn.Module, config: Config, run: Run) -> dict[str, Tensor]:
-    """All that mixing needs to know of a model: read once, mixed in many ways."""
-    names = (*config.domains, *config.novel)
-    return {f"{part} {name}": score(model, part, name, config, run) for name in names for part in ("dev", "test")}
 
 
 def forest_path(run: Run, seed: int, system: str = "") -> Path:
@@ -675,11 +639,8 @@ def forest_config(config: Config, seed: int) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in NOT_OF_A_FOREST} | {"seed": seed}
 
 
-def branch(config: Config, key: str, forest: Forest, run: Run) -> tuple[nn.Module, torch.optim.Optimizer, list]:
-    """Round 1: the seed's weights, its Adam moments and, in `train`, its schedule. Without a seed, weights by key."""
-    if seed_steps(config) == 0:
-        model = build(config, key).to(run.device)
-        return model, common.adamw(model, config.lr, config.weight_decay), []
+def branch(config: Config, forest: Forest, run: Run) -> tuple[nn.Module, torch.optim.Optimizer, list]:
+    """Round 1: the seed's weights, Adam moments and (in `train_model`) schedule; the third is where they come from."""
     weights, meta = forest.load("seed")
     model = filled(config, weights, run)
     optimizer = common.adamw(model, config.lr, config.weight_decay)
@@ -711,20 +672,22 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
     """
     base, _, system = arm.partition("@")
     kind, _, which = base.partition("-")
-    path = forest_path(run, seed, "" if kind == "grown" or not system else "@" + system)
-    forest, origin = Forest.create(path, forest_config(config, seed)), []
-    start, stop, steps, lr = seed_steps(config), config.steps, config.steps, config.lr
+    own_forest = "" if kind == "grown" or not system else "@" + system
+    forest = Forest.create(forest_path(run, seed, own_forest), forest_config(config, seed))
+    start, stop, steps, lr, parents, optimizer = 0, config.steps, config.steps, config.lr, [], None
     if kind == "grown":
-        init, _, lr = system.partition("@")
-        model, origin = branch_later(config, which, init, seed, names, forest, run)
-        start, stop, steps, lr = 0, config.branch_steps, config.branch_steps, float(lr or config.branch_lr)
-    elif kind in ("seed", "demix"):
-        model = build(config, f"{seed} {kind}", len(config.domains) if kind == "demix" else 0).to(run.device)
-        start, stop = 0, (start if kind == "seed" else steps)
-    if kind in ("dense", "expert", "random"):
-        model, optimizer, origin = branch(config, f"{seed} {which or 'seed'}", forest, run)
+        init, _, rate = system.partition("@")
+        model, parents = branch_later(config, which, init, seed, names, forest, run)
+        stop, steps, lr = config.branch_steps, config.branch_steps, float(rate or config.branch_lr)
+    elif kind == "demix":
+        model = build(config, f"{seed} demix", len(config.domains)).to(run.device)
+    elif kind == "seed" or not seed_steps(config):
+        model = build(config, f"{seed} {which or 'seed'}").to(run.device)
+        stop = seed_steps(config) or stop
     else:
-        optimizer = common.adamw(model, lr, config.weight_decay)
+        model, optimizer, parents = branch(config, forest, run)
+        start = seed_steps(config)
+    optimizer = optimizer or common.adamw(model, lr, config.weight_decay)
     if kind == "random":
         batches = random_batches(config, int(which), seed, run)
     else:
@@ -734,8 +697,8 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
     if kind == "seed":
         common.save(forest.path / "seed" / "resume.pt", {"optimizer": optimizer.state_dict(), "step": stop})
     if kind in ("seed", "expert") or (kind == "grown" and system == "posterior"):
-        meta = {"domain": which, "parents": origin, "updates_from_to": [start, stop], "seed": seed, **cost}
-        meta["init"] = "average" if kind == "grown" else "copy" if origin else "scratch"
+        meta = {"domain": which, "parents": parents, "updates_from_to": [start, stop], "seed": seed, **cost}
+        meta["init"] = "average" if kind == "grown" else "copy" if parents else "scratch"
         meta |= {"device": run.device, "torch": torch.__version__}
         if which:
             meta["data"] = load_domain(which, run.data_dir).digest
@@ -747,38 +710,36 @@ def train_model(config: Config, arm: str, seed: int, names: Sequence[str], run: 
 
 
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """train_model, with the log-probability of every development and test token kept for mixing."""
+    """train_model, with the log-probability of every development and test token kept: read once, mixed in many ways."""
     if arm.startswith("average"):
         return score_averages(config, arm.removeprefix("average"), seed, run)
     model, cost = train_model(config, arm, seed, config.domains, run)
-    if arm == "demix":
-        kept = {}
-        for i, name in enumerate(config.domains):
-            for ffn in model.ffns():
-                ffn.domain = i
-            kept |= {f"{name} {key}": found for key, found in score_all(model, config, run).items()}
-    else:
-        kept = score_all(model, config, run)
-    common.save_arrays(run.path(arm, seed, ".npz"), kept)
+    keys = [(part, name) for name in (*config.domains, *config.novel) for part in ("dev", "test")]
+    for i, expert in enumerate(demix_experts(config) if arm == "demix" else [arm]):
+        for ffn in model.ffns() if arm == "demix" else ():
+            ffn.domain = i
+        kept = {f"{part} {name}": score(model, part, name, config, run) for part, name in keys}
+        common.save_arrays(run.path(expert, seed, ".npz"), kept)
     return cost
 
 
-def scores_of(run: Run, arms: Sequence[str], seed: int, part: str, name: str) -> Tensor:
-    """[E, N, T]: what the models of these arms said of a part of a domain."""
-    return torch.stack([common.load_arrays(run.path(arm, seed, ".npz"))[0][f"{part} {name}"] for arm in arms])
+def reader(run: Run, seed: int) -> Callable[[str, str, Sequence[str]], Tensor]:
+    """said(part, domain, arms) -> log p [E, N, T]: what the models of these arms said of a part of a domain."""
+    load = functools.cache(lambda arm: common.load_arrays(run.path(arm, seed, ".npz"))[0])
+    return lambda part, name, arms: torch.stack([load(arm)[f"{part} {name}"] for arm in arms])
 
 
 def score_averages(config: Config, system: str, seed: int, run: Run) -> dict:
     """The experts collapsed into one model: with equal weights, and by the cached prior of each target domain."""
-    forest, arms, kept = Forest(forest_path(run, seed, system)), expert_arms(config, system), {}
+    forest, said, kept = Forest(forest_path(run, seed, system)), reader(run, seed), {"uniform": {}, "posterior": {}}
     states = [forest.load(name)[0] for name in config.domains]
-    uniform = filled(config, average_parameters(states, [1 / len(states)] * len(states)), run)
     for name in (*config.domains, *config.novel):
-        prior = cached_prior(scores_of(run, arms, seed, "dev", name), blocks=config.dev_blocks)
-        posterior = filled(config, average_parameters(states, prior), run)
-        kept[f"uniform {name}"] = score(uniform, "test", name, config, run)
-        kept[f"posterior {name}"] = score(posterior, "test", name, config, run)
-    common.save_arrays(run.path("average" + system, seed, ".npz"), kept)
+        prior = cached_prior(said("dev", name, expert_arms(config, system)), blocks=config.dev_blocks)
+        for kind, weights in (("uniform", torch.full_like(prior, 1 / len(prior))), ("posterior", prior)):
+            average = filled(config, average_parameters(states, weights), run)
+            kept[kind][f"test {name}"] = score(average, "test", name, config, run)
+    for kind in kept:
+        common.save_arrays(run.path(f"average-{kind}{system}", seed, ".npz"), kept[kind])
     return {}
 
 
@@ -809,53 +770,39 @@ def mixtures(dev: Tensor, test: Tensor, num_blocks: int) -> dict[str, np.ndarray
 
 def measure(config: Config, plan: dict, seed: int, run: Run) -> Rows:
     """Bits of every method on every domain. A method's name ends in its system: "dense@lr0.02"."""
-    rows: Rows = {}
-
-    @functools.cache
-    def load(arm: str) -> dict[str, Tensor]:
-        return common.load_arrays(run.path(arm, seed, ".npz"))[0]
-
-    def stack(arms: Sequence[str], name: str, prefixes: Sequence[str] = ("",)) -> list[Tensor]:
-        keys = [(arm, prefix) for arm in arms for prefix in prefixes]
-        return [torch.stack([load(arm)[f"{prefix}{part} {name}"] for arm, prefix in keys]) for part in ("dev", "test")]
-
+    rows, said = {}, reader(run, seed)
+    alone = lambda arm, name: bits(-said("test", name, [arm])[0])
     for system, (few, arms) in plan.items():
-        experts, num = expert_arms(few, system), few.dev_blocks
+        experts = expert_arms(few, system)
         for name in (*few.domains, *few.novel):
-            found = {"seed": bits(-load("seed")[f"test {name}"])} if system == "" else {}
+            mix = lambda arms, name=name: mixtures(said("dev", name, arms), said("test", name, arms), config.dev_blocks)
+            found = {"seed": alone("seed", name)} if system == "" else {}
             if "dense" in arms:
-                found["dense"] = bits(-load("dense" + system)[f"test {name}"])
+                found["dense"] = alone("dense" + system, name)
             if len(arms) > 1:
-                found |= mixtures(*stack(experts, name), num)
-            if "average" + system in run_averages(plan):
-                kinds = ("uniform", "posterior")
-                found |= {f"average, {kind}": bits(-load("average" + system)[f"{kind} {name}"]) for kind in kinds}
+                found |= mix(experts)
+            if system in AVERAGED:
+                found |= {
+                    f"average, {kind}": alone(f"average-{kind}{system}", name) for kind in ("uniform", "posterior")
+                }
             if system == "":
                 found["average, argmax"] = found["BTM, top-1"]  # the same model
-                rivals = {"random split": stack(random_arms(few), name)}
-                if "demix" in arms:
-                    rivals["DEMix"] = stack(["demix"], name, [f"{domain} " for domain in few.domains])
-                for label, scores in rivals.items():
-                    mixed = mixtures(*scores, num)
+                rivals = {"random split": random_arms(few)} | ({"DEMix": demix_experts(few)} if "demix" in arms else {})
+                for label, rival in rivals.items():
+                    mixed = mix(rival)
                     found |= {f"{label}, eq. 2": mixed[EQ2], f"{label}, last token": mixed[LAST_TOKEN]}
-                found["added"] = mixtures(*stack([*experts, f"grown-{few.grow}@posterior"], name), num)[EQ2]
-                found["removed"] = mixtures(*stack(experts[:-1], name), num)[EQ2]
+                found["added"] = mix([*experts, f"grown-{few.grow}@posterior"])[EQ2]
+                found["removed"] = mix(experts[:-1])[EQ2]
             for method, value in found.items():
                 rows.setdefault(method + system, {})[name] = value
-    for arm in grown_arms(config, run.ablate):
-        rows[arm] = {config.grow: bits(-load(arm)[f"test {config.grow}"])}
-    return rows
-
-
-def run_averages(plan: dict) -> list[str]:
-    return ["average" + system for system in ("", "@unseeded") if system in plan]
+    return rows | {arm: {config.grow: alone(arm, config.grow)} for arm in grown_arms(config, run.ablate)}
 
 
 def posteriors(config: Config, seed: int, run: Run) -> np.ndarray:
     """Mean weight (eq. 2) of each expert on the test text of each domain: [domains, E]."""
-    found = []
+    found, said = [], reader(run, seed)
     for name in (*config.domains, *config.novel):
-        dev, test = (scores_of(run, expert_arms(config), seed, part, name) for part in ("dev", "test"))
+        dev, test = (said(part, name, expert_arms(config)) for part in ("dev", "test"))
         weights = ensemble_nll(test, cached_prior(dev, blocks=config.dev_blocks).log())[1]
         found.append(weights.mean(dim=(1, 2)).numpy())
     return np.stack(found)
@@ -934,10 +881,12 @@ def judge(config: Config, run: Run, costs: dict[str, list[dict]], rows: Sequence
     margin = ahead("average, uniform", "dense")
     report("uniform_average", margin, f"{shown(margin)} bits/byte worse than dense")
     gain, loss = ahead(EQ2, "added", [config.grow]), ahead("removed", EQ2, inside[-1:])
-    stir = ahead("added", EQ2), ahead("removed", EQ2, inside[:-1])
-    text = f"{config.grow} added: {shown(-gain)} there, {shown(stir[0])} elsewhere; {inside[-1]} removed: "
-    text += f"{shown(loss)} there, {shown(stir[1])} elsewhere (holds when elsewhere moves by less than a tenth)"
-    report("add_remove", np.minimum(gain / 10 - abs(stir[0]), loss / 10 - abs(stir[1])), text, added=gain, removed=loss)
+    moved = lambda method, own: [abs(ahead(method, EQ2, [name])) for name in everywhere if name != own]
+    stir = [np.max(moved(*change), axis=0) for change in (("added", config.grow), ("removed", inside[-1]))]
+    text = f"{config.grow} added: {shown(-gain)} there, at most {shown(stir[0])} in any other domain; "
+    text += f"{inside[-1]} removed: {shown(loss)} there, at most {shown(stir[1])} (holds below a tenth)"
+    numbers = {"added": gain, "others_added": stir[0], "removed": loss, "others_removed": stir[1]}
+    report("add_remove", np.minimum(gain / 10 - stir[0], loss / 10 - stir[1]), text, **numbers)
     if "BTM, top-2" in rows[0]:
         worse, whole = ahead("BTM, top-2", EQ2, everywhere), level(EQ2, everywhere)
         report("topk", 0.01 * whole - worse, f"{shown(worse)} bits/byte worse than all, of {shown(whole)}")
@@ -949,13 +898,15 @@ def judge(config: Config, run: Run, costs: dict[str, list[dict]], rows: Sequence
     rival = min(INITS[1:], key=lambda init: inits[init].mean())
     text = ", ".join(f"{init} {shown(found, 3)}" for init, found in inits.items())
     report("branch_init", inits[rival] - inits["posterior"], f"bits/byte on {config.grow}: {text}", **inits)
-    counts = {num: f"@first{num}" for num in FEWER_DOMAINS if num < len(inside)} | {len(inside): ""}
-    gains = {num: ahead(f"dense{s}", EQ2 + s, inside[:num]) for num, s in counts.items()}
-    text = "bits/byte gained: " + ", ".join(f"{shown(gain)} with {num}" for num, gain in gains.items())
-    report("more_domains", gains[len(inside)] - gains[min(gains)], text, **{str(n): gain for n, gain in gains.items()})
-    times = (1.0, *MORE_COMPUTE)
-    curve = lambda found: [mean_bits(found, f"dense@x{t:g}" if t > 1 else "dense", inside).mean() for t in times]
-    curves, goals = [curve(found) for found in rows], [mean_bits(found, EQ2, inside).mean() for found in rows]
+    first = inside[: min(fewer_domains(config))]
+    gains = {num: ahead(f"dense{suffix}", EQ2 + suffix, first) for num, suffix in fewer_domains(config).items()}
+    steps = [more - fewer for fewer, more in itertools.pairwise(gains.values())] or [np.zeros(1)]
+    text = f"bits/byte gained on {' and '.join(first)}: "
+    text += ", ".join(f"{shown(gain)} with {num}" for num, gain in gains.items())
+    report("more_domains", min(steps, key=np.mean), text, **{str(num): gain for num, gain in gains.items()})
+    times, mean = (1.0, *MORE_COMPUTE), lambda found, method: mean_bits(found, method, inside).mean()
+    curves = [[mean(found, f"dense@x{t:g}" if t > 1 else "dense") for t in times] for found in rows]
+    goals = [mean(found, EQ2) for found in rows]
     factor = np.array([compute_factor(times, *found) for found in zip(curves, goals)])
     text = f"{common.show(factor, 2)} times the updates ({times[-1]:g}: or more)"
     report("compute_saving", factor - 1, text, dense=curves, forest=goals)
@@ -964,25 +915,24 @@ def judge(config: Config, run: Run, costs: dict[str, list[dict]], rows: Sequence
 def print_tables(config: Config, run: Run, costs: dict, rows: Sequence[Rows], weights: np.ndarray) -> None:
     names, table = (*config.domains, *config.novel), []
     parts = {"dense LM": ["dense"], "BTM": expert_arms(config), "random split": random_arms(config), "DEMix": ["demix"]}
-    for label, arms in parts.items():
-        if arms[0] in costs:
-            mean = {key: [np.mean([c[key] for c in costs[arm]]) for arm in arms] for key in costs["dense"][0]}
-            seed = {key: np.mean([c[key] for c in costs["seed"]]) * (label != "DEMix") for key in mean}
-            both = {key: sum(mean[key]) + seed[key] for key in mean}
-            critical = seed["seconds"] + max(mean["seconds"])
-            passes = len(config.domains) if label == "DEMix" else len(arms)
-            spent = [f"{both['tokens']:,.0f}", f"{both['flops']:.3e}", f"{both['seconds']:.1f}", f"{critical:.1f}"]
-            table.append([label, *spent, f"{sum(mean['parameters']):,.0f}", passes])
+    mean = lambda key, arms: np.array([np.mean([cost[key] for cost in costs[arm]]) for arm in arms])
+    for label, arms in ((label, arms) for label, arms in parts.items() if arms[0] in costs):
+        before = [] if label == "DEMix" else ["seed"]
+        tokens, flops, seconds = (mean(key, before + arms).sum() for key in ("tokens", "flops", "seconds"))
+        critical = mean("seconds", before).sum() + mean("seconds", arms).max()
+        passes = len(config.domains) if label == "DEMix" else len(arms)
+        spent = [f"{tokens:,.0f}", f"{flops:.3e}", f"{seconds:.1f}", f"{critical:.1f}"]
+        table.append([label, *spent, f"{mean('parameters', arms).sum():,.0f}", passes])
     header = ["system", "tokens", "FLOPs", "seconds", "critical path", "parameters", "passes a token"]
     run.table("training cost, seed included; FLOPs counted in the operators of an update", header, table)
 
     at = lambda method, where: [mean_bits(found, method, where).mean() for found in rows]
     plain = [method for method in rows[0] if "@" not in method and method not in ("added", "removed")]
-    groups = [group for group in (config.domains, config.novel) if group]
+    groups = (config.domains, config.novel)
     each = lambda method: [f"{np.mean(at(method, [name])):.3f}" for name in names]
     table = [[method, *(common.show(at(method, group), 3) for group in groups), *each(method)] for method in plain]
     title = f"bits/byte on test text, {len(rows)} seed(s): means over domains, then each; novel ones have no expert"
-    run.table(title, ["method", *["in domain", "novel"][: len(groups)], *names], table)
+    run.table(title, ["method", "in domain", "novel", *names], table)
     table = [[name, *(f"{weight:.2f}" for weight in found)] for name, found in zip(names, weights)]
     run.table("whom eq. 2 believes: mean weight of each expert, by test domain", ["", *config.domains], table)
     if run.ablate:
@@ -1012,18 +962,17 @@ def draw(config: Config, run: Run, rows: Sequence[Rows]) -> None:
         series = {name: (range(len(w)), w.tolist()) for name, w in zip(config.domains, weights)}
         common.lines(ax, series, title=title, xlabel=f"byte ({where})", ylabel="weight")
 
-    panels = [by_domain]
-    if run.draw:
-        logprobs, where = changing_text(config, run)
-        panels.append(lambda ax: believed(ax, None, "whom to believe, from all of the past (eq. 2)"))
-        panels.append(lambda ax: believed(ax, 24, "... from the last 24 bytes"))
-    if run.ablate:
-        counts = {num: f"@first{num}" for num in FEWER_DOMAINS if num < k} | {k: ""}
-        level = lambda method, num: np.mean([mean_bits(found, method, config.domains[:num]).mean() for found in rows])
-        gains = [level("dense" + system, num) - level(EQ2 + system, num) for num, system in counts.items()]
-        labels = {"title": "gain in domain, by number of domains", "xlabel": "domains", "ylabel": "bits/byte"}
-        panels.append(lambda ax: common.lines(ax, {"dense - BTM": (list(counts), gains)}, **labels))
-    run.plot("btm", panels, width=5.2, height=4.2)
+    def growing(ax) -> None:
+        counts = fewer_domains(config)
+        at = lambda method: np.mean([mean_bits(by, method, names[: min(counts)]).mean() for by in rows])
+        gains = [at("dense" + system) - at(EQ2 + system) for system in counts.values()]
+        title = f"gain on the first {min(counts)} domains, by number of domains"
+        common.lines(ax, {"dense - BTM": (list(counts), gains)}, title=title, xlabel="domains", ylabel="bits/byte")
+
+    logprobs, where = changing_text(config, run) if run.draw else (None, "")
+    all_past = lambda ax: believed(ax, None, "whom to believe, from all of the past (eq. 2)")
+    short = lambda ax: believed(ax, 24, "... from the last 24 bytes")
+    run.plot("btm", [by_domain, all_past, short, *[growing] * run.ablate], width=5.2, height=4.2)
 
 
 def changing_text(config: Config, run: Run, length: int = 80, num: int = 6) -> tuple[Tensor, str]:
@@ -1046,16 +995,18 @@ def changing_text(config: Config, run: Run, length: int = 80, num: int = 6) -> t
 
 def settings_of(forest: Forest, config: Config, run: Run) -> Config:
     """The forest's own settings; flags that ask for other ones are refused."""
-    default = FULL if run.scale == "full" else SMALL
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in forest.config.items()}
+    default, settled = forest_config(FULL if run.scale == "full" else SMALL, seed=0), {}
     for name, value in forest_config(config, run.seed).items():
-        kinds = {type(value), type(stored.get(name))}
+        stored = forest.config.get(name)
+        stored = tuple(stored) if isinstance(stored, list) else stored
+        kinds = {type(value), type(stored)}
         if len(kinds) > 1 and not kinds <= {int, float}:
-            raise common.UsageError(f"{forest.path / 'config.json'} is damaged: {name} = {stored.get(name)!r}")
-        if value not in (stored.get(name), getattr(default, name, 0)):  # seed, which is no field, is 0 by default
-            raise common.UsageError(f"{forest.path} was made with {name} = {stored.get(name)}, not {value}")
-    run.seeds = [stored["seed"]]
-    return replace(config, **{name: stored[name] for name in forest_config(config, 0) if name != "seed"})
+            raise common.UsageError(f"{forest.path / 'config.json'} is damaged: {name} = {stored!r}")
+        if value not in (stored, default[name]):
+            raise common.UsageError(f"{forest.path} was made with {name} = {stored}, not {value}")
+        settled[name] = stored
+    run.seeds = [settled.pop("seed")]
+    return replace(config, **settled)
 
 
 def lineage(meta: dict) -> str:
@@ -1067,18 +1018,16 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
     path, seed = forest_path(run, run.seed), run.seed
     run.out, run.actions["forest"] = path / "work", path  # checkpoints and metrics of what is unfinished
     (run.out / "arms").mkdir(parents=True, exist_ok=True)
-    names = list(config.domains)
-    if "domain_index" in run.actions:
-        index = run.actions["domain_index"]
-        if not 0 <= index < len(names):
-            raise common.UsageError(f"--domain-index is {index}; it counts the {len(names)} domains from 0")
-        names = [names[index]]
-    if "domain" in run.actions:
-        if "domain_index" in run.actions:
-            raise common.UsageError("--domain and --domain-index exclude each other")
+    names, index = list(config.domains), run.actions.get("domain_index")
+    if index is not None and "domain" in run.actions:
+        raise common.UsageError("--domain and --domain-index exclude each other")
+    if index is not None and not 0 <= index < len(names):
+        raise common.UsageError(f"--domain-index is {index}; it counts the {len(names)} domains from 0")
+    names = ["seed"] if stage == "seed" else names if index is None else [names[index]]
+    if stage == "expert" and "domain" in run.actions:
         names = [run.actions["domain"]]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    for name in ["seed"] if stage == "seed" else names[rank::world]:
+    for name in names[rank::world]:
         arm = "seed" if stage == "seed" else f"expert-{name}" if name in config.domains else f"grown-{name}@posterior"
         forest = Forest.create(path, forest_config(config, seed))
         if stage == "expert" and not (path / "seed" / "meta.json").exists():
@@ -1086,33 +1035,32 @@ def run_stage(config: Config, run: Run, stage: str) -> None:
         if (forest.folder(name) / "meta.json").exists() and "force" not in run.actions:
             say(f"{forest.wrong_with(name) or f'{name} is in {path} already'}; --force trains it again")
             continue
-        found = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
-        found.sort(key=lambda expert: [*config.domains, expert].index(expert))  # as in a run
-        train_model(config, arm, seed, found, run)
+        others = [expert for expert in sound(forest, run) if expert != name] if arm.startswith("grown") else []
+        others.sort(key=lambda expert: [*config.domains, expert].index(expert))  # as in a run
+        cost = train_model(config, arm, seed, others, run)[1]
         run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
-        meta = forest.load(name)[1]
-        spent = f"{meta['tokens']:,} tokens, {meta['seconds']:.1f} s"
-        say(f"{name}: from {lineage(meta)}, {spent}; in {forest.folder(name)}")
+        spent = f"{cost['tokens']:,} tokens, {cost['seconds']:.1f} s"
+        say(f"{name}: from {lineage(forest.load(name)[1])}, {spent}; in {forest.folder(name)}")
 
 
 def sound(forest: Forest, run: Run) -> dict[str, tuple[dict, dict]]:
     """{name: (weights, meta)} of the experts that load and are not left out; one line for each that is refused."""
     without, found = [name for name in run.actions.get("without", "").split(",") if name], {}
+    for name in without:
+        if name not in forest.folders():
+            raise common.UsageError(f"{forest.path}: there is no expert {name!r}")
     for name in (name for name in forest.folders() if name not in without):
         try:
             found[name] = forest.load(name)
         except ValueError as error:
             say(str(error))
-    unknown = [name for name in without if name not in forest.folders()]
-    if unknown or not found:
-        text = f"there is no expert {unknown[0]!r}" if unknown else "no expert to use; --stage expert trains one"
-        raise common.UsageError(f"{forest.path}: {text}")
+    if not found:
+        raise common.UsageError(f"{forest.path}: no expert to use; --stage expert trains one")
     return found
 
 
-def evaluate_forest(config: Config, run: Run) -> None:
+def evaluate_forest(config: Config, forest: Forest, run: Run) -> None:
     """--stage eval: lineage, bits/byte of the ensemble and its averages, whom the posterior believes."""
-    forest = Forest(forest_path(run, run.seed))
     experts = sound(forest, run)
     states = [weights for weights, _ in experts.values()]
     models = [filled(config, state, run) for state in states]
@@ -1128,21 +1076,19 @@ def evaluate_forest(config: Config, run: Run) -> None:
         prior = top_k_prior(cached_prior(dev, blocks=config.dev_blocks), config.top_k or len(models))
         kept = prior.nonzero().flatten().tolist()  # the others are not run at all
         test = torch.stack([score(models[i], "test", name, config, run) for i in kept])
-        mixed = [ensemble_nll(test, prior[kept].log(), window) for window in (None, 1)]
+        (eq2, believed), (last, _) = (ensemble_nll(test, prior[kept].log(), window) for window in (None, 1))
         average = score(filled(config, average_parameters(states, prior), run), "test", name, config, run)
-        nlls = [mixed[0][0], mixed[1][0], -average, -test[prior[kept].argmax()]]
+        nlls = [eq2, last, -average, -test[prior[kept].argmax()]]
         table.append([name, *(f"{bits(nll).mean():.3f}" for nll in nlls), len(kept)])
-        share = torch.zeros(len(models), dtype=torch.float64)
-        share[kept] = mixed[0][1].mean(dim=(1, 2))
+        share = torch.zeros_like(prior).index_copy(0, torch.tensor(kept), believed.mean(dim=(1, 2)))
         weights.append([name, *(f"{weight:.2f}" for weight in share)])
     header = ["domain", "eq. 2", "last token", "posterior average", "best expert", "passes a token"]
     run.table("bits/byte on test text", header, table)
     run.table("whom eq. 2 believes: mean weight of each expert, by test domain", ["", *experts], weights)
 
 
-def write_sample(config: Config, run: Run) -> None:
+def write_sample(config: Config, forest: Forest, run: Run) -> None:
     """--sample: go on with a text, and show whom the ensemble believes as it does."""
-    forest = Forest(forest_path(run, run.seed))
     if config.vocab_size != 256:
         raise common.UsageError("--sample writes bytes; this forest was trained on token ids")
     if config.top_k:
@@ -1179,10 +1125,11 @@ def act(config: Config, run: Run) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if given.get("stage") == "seed":
         return run_stage(check(config, run), run, "seed")
-    config = settings_of(Forest(forest_path(run, run.seed)), config, run)
+    forest = Forest(forest_path(run, run.seed))
+    config = settings_of(forest, config, run)
     if given.get("stage") == "expert":
         return run_stage(config, run, "expert")
-    return evaluate_forest(config, run) if "stage" in given else write_sample(config, run)
+    return evaluate_forest(config, forest, run) if "stage" in given else write_sample(config, forest, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1201,7 +1148,8 @@ def check(config: Config, run: Run) -> Config:
     for name, value in vars(config).items():
         if isinstance(value, int) and value < (name not in ("conv", "top_k")):
             raise ValueError(f"{name} is {value}; at least {int(name not in ('conv', 'top_k'))} is needed")
-    parameter_shapes(**{name: getattr(config, name) for name in SHAPE})  # refuses impossible ones
+    with torch.device("meta"):
+        language_model(**{name: getattr(config, name) for name in SHAPE})  # refuses impossible shapes
     splits = {name: load_domain(name, run.data_dir) for name in names}
     for name, split in splits.items():
         shortest = min(len(split.train) // len(config.domains), len(split.dev), len(split.test))
@@ -1224,13 +1172,18 @@ def main(config: Config, run: Run) -> dict | None:
         return act(config, run)
     run.config = config = check(config, run)
     plan, grown = systems(config, run.ablate), grown_arms(config, run.ablate)
-    model, work = run.prepare(build(config, f"{run.seed} seed")), config.branch_steps * len(grown)
-    for few, arms in plan.values():  # in updates of one domain's blocks
+
+    def work(few: Config, arm: str) -> int:
+        """Updates of an arm, times the domains that each of them reads."""
         first, wide = seed_steps(few), len(few.domains)
-        own = {"dense": wide * (few.steps - first), "demix": wide * few.steps}
-        work += wide * first + sum(own.get(arm, few.steps - first) for arm in arms)
-    part = mixed_batches(config, run.seed, run)(0)[: config.micro_batch].to(run.device)
-    num_parts = math.ceil(len(run.seeds) * work * config.blocks_per_domain / len(part))
+        own = {"seed": wide * first, "dense": wide * (few.steps - first), "demix": wide * few.steps}
+        return own.get(arm, few.steps - first)
+
+    updates = sum(work(few, arm) for few, arms in plan.values() for arm in ("seed", *arms))
+    updates += config.branch_steps * len(grown)
+    model, part = run.prepare(build(config, f"{run.seed} seed")), mixed_batches(config, run.seed, run)(0)
+    part = part[: config.micro_batch].to(run.device)
+    num_parts = math.ceil(len(run.seeds) * updates * config.blocks_per_domain / len(part))
 
     def step() -> None:
         with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
@@ -1256,8 +1209,8 @@ def main(config: Config, run: Run) -> dict | None:
 
     costs = train_all([(few, "seed" + system) for system, (few, _) in plan.items() if seed_steps(few)])
     costs |= train_all([(few, arm + system) for system, (few, arms) in plan.items() for arm in arms])
-    last = [(plan[name.removeprefix("average")][0], name) for name in run_averages(plan)]
-    costs |= train_all(last + [(config, arm) for arm in grown])
+    averages = [(plan[system][0], "average" + system) for system in AVERAGED if system in plan]
+    costs |= train_all(averages + [(config, arm) for arm in grown])
     rows = [measure(config, plan, seed, run) for seed in run.seeds]
     weights = np.mean([posteriors(config, seed, run) for seed in run.seeds], axis=0)
     print_tables(config, run, costs, rows, weights)

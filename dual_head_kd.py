@@ -357,7 +357,7 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
 }
 DEFAULT = ("ce", "kd", "bkl", "ce+bkl", "dual-bkl", "dhkd")
 SWEPT = {"ce": "CE alone", "bkl": "BinaryKL alone", "ce+bkl": "one head for both", "dual-bkl": "two heads"}
-SWEEP = {"lr": (0.1, 0.25, 0.5), "alpha": (0.1, 0.3)}
+SWEEP = (("lr", 0.1), ("lr", 0.25), ("lr", 0.5), ("alpha", 0.1), ("alpha", 0.3))
 GRID = {"lr": (0.25, 0.5, 1.0), "alpha": (0.1, 0.3, 1.0)}  # the same for every arm; --tune prints it
 TUNED = {  # arm: (lr, alpha), the best of GRID on the validation images of seeds 100 and 101
     "ce": (1.0, 0.0),
@@ -390,46 +390,52 @@ class Arm:
     clip: float | None = None
 
 
+METHODS = {
+    "ce": Arm(),
+    "kd": Arm("kd"),
+    "bkl": Arm("bkl", ce=0.0),
+    "ce+bkl": Arm("bkl"),
+    "dual-bkl": Arm("bkl", aux="linear"),
+    "dhkd": Arm("bkln", aux="linear"),
+    "bkln": Arm("bkln", ce=0.0),
+    "ce+bkln": Arm("bkln"),
+    "dhkd-mlp": Arm("bkln", aux="mlp"),
+    "dhkd-ga": Arm("bkln", aux="linear", align=True),
+    "dual-mse": Arm("mse", aux="linear"),
+    "kd-crd": Arm("kd", ce=0.1, weight=0.9),  # the weights behind the public tables
+    "dkd": Arm("dkd", ramp=20 / 240),
+    "dist": Arm("dist", weight=2.0),
+    "lskd": Arm("lskd", ce=0.1, weight=9.0),
+}
+
+
 def all_arms(config: Config) -> dict[str, Arm]:
     """Methods; controls that slow the head or bound the step; sweeps; every method at its best settings; the grid."""
-    own = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
-    methods = {
-        "ce": Arm(**own | {"alpha": 0.0}),
-        "kd": Arm("kd", **own),
-        "bkl": Arm("bkl", ce=0.0, **own),
-        "ce+bkl": Arm("bkl", **own),
-        "dual-bkl": Arm("bkl", aux="linear", **own),
-        "dhkd": Arm("bkln", aux=config.aux, **own),
-        "bkln": Arm("bkln", ce=0.0, **own),
-        "ce+bkln": Arm("bkln", **own),
-        "dhkd-mlp": Arm("bkln", aux="mlp", **own),
-        "dhkd-ga": Arm("bkln", aux=config.aux, align=True, **own),
-        "dual-mse": Arm("mse", aux="linear", **own),
-        "kd-crd": Arm("kd", ce=0.1, weight=0.9, **own),  # the weights behind the public tables
-        "dkd": Arm("dkd", ramp=20 / 240, **own),
-        "dist": Arm("dist", weight=2.0, **own),
-        "lskd": Arm("lskd", ce=0.1, weight=9.0, **own),
-    }
+    small = config.data == "generated"  # tuned settings and sweeps are of the small scale
+    given = {"alpha": config.alpha, "lr": config.lr, "head_lr_mult": config.head_lr_mult, "clip": config.clip}
+    methods = {name: replace(arm, **given) for name, arm in METHODS.items()}
+    methods["ce"] = replace(methods["ce"], alpha=0.0)
+    for name in ("dhkd", "dhkd-ga"):
+        methods[name] = replace(methods[name], aux=config.aux)
+    arms = {name: methods[name] for name in DEFAULT}
 
-    def vary(suffix: str, names: Sequence[str], **changes: float) -> dict[str, Arm]:
-        """Without a teacher alpha means nothing, and stays 0."""
-        names = [name for name in names if methods[name].loss or set(changes) != {"alpha"}]
-        varied = {f"{name}@{suffix}": replace(methods[name], **changes) for name in names}
-        return {name: arm if arm.loss else replace(arm, alpha=0.0) for name, arm in varied.items()}
+    def vary(suffix: str, names: Sequence[str], **changes: float) -> None:
+        for name in names:
+            if methods[name].loss:
+                arms[f"{name}@{suffix}"] = replace(methods[name], **changes)
+            elif set(changes) != {"alpha"}:  # without a teacher alpha means nothing, and stays 0
+                arms[f"{name}@{suffix}"] = replace(methods[name], **changes | {"alpha": 0.0})
 
-    arms, one_and_two = {name: methods[name] for name in DEFAULT}, ("ce+bkl", "dual-bkl")
-    arms |= vary("head-lr0.2", one_and_two, head_lr_mult=0.2) | vary("clip1", one_and_two, clip=1.0)
-    if config.data == "generated":  # settings of the small scale
-        for name, (lr, alpha) in TUNED.items():
-            arms |= vary("tuned", [name], lr=lr, alpha=alpha)
+    vary("head-lr0.2", ("ce+bkl", "dual-bkl"), head_lr_mult=0.2)
+    vary("clip1", ("ce+bkl", "dual-bkl"), clip=1.0)
+    for name, (lr, alpha) in TUNED.items() if small else ():
+        vary("tuned", [name], lr=lr, alpha=alpha)
     arms |= methods
-    if config.data == "generated":
-        for field, points in SWEEP.items():
-            for value in points:
-                arms |= vary(f"{field}{value:g}", list(SWEPT), **{field: value})
-        arms |= vary("lr0.5", ("bkln", "ce+bkln", "dhkd"), lr=0.5)
+    for field, value in SWEEP if small else ():
+        vary(f"{field}{value:g}", SWEPT, **{field: value})
+    vary("lr0.5", ("bkln", "ce+bkln", "dhkd") if small else (), lr=0.5)
     for lr, alpha in itertools.product(*GRID.values()) if config.tune else ():
-        arms |= vary(f"lr{lr:g}-alpha{alpha:g}", list(methods), lr=lr, alpha=alpha)
+        vary(f"lr{lr:g}-alpha{alpha:g}", methods, lr=lr, alpha=alpha)
     return arms
 
 
@@ -459,7 +465,7 @@ def num_steps(config: Config, data: images.ImageSet) -> int:
 def fit(model: nn.Module, loss_fn: Callable, data: images.ImageSet, config: Config, arm: Arm, *job, **options) -> None:
     """common.train with the SGD of the official code and the schedule of the scale. job: (arm's name, seed, run)."""
     steps, (name, seed, run) = num_steps(config, data), job
-    is_head = lambda name: "fc" in name.split(".") or name.startswith("aux.")
+    is_head = lambda path: "fc" in path.split(".") or path.startswith("aux.")
     backbone, heads = ([p for n, p in model.named_parameters() if is_head(n) == wanted] for wanted in (False, True))
     groups = [{"params": backbone, "lr": arm.lr}, {"params": heads, "lr": arm.lr * arm.head_lr_mult}]
     fused = True if run.device == "cuda" else None
@@ -597,9 +603,9 @@ def train_student(config: Config, arm: str, seed: int, run: Run) -> dict:
     if config.tune:
         return result
     common.save(run.path(arm, seed, ".pt"), student.state_dict())  # what is deployed: no auxiliary head
-    lines = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()] if probed else []
-    lines = [line for line in lines if line["step"] % config.probe_every == 0]
-    result["probes"] = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in lines]
+    lines = map(json.loads, run.path(arm, seed, ".jsonl").read_text().splitlines() if probed else ())
+    probes = [line for line in lines if line["step"] % config.probe_every == 0]
+    result["probes"] = [[line["step"], *(round(line[name], 4) for name in PROBES if name in line)] for line in probes]
     return result | inference(model, student, settings, data, config, seed, run)
 
 
@@ -818,7 +824,7 @@ def draw(config: Config, run: Run, results: Results, arms: dict[str, Arm]) -> No
     def heights(ax) -> None:
         common.bars(ax, {arm: values(results, arm).mean() for arm in results if "@" not in arm}, ylabel="test top-1, %")
 
-    swept = [lambda ax, field=field: sweep(ax, field) for field in SWEEP]
+    swept = [lambda ax: sweep(ax, "lr"), lambda ax: sweep(ax, "alpha")]
     run.plot("dual_head_kd", [cosines, *(swept if run.ablate and config.data == "generated" else [heights])])
 
 
@@ -834,8 +840,8 @@ def check(config: Config) -> None:
         raise ValueError(f"pair is {config.pair!r}; needed: teacher-student, each one of {', '.join(MODELS)}")
     above_zero = ("temperature", "kd_temperature", "lr", "teacher_lr", "head_lr_mult", "clip")
     least = dict.fromkeys(("epochs", "steps", "stem_stride", "probe_every", "test_per_class"), 1) | {"batch_size": 2}
-    least |= dict.fromkeys(("alpha", "warmup", "momentum", "weight_decay", "test_every"), 0)
-    least |= dict.fromkeys(("train_per_class", "val_per_class"), 0)
+    zeros = ("alpha", "warmup", "momentum", "weight_decay", "test_every", "train_per_class", "val_per_class")
+    least |= dict.fromkeys(zeros, 0)
     for name, value in vars(config).items():
         if value is not None and (not value > 0 if name in above_zero else name in least and not value >= least[name]):
             allowed = "above 0" if name in above_zero else f"of at least {least[name]}"
@@ -855,8 +861,8 @@ def main(config: Config, run: Run) -> dict:
     for name, arm in arms.items():  # settings that stand under two names are trained once
         unique.setdefault(arm, name)
     seeds = run.seeds if config.data == "generated" else run.seeds[:1]  # of teachers
-    to_download = run.dry_run and config.data in images.FILES
-    data = images.blank(config.data) if to_download else load_images(config, run.seed, run)
+    unread = run.dry_run and config.data in images.FILES
+    data = images.blank(config.data) if unread else load_images(config, run.seed, run)
     if len(data.train_y) < config.batch_size:
         raise ValueError(f"{len(data.train_y)} training images are less than one batch of {config.batch_size}")
     steps, x = num_steps(config, data), images.batch_maker(data, config.batch_size, 0, False)(0)[0].to(run.device)
@@ -870,8 +876,7 @@ def main(config: Config, run: Run) -> dict:
         student(x).sum().backward()
 
     if run.dry_run:
-        there = (run.data_dir / config.data / images.download.MARKER).exists()
-        size = images.download.DATASETS[config.data].size if to_download and not there else 0
+        size = images.download_size(config.data, run.data_dir)
         run.estimate(student, student_step, steps * (len(unique) * len(run.seeds) + 3 * len(seeds)), size)
         return {}
     run.data = {loaded.name: loaded.digest for loaded in (load_images(config, seed, run) for seed in seeds)}

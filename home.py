@@ -183,42 +183,32 @@ def masks(
     Raises ValueError for an unknown name, a task in no group or in two, an empty group, a row without experts.
     """
     tasks = check_groups(groups, tasks)
-    everything = lambda rows, experts: {row: set(experts) for row in rows}
+    times = lambda families, count: [family for family in families for _ in range(count)]
+    own = {task: task for task in tasks}
     if name in ("shared-bottom", "mmoe"):
-        experts = ["shared"] * (1 if name == "shared-bottom" else num_experts)
-        return [wire(tasks, experts, everything(tasks, experts))]
-    if name in ("cgc", "ple"):
-        experts = ["shared"] * num_shared + [task for task in tasks for _ in range(num_own)]
-        may_use, own = {task: {"shared", task} for task in tasks}, {task: task for task in tasks}
+        experts = times(["shared"], 1 if name == "shared-bottom" else num_experts)
+        return [wire(tasks, experts, {task: {"shared"} for task in tasks})]
+    if name in ("cgc", "ple", "adatt"):
+        experts = times(["shared"], 0 if name == "adatt" else num_shared) + times(tasks, num_own)
+        may_use = {task: set(experts) if name == "adatt" else {"shared", task} for task in tasks}
         if name == "cgc":
             return [wire(tasks, experts, may_use, own)]
-        # The first level has one more row, which sees all experts; the shared experts of the second level read it.
-        reads = {row: i for i, row in enumerate([*tasks, "shared"])}
-        first = wire(reads, experts, may_use | {"shared": set(experts)}, own)
-        return [first, wire(tasks, experts, may_use, own, reads, {task: [reads[task]] for task in tasks})]
-    if name == "adatt":
-        experts, own = [task for task in tasks for _ in range(num_own)], {task: task for task in tasks}
-        reads = {task: i for i, task in enumerate(tasks)}
-        levels = (({}, {}), (reads, {task: [i] for task, i in reads.items()}))
-        return [wire(tasks, experts, everything(tasks, experts), own, *given) for given in levels]
-    if name == "home":
-        rows = [*groups, "shared"]
-        experts = [row for row in rows for _ in range(num_meta)]
-        may_use = {row: {row, "shared"} for row in groups} | {"shared": set(rows)}
-        first = wire(rows, experts, may_use if hierarchy else everything(rows, rows), {row: row for row in rows})
-        index, group_of = {row: i for i, row in enumerate(rows)}, {t: group for group in groups for t in groups[group]}
-        families = ["shared", *groups, *tasks]
-        common_to = lambda task: {"shared", group_of[task]} if hierarchy else {"shared", *groups}
-        reads = index | {task: index[group_of[task]] for task in tasks}
-        second = wire(
-            tasks,
-            [family for family in families for _ in range(num_own)],
-            {task: {*common_to(task), task} for task in tasks},
-            {task: task for task in tasks},
-            reads,
-            {task: [index[group_of[task]], index["shared"]] for task in tasks},
+        # PLE's first level has one more row, which sees all experts; the shared experts of the second level read it.
+        rows = tasks if name == "adatt" else [*tasks, "shared"]
+        reads = {row: i for i, row in enumerate(rows)}
+        first = wire(
+            rows, experts, may_use | {"shared": set(experts)}, own if name == "adatt" else own | {"shared": ""}
         )
-        return [first, second]
+        return [first, wire(tasks, experts, may_use, own, reads, {task: [reads[task]] for task in tasks})]
+    if name == "home":
+        rows, group_of = [*groups, "shared"], {task: group for group in groups for task in groups[group]}
+        may_use = {row: {row, "shared"} if hierarchy and row != "shared" else set(rows) for row in rows}
+        first = wire(rows, times(rows, num_meta), may_use, {row: row for row in rows})
+        reads = {row: i for i, row in enumerate(rows)}
+        reads |= {task: reads[group_of[task]] for task in tasks}
+        may_use = {task: {task, "shared", *([group_of[task]] if hierarchy else groups)} for task in tasks}
+        gate_reads = {task: [reads[task], reads["shared"]] for task in tasks}
+        return [first, wire(tasks, times(["shared", *groups, *tasks], num_own), may_use, own, reads, gate_reads)]
     raise ValueError(f"no model {name!r}; there are shared-bottom, mmoe, cgc, ple, adatt, home")
 
 
@@ -312,9 +302,9 @@ class MaskedExpertLayer(nn.Module):
             raise ValueError(f"row {int(mask.any(dim=1).long().argmin())} of the mask allows no expert; each needs one")
         if self_mask is not None and self_mask.shape != mask.shape:
             raise ValueError(f"mask is {list(mask.shape)}, self_mask {list(self_mask.shape)}; they must agree")
-        first = lambda given, *shape: torch.zeros(shape, dtype=torch.int64) if given is None else given
-        wiring = {"mask": mask, "self_mask": self_mask, "expert_input": first(expert_input, self.num_experts)}
-        wiring |= {"gate_input": first(gate_input, num_rows, 1), "family": first(family, self.num_experts)}
+        or_zeros = lambda given, *shape: torch.zeros(shape, dtype=torch.int64) if given is None else given
+        wiring = {"mask": mask, "self_mask": self_mask, "expert_input": or_zeros(expert_input, self.num_experts)}
+        wiring |= {"gate_input": or_zeros(gate_input, num_rows, 1), "family": or_zeros(family, self.num_experts)}
         if self_mask is not None:
             wiring["alone"] = (self_mask.sum(dim=1) == 1)[:, None, None]  # [rows, 1, 1]
             self.all_alone = bool(wiring["alone"].all())
@@ -505,15 +495,13 @@ class Ranker(nn.Module):
         return self.core(v if dense is None else torch.cat([v, dense], dim=1), trace)
 
 
-@functools.lru_cache(maxsize=4)
-def cached(name: str, data_dir: object, seed: int, hash_bits: int, **generated: int) -> behavior.Behavior:
-    return behavior.load(name, data_dir, seed, hash_bits, **generated)
+read_once = functools.lru_cache(maxsize=4)(behavior.load)
 
 
 def load_data(config: Config, seed: int, run: Run) -> behavior.Behavior:
     generated = {"rows": config.rows, "users": config.users, "items": config.items, "heavy_tail": config.heavy_tail}
     seed = seed if config.data == "synthetic" else 0  # the others are the same for all seeds
-    return cached(config.data, run.data_dir, seed, config.hash_bits, **generated)
+    return read_once(config.data, run.data_dir, seed, config.hash_bits, **generated)
 
 
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -521,23 +509,12 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     name, _, rate = arm.partition("@")
     data = load_data(config, seed, run)
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
-    train, steps_an_epoch = data.train.each(lambda t: t.to(run.device)), len(data.train.labels) // config.batch_size
-    steps = config.epochs * steps_an_epoch
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
+    batches = behavior.batch_maker(data.train.each(lambda t: t.to(run.device)), config.batch_size, seed)
+    steps = config.epochs * (len(data.train.labels) // config.batch_size)
 
-    @functools.lru_cache(maxsize=1)
-    def order(epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        return torch.randperm(len(data.train.labels), generator=generator).to(run.device)
-
-    def batches(step: int) -> tuple:
-        epoch, i = divmod(step, steps_an_epoch)
-        rows = order(epoch)[i * config.batch_size : (i + 1) * config.batch_size]  # what fills no batch is left out
-        return train.ids[rows], train.labels[rows], None if train.dense is None else train.dense[rows]
-
-    def loss_fn(batch: tuple, step: int) -> tuple[Tensor, dict]:
-        ids, labels, dense = batch
-        loss, each = multitask_loss(model(ids, dense), labels, weights)
+    def loss_fn(batch: behavior.Part, step: int) -> tuple[Tensor, dict]:
+        loss, each = multitask_loss(model(batch.ids, batch.dense), batch.labels, weights)
         return loss, dict(zip(data.tasks, each.detach()))
 
     steps = config.steps or steps
@@ -637,14 +614,13 @@ def summary(levels: list[dict], rare: list[int], frequent: list[int]) -> dict:
     last = levels[-1]
     mean = lambda key, tasks: float(np.mean([last[key][t] for t in tasks]))
     shared = [users for users, is_shared in zip(last["effective_users"], last["shared"]) if is_shared]
-    gaps = {f"{key}_{name}": mean(key, t) for key in ("own_gate", "own_share") for name, t in
-            (("rare", rare), ("frequent", frequent))}  # fmt: skip
     return {
         "zero": max(max(level["zero"]) for level in levels),
         "dead": max(max(level["dead"]) for level in levels),
         "evenness": min(min(level["std"]) / max(max(level["std"]), 1e-12) for level in levels),
         "effective_users": min(shared, default=1.0),
-        **gaps,
+        **{f"{key}_rare": mean(key, rare) for key in ("own_gate", "own_share")},
+        **{f"{key}_frequent": mean(key, frequent) for key in ("own_gate", "own_share")},
     }
 
 
@@ -652,31 +628,30 @@ def summary(levels: list[dict], rare: list[int], frequent: list[int]) -> dict:
 def evaluate(model: Ranker, data: behavior.Behavior, part: behavior.Part, device: str) -> dict:
     """Ranking metrics and diagnostics of every row, and of every block of users by itself."""
     model.eval()
-    wiring, rare_frequent = model.core.wiring, behavior.rare_and_frequent(data)
+    wiring, (rare, frequent) = model.core.wiring, behavior.rare_and_frequent(data)
+
+    def numbers(scores: np.ndarray, part: behavior.Part, sums: list[dict]) -> dict:
+        levels = [diagnose(level, of_level) for level, of_level in zip(wiring, sums)]
+        return behavior.ranking(scores, part, rare) | summary(levels, rare, frequent) | {"levels": levels}
+
     one_user = bool((part.users == part.users[0]).all())
     block_of = (torch.arange(len(part.users)) if one_user else part.users.long()) % NUM_BLOCKS
-    scores, totals, blocks = np.zeros(part.labels.shape, np.float32), None, []
-    for block in range(NUM_BLOCKS):
-        rows, sums = (block_of == block).nonzero()[:, 0], None
+    scores, sums, blocks = np.zeros(part.labels.shape, np.float32), [], []
+    for block in block_of.unique():
+        rows, of_chunks = (block_of == block).nonzero()[:, 0], []
         for chunk in rows.split(8192):
             batch, trace = part.each(lambda t, chunk=chunk: t[chunk].to(device)), []
             scores[chunk.numpy()] = model(batch.ids, batch.dense, trace).float().cpu().numpy()
-            sums = add(sums, [statistics(level, *of_level) for level, of_level in zip(wiring, trace)])
-        if sums is None:  # fewer users than blocks
-            continue
-        totals = add(totals, sums)
-        mine = part.each(lambda t, rows=rows: t[rows])
-        levels = [diagnose(level, of_level) for level, of_level in zip(wiring, sums)]
-        blocks.append(behavior.ranking(scores[rows.numpy()], mine, rare_frequent[0]) | summary(levels, *rare_frequent))
-    levels = [diagnose(level, of_level) for level, of_level in zip(wiring, totals)]
+            of_chunks.append([statistics(level, *of_level) for level, of_level in zip(wiring, trace)])
+        sums.append(functools.reduce(add, of_chunks))
+        blocks.append(numbers(scores[rows.numpy()], part.each(lambda t, rows=rows: t[rows]), sums[-1]))
     over_blocks = {key: [block[key] for block in blocks] for key, value in blocks[0].items() if np.isscalar(value)}
-    whole = behavior.ranking(scores, part, rare_frequent[0]) | summary(levels, *rare_frequent)
-    return {**whole, "levels": levels, "blocks": over_blocks}
+    return numbers(scores, part, functools.reduce(add, sums)) | {"blocks": over_blocks}
 
 
-def add(some: list[dict] | None, more: list[dict]) -> list[dict]:
+def add(some: list[dict], more: list[dict]) -> list[dict]:
     """Sums of two batches, level by level."""
-    return more if some is None else [{name: a[name] + b[name] for name in a} for a, b in zip(some, more)]
+    return [{name: a[name] + b[name] for name in a} for a, b in zip(some, more)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -790,22 +765,12 @@ def print_tables(config: Config, run: Run, results: Results, data: behavior.Beha
     run.table("AUC by task, first seed", ["task", "label rate", *arms], rows)
 
     chosen = [arm for arm in (first if config.inspect else ("cgc", "home")) if "levels" in first.get(arm, ())]
-    for arm in (arm for arm in chosen if "@" not in arm):
+    for arm in chosen:
         levels = list(zip(masks_of(config, ARMS[arm], data), first[arm]["levels"]))
-        for i, (level, found) in enumerate(levels if config.inspect else levels[-1:]):
-            weight, two = np.array(found["gate"]) + np.array(found["self"]), "{:.2f}".format
-            cells = [[two(w) if may else "." for w, may in zip(*row)] for row in zip(weight, level.mask)]
-            rows = [[name, *row] for name, row in zip(level.rows, cells)]
-            if level.own.any():
-                for r, row in enumerate(rows):
-                    row += [two(found["own_gate"][r]), two(sum(found["self"][r])), two(found["own_share"][r])]
-            for key in ("occupancy", "effective_users"):
-                rows.append([key, *(two(v) if s else "" for v, s in zip(found[key], found["shared"]))])
-            rows += [[key, *map(two, found[key])] for key in ("zero", "dead", "mean", "std")]
-            rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+        for i, level_and_found in enumerate(levels if config.inspect else levels[-1:]):
             name = f"{arm}, level {i + 1}" if config.inspect else f"{arm}, its last level"
-            header = ["weight of", *level.experts, *(["own: gate", "self", "share"] if level.own.any() else [])]
-            run.table(f"{name}: mean weight (gate + self gate) of each expert, first seed", header, rows)
+            title = f"{name}: mean weight (gate + self gate) of each expert, first seed"
+            run.table(title, *gate_table(*level_and_found))
     if config.grid:
         score, rows = (lambda found: found.get("val", found)["mean_auc"]), []
         for arm in (arm for arm in results if arm in ARMS):
@@ -813,6 +778,21 @@ def print_tables(config: Config, run: Run, results: Results, data: behavior.Beha
             scores = [np.array([score(found) for found in results[name]]) for name in tried]
             rows.append([arm, *(shown(by_seed, num_seeds) for by_seed in scores)])
         run.table("the learning-rate grid: mean AUC", ["arm", *(f"{rate:g}" for rate in LR_GRID)], rows)
+
+
+def gate_table(level: Level, found: dict) -> tuple[list[str], list[list[str]]]:
+    """Who listens to whom (rows) and the state of every expert (columns), of what `diagnose` found: (header, rows)."""
+    header, two = ["weight of", *level.experts], "{:.2f}".format
+    weight = np.array(found["gate"]) + np.array(found["self"])
+    rows = [[name, *(two(w) if m else "." for w, m in zip(*row))] for name, *row in zip(level.rows, weight, level.mask)]
+    for key in ("occupancy", "effective_users"):
+        rows.append([key, *(two(value) if shared else "" for value, shared in zip(found[key], found["shared"]))])
+    rows += [[key, *map(two, found[key])] for key in ("zero", "dead", "mean", "std")]
+    if level.own.any():
+        header += ["own: gate", "self", "share"]
+        own = [map(two, three) for three in zip(found["own_gate"], map(sum, found["self"]), found["own_share"])]
+        rows = [[*row, *(own[i] if i < len(own) else [""] * 3)] for i, row in enumerate(rows)]
+    return header, rows
 
 
 def draw(config: Config, run: Run, results: Results, data: behavior.Behavior) -> None:

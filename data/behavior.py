@@ -10,6 +10,7 @@ session in training and in test would tell on each other. KuaiRand's statistics 
 averages the labels of the whole month, the test day included; nor is anything that happens after the exposure.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -81,12 +82,32 @@ def check(data: Behavior) -> Behavior:
     return data
 
 
-def as_labels(values: np.ndarray, tasks: Sequence[str], where: str) -> np.ndarray:
+def batch_maker(part: Part, batch_size: int, seed: int) -> Callable[[int], Part]:
+    """step -> a batch (ids, labels, dense) of `part`, on its device, a function of the step alone.
+
+    The order is drawn anew for each epoch. The last, smaller batch of an epoch is dropped.
+    """
+    part, plan = part._replace(users=None, truth=None), {}
+
+    def batches(step: int) -> Part:
+        epoch, place = divmod(step, len(part.labels) // batch_size)
+        if epoch not in plan:
+            plan.clear()
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            plan[epoch] = torch.randperm(len(part.labels), generator=generator).to(part.labels.device)
+        rows = plan[epoch][place * batch_size : (place + 1) * batch_size]
+        return part.each(lambda tensor: tensor[rows])
+
+    return batches
+
+
+def as_labels(values: np.ndarray, tasks: Sequence[str], where: str, first_row: int = 0) -> np.ndarray:
     """[rows, tasks] numbers -> uint8. Raises ValueError naming the task and the first row that is not 0 or 1."""
     wrong = ~((values == 0) | (values == 1))  # true for NaN
     if wrong.any():
         row, task = np.argwhere(wrong)[0]
-        raise ValueError(f"{where}: label {tasks[task]!r} is {values[row, task]} in row {row}; it must be 0 or 1")
+        value, row = values[row, task], first_row + row
+        raise ValueError(f"{where}: label {tasks[task]!r} is {value} in row {row}; it must be 0 or 1")
     return values.astype(np.uint8)
 
 
@@ -100,9 +121,8 @@ def _pairs(scores: object, truth: object, groups: object) -> tuple[np.ndarray, n
     scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     groups = np.asarray(groups)
     if not scores.shape == truth.shape == groups.shape or scores.ndim != 1:
-        raise ValueError(
-            f"scores {scores.shape}, labels {truth.shape}, users {groups.shape}; one column each is needed"
-        )
+        shapes = f"scores {scores.shape}, labels {truth.shape}, users {groups.shape}"
+        raise ValueError(f"{shapes}; one column each is needed")
     if np.isnan(scores).any():
         raise ValueError(f"{np.isnan(scores).sum()} of {len(scores)} scores are NaN")
     if not ((truth >= 0) & (truth <= 1)).all():
@@ -160,7 +180,10 @@ def rare_and_frequent(data: Behavior) -> tuple[list[int], list[int]]:
 
 
 def ranking(scores: np.ndarray, part: Part, rare: list[int]) -> dict:
-    """AUC and GAUC of every task, None where the labels are constant, and their means over the other tasks."""
+    """AUC and GAUC of every task, None where the labels are constant, and their means over the other tasks.
+
+    A mean over no task is 0.5: such rows say nothing about any score.
+    """
     truth = (part.labels if part.truth is None else part.truth).numpy()
     users, columns = part.users.numpy(), range(scores.shape[1])
     auc = np.array([expected_auc(scores[:, t], truth[:, t]) for t in columns])
@@ -247,6 +270,7 @@ def synthetic(seed: int, rows: int = 120_000, users: int = 1000, items: int = 20
 
 READER = 1  # raise it when the reader changes what it stores: older caches are then read anew
 CHUNK = 200_000  # rows parsed at a time
+ARRAYS = {"ids": np.int32, "labels": np.uint8, "users": np.int32}  # of each part, as stored
 VAL_DATE, TEST_DATE = 20220507, 20220508  # validation, test; every earlier day is training
 LOGS = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 LABELS = {  # task -> column of the log; finish is worked out
@@ -259,8 +283,18 @@ USER_COLUMNS = (
     "friend_user_num_range", "register_days_range", *(f"onehot_feat{i}" for i in range(18)),
 )  # fmt: skip
 VIDEO_COLUMNS = ("video_type", "upload_type", "music_type", "tag")
+PLAIN = {"duration": 26, "tab": 16, "hour": 24}  # fields that are numbers of the log: sizes of their tables
 MISSING = ("", "-124", "nan", "NaN", "NULL")
 NOTE = "most of KuaiRand comes from the single-column feed, where is_click is a valid play: it counts as a watch task"
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """What is wrong inside a file becomes a ValueError that begins with its path."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
 
 
 def _positions(header: Sequence[str], wanted: Sequence[str], path: Path) -> list[int]:
@@ -271,9 +305,9 @@ def _positions(header: Sequence[str], wanted: Sequence[str], path: Path) -> list
 
 
 def _rows(path: Path, wanted: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Chunks of the wanted cells; quotes and commas inside them are csv's business."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
+    """Chunks of the wanted cells; quotes and commas inside them are csv's business. Empty lines are passed over."""
+    with _damage_named(path), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = filter(None, csv.reader(file))
         header = next(reader, [])
         positions = _positions(header, wanted, path)
         while chunk := list(itertools.islice(reader, CHUNK)):
@@ -293,21 +327,26 @@ def _numbers(rows: Sequence[Sequence[str]], names: Sequence[str], path: Path) ->
 
 
 def _log_chunks(path: Path, bar: tqdm) -> Iterator[dict[str, np.ndarray]]:
-    """The log in chunks of {column: [rows] float64}: NumPy's own parser, or csv where a cell is empty."""
-    with open(path, newline="", encoding="utf-8") as file:
+    """The log in chunks of {column: [rows] float64}. Empty lines are passed over."""
+    with _damage_named(path), open(path, newline="", encoding="utf-8-sig") as file:
         header = file.readline().strip().split(",")
         positions = _positions(header, LOG_COLUMNS, path)
-        while lines := list(itertools.islice(file, CHUNK)):
-            try:
-                table = np.loadtxt(lines, delimiter=",", usecols=positions, ndmin=2)
-            except ValueError:
-                rows = list(csv.reader(lines))
-                if any(len(row) != len(header) for row in rows):
-                    short = next(row for row in rows if len(row) != len(header))
-                    raise ValueError(f"{path}: a row has {len(short)} cells, the header {len(header)}") from None
-                table = _numbers([[row[i] for i in positions] for row in rows], LOG_COLUMNS, path)
+        full_lines = (line for line in file if line.strip())
+        while lines := list(itertools.islice(full_lines, CHUNK)):
+            yield dict(zip(LOG_COLUMNS, _log_table(lines, header, positions, path).T))
             bar.update(sum(map(len, lines)))
-            yield dict(zip(LOG_COLUMNS, table.T))
+
+
+def _log_table(lines: Sequence[str], header: Sequence[str], positions: Sequence[int], path: Path) -> np.ndarray:
+    """Lines -> [rows, wanted columns] float64: by NumPy's own parser, or by csv where a cell is empty or quoted."""
+    if all(line.count(",") == len(header) - 1 for line in lines):  # NumPy would not mind one cell too many
+        with contextlib.suppress(ValueError):
+            return np.loadtxt(lines, delimiter=",", usecols=positions, ndmin=2, comments=None)
+    rows = list(csv.reader(lines))
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{path}: a row has {len(row)} cells, the header {len(header)}")
+    return _numbers([[row[i] for i in positions] for row in rows], LOG_COLUMNS, path)
 
 
 def _exact(cells: Sequence[str], vocabulary: dict[str, int]) -> np.ndarray:
@@ -384,8 +423,8 @@ def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
     sources = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((READER, hash_bits, sources)).encode()).hexdigest()
     folder = root / name / "parsed"
-    meta = _read_meta(folder)
-    if meta.get("key") != key:
+    meta = _read_meta(folder, key)
+    if not meta:
         with tempfile.TemporaryDirectory(prefix=".parsed-", dir=root / name) as temporary:
             meta = {"key": key, **_parse(paths, Path(temporary), hash_bits)}
             (Path(temporary) / "meta.json").write_text(json.dumps(meta))
@@ -397,18 +436,22 @@ def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
             raise ValueError(
                 f"{name}: the {part} part has no rows ({VAL_DATE} is validation, {TEST_DATE} the test day)"
             )
-        read = lambda kind, dtype, width, p=part, n=rows: torch.from_numpy(
-            np.memmap(folder / f"{p}-{kind}", dtype, "c", shape=(n, width))
-        )
-        users = read("users", np.int32, 1)[:, 0]
-        parts.append(Part(read("ids", np.int32, len(meta["fields"])), read("labels", np.uint8, len(RATES)), users))
+        mapped = [np.memmap(folder / f"{part}-{kind}", dtype, "c") for kind, dtype in ARRAYS.items()]
+        ids, labels, users = (torch.from_numpy(array) for array in mapped)
+        parts.append(Part(ids.view(rows, -1), labels.view(rows, -1), users))
     return check(Behavior(name, meta["fields"], GROUPS, *parts, meta["digest"], f"{NOTE}; {meta['note']}"))
 
 
-def _read_meta(folder: Path) -> dict:
+def _read_meta(folder: Path, key: str) -> dict:
+    """What `_parse` left, if it is of this key and whole; otherwise {}."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
+        meta = json.loads((folder / "meta.json").read_text())
+        size = {"ids": 4 * len(meta["fields"]), "labels": len(RATES), "users": 4}  # bytes a row
+        sizes = [
+            ((folder / f"{p}-{kind}").stat().st_size, n * size[kind]) for p, n in meta["rows"].items() for kind in size
+        ]
+        return meta if meta["key"] == key and all(found == wanted for found, wanted in sizes) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
@@ -417,27 +460,25 @@ def _parse(paths: Sequence[Path], out: Path, hash_bits: int) -> dict:
     logs, (user_path, video_path) = paths[:2], paths[2:]
     users, user_table, user_sizes = _user_table(user_path)
     videos, video_table, video_sizes = _video_table(video_path, hash_bits)
-    fields = {**user_sizes, "video_id": 2**hash_bits, **video_sizes, "duration": 26, "tab": 16, "hour": 24}
+    fields = {**user_sizes, "video_id": 2**hash_bits, **video_sizes, **PLAIN}
     tasks, rows, digest = list(RATES), dict.fromkeys(("train", "val", "test"), 0), hashlib.sha256()
     unknown = 0
-    files = {(part, kind): open(out / f"{part}-{kind}", "wb") for part in rows for kind in ("ids", "labels", "users")}
+    files = {(part, kind): open(out / f"{part}-{kind}", "wb") for part in rows for kind in ARRAYS}
     bar = tqdm(total=sum(path.stat().st_size for path in logs), unit="B", unit_scale=True, desc="logs", disable=None)
     try:
-        for path, log in ((source, chunk) for source in logs for chunk in _log_chunks(source, bar)):
+        chunks = ((path, *numbered) for path in logs for numbered in enumerate(_log_chunks(path, bar)))
+        for path, i, log in chunks:
             play, duration = log["play_time_ms"], log["duration_ms"]
             with np.errstate(invalid="ignore"):
                 finish = (play >= duration) & (duration > 0)  # false where one is missing
                 bucket = np.where(duration > 0, 1 + np.log2(np.maximum(duration, 1)), 0)  # octaves of a millisecond
             unknown += int((~(duration > 0) | np.isnan(play)).sum())
             given = {**{task: log[column] for task, column in LABELS.items()}, "finish": finish}
-            labels = as_labels(np.stack([given[task] for task in tasks], axis=1), tasks, str(path))
+            labels = as_labels(np.stack([given[task] for task in tasks], axis=1), tasks, str(path), i * CHUNK)
+            for column in ("user_id", "video_id", "date", "tab", "hourmin"):
+                if not np.isfinite(log[column]).all():
+                    raise ValueError(f"{path}: column {column!r} has an empty cell, or one that is no finite number")
             plain = np.stack([bucket, log["tab"] + 1, log["hourmin"] // 100], axis=1)
-            must = np.column_stack([log["user_id"], log["video_id"], log["date"], plain])
-            if np.isnan(must).any():
-                column = ("user_id", "video_id", "date", "duration_ms", "tab", "hourmin")[
-                    np.argwhere(np.isnan(must))[0, 1]
-                ]
-                raise ValueError(f"{path}: column {column!r} has an empty cell")
             ids = [_look_up(users, user_table, log["user_id"]), _hash(log["video_id"], hash_bits)[:, None]]
             ids = np.concatenate([*ids, _look_up(videos, video_table, log["video_id"]), plain], axis=1).astype(np.int32)
             over = (ids < 0) | (ids >= np.array(list(fields.values())))
@@ -447,10 +488,10 @@ def _parse(paths: Sequence[Path], out: Path, hash_bits: int) -> dict:
                 raise ValueError(f"{path}: {name} gives id {ids[row, column]}; its table has {fields[name]} rows")
             arrays = {"ids": ids, "labels": labels, "users": log["user_id"].astype(np.int32)}
             part_of = np.digitize(log["date"], [VAL_DATE, TEST_DATE, TEST_DATE + 1])
-            for i, part in enumerate(rows):
-                rows[part] += int((part_of == i).sum())
+            for number, part in enumerate(rows):
+                rows[part] += int((part_of == number).sum())
                 for kind, array in arrays.items():
-                    raw = array[part_of == i].tobytes()
+                    raw = array[part_of == number].tobytes()
                     files[part, kind].write(raw)
                     digest.update(raw)
     finally:
@@ -480,13 +521,13 @@ CENSUS_GROUPS = {"income": ("over_50k",), "marital": ("never_married",)}
 
 
 def census(root: Path) -> Behavior:
-    """Census-Income, 40 fields, two tasks: income over 50,000 and never married. Fetched unless it lies in root/census.
+    """Census-Income, 39 fields, two tasks: income over 50,000 and never married. Fetched unless it lies in root/census.
 
     Training is the published training file, its last tenth for validation; the test is the published test file. With
     only one of the two there, that one is split 80/10/10 and the note says so. Fields are exact, money in half octaves;
     the survey's instance weight is no field. The household columns all but state the marital status: the benchmark
     keeps them, so its AUC is near 0.99 for everybody. There are no users: every row has its own block, GAUC is AUC.
-    Raises ValueError naming file, line and column.
+    Raises ValueError naming the file and the line, or the folder and the column.
     """
     folder = root / "census"
     found = [next((p for p in (folder / f"{n}.gz", folder / n) if p.is_file()), None) for n in CENSUS_FILES]
@@ -528,11 +569,8 @@ def census(root: Path) -> Behavior:
 
 def _census_columns(path: Path) -> list[list[str]]:
     opener: Callable = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
+    with _damage_named(path), opener(path, "rt", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
     for number, row in enumerate(rows, 1):
         if len(row) != len(CENSUS_COLUMNS):
             raise ValueError(f"{path}, line {number}: {len(row)} columns, {len(CENSUS_COLUMNS)} are expected")
@@ -569,21 +607,15 @@ def download_size(name: str, root: Path) -> int | None:
 
 def nominal(name: str, hash_bits: int = 20) -> Behavior:
     """For --dry-run before a download: the published number of rows over tables of the right order of size."""
-    rows, users = {"kuairand-1k": (11_713_045, 1_000), "kuairand-pure": (1_436_609, 27_285), "census": (299_285, 0)}[
-        name
-    ]
+    sizes = {"kuairand-1k": (11_713_045, 1_000), "kuairand-pure": (1_436_609, 27_285), "census": (299_285, 0)}
+    (rows, users), groups = sizes[name], CENSUS_GROUPS if name == "census" else GROUPS
     if name == "census":
-        fields = dict.fromkeys(set(CENSUS_COLUMNS) - {"income", "marital_status", "instance_weight"}, 64)
+        fields = dict.fromkeys(CENSUS_COLUMNS, 64)
+        for column in ("income", "marital_status", "instance_weight"):
+            del fields[column]
     else:
         fields = {"user_id": users + 1, **dict.fromkeys((*USER_COLUMNS, *VIDEO_COLUMNS), 64), "video_id": 2**hash_bits}
-        fields |= {
-            "author_id": 2 ** (hash_bits - 2),
-            "music_id": 2 ** (hash_bits - 2),
-            "duration": 26,
-            "tab": 16,
-            "hour": 24,
-        }
-    groups = CENSUS_GROUPS if name == "census" else GROUPS
+        fields |= dict.fromkeys(("author_id", "music_id"), 2 ** (hash_bits - 2)) | PLAIN
     nothing = torch.zeros(1, dtype=torch.int32)  # expanded: no memory
     labels = nothing.to(torch.uint8).expand(rows, len(list(itertools.chain(*groups.values()))))
     part = Part(nothing.expand(rows, len(fields)), labels, nothing.expand(rows))

@@ -229,13 +229,15 @@ def load(source: str, data_dir: str | Path, train_per_class: int = 0, val_per_cl
     return read_folder(folder, train_per_class, val_per_class)._replace(name=source)
 
 
+def download_size(source: str, data_dir: str | Path) -> int | None:
+    """Bytes that `load` would download."""
+    there = source not in FILES or (Path(data_dir) / source / download.MARKER).exists()
+    return 0 if there else download.DATASETS[source].size
+
+
 def blank(source: str) -> ImageSet:
     """Black images in the number and shape of `cifar100` or `cifar10`, to reckon with before a download."""
-    num_classes, x, one = (
-        int(source.removeprefix("cifar")),
-        torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8),
-        torch.ones(3, 1, 1),
-    )
-    y = torch.arange(60_000) % num_classes
+    num_classes, one = int(source.removeprefix("cifar")), torch.ones(3, 1, 1)
+    x, y = torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8), torch.arange(60_000) % num_classes
     train, val, test = slice(0, 50_000), slice(0, 0), slice(50_000, 60_000)
     return ImageSet(source, x[train], y[train], x[val], y[val], x[test], y[test], num_classes, one, one)

@@ -9,11 +9,12 @@ code, its documentation and licences, and torch brings the headers of its C++ li
 
 A token is a byte, so the vocabulary is 256 and a loss in nats/byte needs no tokenizer to be understood. Documents
 are split whole, and a paragraph that stands in several (help topics quote each other, headers share their licence)
-is kept once, so that validation does not ask for what training has shown. The bytes differ between installations:
-their hash is printed, and losses are compared within a machine, never across machines.
+is kept once, so that validation does not ask for what training has shown. Only equal paragraphs are: in `headers`,
+thousands of which a program wrote, a quarter of validation (in blocks of 64 bytes) stands in training, elsewhere half
+a percent. The bytes differ between installations: their hash is printed, and losses are compared within a machine.
 
 Where models are compared *by domain* there are more of them, told apart by where they come from (PROVENANCE), each in
-three parts: `load_provenance(name)`. A domain of your own is a folder of files; `prepare` makes one.
+three parts, without near copies: `load_provenance(name)`. A domain of your own is a folder; `prepare` makes one.
 """
 
 import contextlib
@@ -170,9 +171,19 @@ def all_windows(data: Tensor, context: int) -> Tensor:
 
     What is left at the end and fills no window is dropped. Raises ValueError when there is not one window.
     """
+    return _windows(data, context).long()
+
+
+def spread_windows(data: Tensor, context: int, num: int) -> Tensor:
+    """At most `num` of `all_windows`, evenly spread over the text; the others are not read."""
+    windows = _windows(data, context)
+    return windows[torch.linspace(0, len(windows) - 1, min(num, len(windows))).long()].long()
+
+
+def _windows(data: Tensor, context: int) -> Tensor:
     if len(data) < context + 1:
         raise ValueError(f"the text has {len(data)} bytes; a window of context {context} needs {context + 1}")
-    return data.unfold(0, context + 1, context).long()
+    return data.unfold(0, context + 1, context)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +232,7 @@ def _package(name: str) -> Path:
 
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-NOT_PYTHON = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "idle_test")
+NOT_PYTHON = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
 
 
 def _licences() -> Iterator[Document]:
@@ -339,10 +350,9 @@ def split_in_three(
         if part is not None:
             parts[part].append(piece)
             taken[part] += len(piece) + 1
-    if not all(parts[part] for part in PARTS):
-        raise ValueError(
-            f"text {name!r} is too short: {total} bytes in {len(pieces)} documents cannot fill three parts"
-        )
+    if not all(parts.values()):
+        found = f"{total} bytes in {len(pieces)} documents"
+        raise ValueError(f"text {name!r} is too short: {found} cannot fill three parts")
     joined = [SEPARATOR.join(parts[part]) for part in PARTS]
     if sizes:
         joined = [text[: sizes[part]] for part, text in zip(PARTS, joined)]
@@ -410,15 +420,35 @@ def load_split(folder: str | Path) -> Split:
     if endings == {True}:
         try:
             vocab_size = int(json.loads((folder / "meta.json").read_text())["vocab_size"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f'domain {folder}: meta.json must hold {{"vocab_size": n}} ({error})') from error
         largest = max(int(part.numpy().max()) for part in parts)
         if largest >= vocab_size:
             raise ValueError(f"domain {folder}: token id {largest}, but meta.json says vocab_size {vocab_size}")
+        if vocab_size > 65_536:  # an embedding of that size would be made
+            raise ValueError(
+                f"domain {folder}: meta.json says vocab_size {vocab_size}; token ids of 16 bits end at 65,535"
+            )
     train, dev, test = parts
     ends = [part.numpy().tobytes() for part in (train[:100_000], train[-100_000:], dev, test)]
     sizes = repr([len(part) for part in parts]).encode()
     return Split(folder.name, *parts, hashlib.sha256(b"\0\0".join([sizes, *ends])).hexdigest()[:12], "", vocab_size)
+
+
+def find_split(name: str, root: Path) -> Split:
+    """root/<name> if it is there, otherwise the domain of that name that every machine has.
+
+    Raises ValueError for an impossible name, and whatever load_split raises for what it finds.
+    """
+    check_name(name)
+    here = (root / name).is_dir() or name not in PROVENANCE
+    return load_split(root / name) if here else load_provenance(name)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that leads out of its folder, or is kept for the seed of a forest."""
+    if not NAME.fullmatch(name) or name == "seed":
+        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
 
 
 def _read_part(path: Path) -> Tensor:
@@ -426,6 +456,8 @@ def _read_part(path: Path) -> Tensor:
         raise ValueError(f"{path} is empty")
     if path.suffix == ".jsonl":
         text = SEPARATOR.join(_lines(path))
+        if not text:
+            raise ValueError(f"{path} holds no text")
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
     if path.suffix == ".bin" and path.stat().st_size % 2:
         raise ValueError(f"{path} has an odd number of bytes; token ids are uint16")
@@ -439,7 +471,7 @@ def _json_lines(path: Path) -> Iterator[dict]:
             try:
                 document = json.loads(line)
                 document["text"].encode()
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f'{path}, line {number}: not {{"text": "..."}} ({error})') from error
             yield document
 
@@ -478,8 +510,8 @@ def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dic
     Raises FileNotFoundError, or ValueError naming what was found.
     """
     source, found = Path(source).expanduser(), Counter()
-    if domain and not NAME.fullmatch(domain):
-        raise ValueError(f"a domain named {domain!r}; letters, digits, '_', '.' and '-' are allowed, at most 64")
+    if domain:
+        check_name(domain)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     hidden = lambda path: any(part.startswith(".") for part in path.relative_to(source).parts)
@@ -491,13 +523,13 @@ def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dic
     if domain:
         documents = []
         for path in paths:
-            whole = [path.read_bytes()] if path.suffix != ".jsonl" else []
-            texts = _lines(path) if path.suffix == ".jsonl" else (text for text in whole if not _is_binary(text))
-            documents += [(path.name, text) for text in texts]
-        split = split_in_three(domain, documents, few_files=len(documents) < 100)
-        return _write_parts(
-            ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS), Path(root)
-        ), found
+            texts = _lines(path) if path.suffix == ".jsonl" else [path.read_bytes()]
+            documents += [(path.name, text) for text in texts if path.suffix == ".jsonl" or not _is_binary(text)]
+        sizes = [len(text) for _, text in documents]
+        few_or_huge = len(documents) < 100 or 20 * max(sizes) > sum(sizes)  # else one could fill a part, or be one
+        split = split_in_three(domain, documents, few_files=few_or_huge)
+        texts = ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS)
+        return _write_parts(texts, Path(root)), found
     sizes = _write_parts(_pile_parts([path for path in paths if path.suffix == ".jsonl"], found), Path(root))
     if not sizes:
         listed = ", ".join(f"{label or 'no meta.pile_set_name'} ({count})" for label, count in found.most_common(20))
@@ -544,11 +576,14 @@ def _write_parts(texts: Iterable[tuple[str, str, bytes]], root: Path) -> dict[st
 
 
 if __name__ == "__main__":
-    for domain in sys.argv[1:] or DOMAINS:
+    asked = sys.argv[1:] or [*DOMAINS, *PROVENANCE]
+    if unknown := set(asked) - {*DOMAINS, *PROVENANCE}:
+        sys.exit(f"no text domain {min(unknown)!r}; there are {', '.join({**DOMAINS, **PROVENANCE})}")
+    for domain in (name for name in DOMAINS if name in asked):
         corpus = load_domain(domain)
         sizes = f"{len(corpus.train):10,d} + {len(corpus.val):9,d} bytes"
         print(f"{domain:10s} {corpus.num_documents:6d} documents  {sizes}  sha256 {corpus.digest}  {corpus.note}")
-    for domain in [] if sys.argv[1:] else PROVENANCE:
+    for domain in (name for name in PROVENANCE if name in asked):
         split = load_provenance(domain)
         sizes = " + ".join(f"{len(getattr(split, part)):,}" for part in PARTS)
         print(f"{domain:10s} {sizes} bytes (train + dev + test)  sha256 {split.digest}  {split.note}")

@@ -149,6 +149,20 @@ def test_check_names_the_culprit():
             behavior.as_labels(np.array([[0.0, 1], [1, value]]), ["a", "b"], "here")
 
 
+def test_batches_are_a_function_of_the_step_and_take_each_row_once_an_epoch():
+    rows = torch.arange(11)
+    part = behavior.Part(rows[:, None], rows[:, None] % 2, rows, rows[:, None] / 11)
+    batches = behavior.batch_maker(part, 3, seed=5)
+    epochs = [[batches(step).ids[:, 0].tolist() for step in range(first, first + 3)] for first in (0, 3)]
+    for epoch in epochs:  # two of the eleven are left out
+        assert len({row for batch in epoch for row in batch}) == 9 and all(len(batch) == 3 for batch in epoch)
+    again = behavior.batch_maker(part, 3, seed=5)
+    assert again(4).ids[:, 0].tolist() == epochs[1][1] and again(1).ids[:, 0].tolist() == epochs[0][1]  # in any order
+    assert epochs[0] != epochs[1] and behavior.batch_maker(part, 3, seed=6)(0).ids[:, 0].tolist() != epochs[0][0]
+    batch = again(2)
+    assert torch.equal(batch.labels, batch.ids % 2) and batch.users is batch.truth is batch.dense is None
+
+
 # --- KuaiRand ------------------------------------------------------------------------------------------------
 
 LOG = (
@@ -348,6 +362,48 @@ def test_kuairand_mistakes_name_the_culprit(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         behavior.load("kuairand-1k", tmp_path, hash_bits=10)
     assert not list((tmp_path / "kuairand-1k").glob(".parsed-*"))
+
+
+def test_kuairand_row_numbers_go_on_over_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(behavior, "CHUNK", 16)
+    write_kuairand(tmp_path, change=lambda kind, row, i: row | {"is_like": 7} if kind == "log" and i == 37 else row)
+    with pytest.raises(ValueError, match="label 'like' is 7.0 in row 37"):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+
+
+def test_kuairand_odd_files_are_read_alike_or_refused_by_name(tmp_path):
+    folder = write_kuairand(tmp_path, rows=300)
+    expected = behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest
+    log, video = folder / "log_standard_4_22_to_5_08_1k.csv", folder / "video_features_basic_1k.csv"
+    good_log, good_video = log.read_bytes(), video.read_bytes()
+    log.write_bytes(b"\xef\xbb\xbf" + good_log.replace(b"\n", b"\r\n") + b"\n\n")  # as a spreadsheet saves it
+    video.write_bytes(b"\xef\xbb\xbf" + good_video + b"\n")
+    assert behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest == expected
+    last = good_log.splitlines()[-1]
+    for content, message in (
+        (good_log + b"9," + last + b"\n", "a row has 20 cells, the header 19"),  # all its cells are one off
+        (good_log + b"#" + last + b"\n", "could not convert string to float: '#"),
+        (good_log + b"inf" + last[last.index(b",") :] + b"\n", "column 'user_id' has an empty cell, or one that is no"),
+        (good_log + b"\xff\n", "is damaged .'utf-8' codec"),
+    ):
+        log.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{log.name}.*{message}"):
+            behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    log.write_bytes(good_log)
+    video.write_bytes(good_video + b'7,"' + b"x" * 200_000)  # a quote that is never closed
+    with pytest.raises(ValueError, match=f"{video.name} is damaged .field larger"):
+        behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+
+
+def test_kuairand_damaged_cache_is_read_anew(tmp_path):
+    write_kuairand(tmp_path, rows=300)
+    first = behavior.load("kuairand-1k", tmp_path, hash_bits=10)
+    parsed = tmp_path / "kuairand-1k" / "parsed"
+    for name, content in (("train-ids", b"short"), ("meta.json", b"[1]"), ("meta.json", b'{"key": 1}')):
+        (parsed / name).unlink()  # the arrays of `first` are mapped: never write into them
+        (parsed / name).write_bytes(content)
+        assert behavior.load("kuairand-1k", tmp_path, hash_bits=10).digest == first.digest
+        assert (parsed / "train-ids").stat().st_size > 1000
 
 
 def test_kuairand_torn_row_names_the_file(tmp_path):

@@ -477,6 +477,9 @@ def test_arms_are_what_their_names_say():
         assert arms[f"{name}@tuned"] == replace(arms[name], lr=lr, alpha=alpha)
     grid = dhkd.chosen_arms(replace(dhkd.SMALL, tune=True), ablate=False)
     assert len(grid) == 15 * len(dhkd.GRID["lr"]) * len(dhkd.GRID["alpha"])
+    assert grid["ce@lr0.5-alpha0.3"] == dhkd.Arm(lr=0.5, alpha=0.0)  # without a teacher alpha means nothing
+    nonlinear = dhkd.all_arms(replace(dhkd.SMALL, aux="mlp"))
+    assert [nonlinear[name].aux for name in ("dhkd", "dhkd-ga", "dual-bkl")] == ["mlp", "mlp", "linear"]
     assert not any("@lr" in name or "@tuned" in name for name in dhkd.all_arms(dhkd.FULL))
 
 

@@ -408,6 +408,21 @@ def test_summary_takes_the_worst():
     }  # fmt: skip
 
 
+def test_gate_table_by_hand():
+    level = home.masks("cgc", {"g": ["t", "u"]}, num_shared=1)[0]  # experts: shared, t, u
+    g = torch.tensor([[[0.75, 0.25, 0.0]], [[0.5, 0.0, 0.5]]])  # [rows, batch, experts]
+    s = torch.tensor([[[0.0, 0.5, 0.0]], [[0.0, 0.0, 0.25]]])
+    header, rows = home.gate_table(level, home.diagnose(level, home.statistics(level, torch.ones(1, 3, 2), g, s)))
+    assert header == ["weight of", "shared", "t", "u", "own: gate", "self", "share"]
+    assert rows[:2] == [["t", "0.75", "0.75", ".", "0.25", "0.50", "0.50"],
+                        ["u", "0.50", ".", "0.75", "0.50", "0.25", "0.60"]]  # fmt: skip
+    assert rows[2][:4] == ["occupancy", "0.60", "", ""] and rows[4] == ["zero", "0.00", "0.00", "0.00", "", "", ""]
+    assert [row[0] for row in rows[3:]] == ["effective_users", "zero", "dead", "mean", "std"]
+    mmoe = home.masks("mmoe", {"g": ["t"]}, num_experts=2)[0]
+    found = home.diagnose(mmoe, home.statistics(mmoe, torch.ones(1, 2, 2), torch.full((1, 1, 2), 0.5), None))
+    assert home.gate_table(mmoe, found)[0] == ["weight of", "shared", "shared"]  # nobody's own
+
+
 # --- the experiment ------------------------------------------------------------------------------------------
 
 TINY = replace(home.SMALL, rows=2000, users=60, items=80, hidden=8, width=8, tower=4, experts=3, batch_size=64)
@@ -468,6 +483,11 @@ def test_evaluation_does_not_train_and_blocks_make_up_the_whole(tmp_path):
     expected = behavior.ranking(scores, data.test, [5, 6, 7])
     assert found["mean_gauc"] == pytest.approx(expected["mean_gauc"], abs=1e-6)
     assert found["blocks"]["zero"] == [0.0] * home.NUM_BLOCKS
+    trace = []
+    with torch.no_grad():
+        model(data.test.ids, None, trace)
+    for level, of_level, levels in zip(model.core.wiring, trace, found["levels"]):  # of all rows, not of a block
+        assert np.allclose(home.diagnose(level, home.statistics(level, *of_level))["gate"], levels["gate"], atol=2e-6)
 
 
 def test_cost_counts_experts_of_all_rows(tmp_path):

@@ -163,3 +163,11 @@ def test_batches_are_a_shuffled_partition_of_the_training_images_drawn_from_the_
 def test_impossible_sizes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         images.fine_grained(0, *sizes)
+
+
+def test_bytes_to_download(tmp_path):
+    assert images.download_size("cifar100", tmp_path) == 168_513_733
+    assert images.download_size("generated", tmp_path) == images.download_size("photos", tmp_path) == 0
+    (tmp_path / "cifar100").mkdir()
+    (tmp_path / "cifar100" / download.MARKER).touch()
+    assert images.download_size("cifar100", tmp_path) == 0

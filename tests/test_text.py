@@ -203,6 +203,15 @@ def test_a_missing_source_is_replaced_and_says_so(monkeypatch, tmp_path):
         list(text.generated("poems"))
 
 
+def test_packages_are_not_part_of_the_standard_library(monkeypatch, tmp_path):
+    """Where they lie inside its folder, numpy (a novel domain) would be learnt as python."""
+    for name in ("os.py", "json/decoder.py", "site-packages/numpy/a.py", "dist-packages/numpy/b.py", "test/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    monkeypatch.setattr(text, "STDLIB", tmp_path)
+    assert sorted(name for name, _ in text.PROVENANCE["python"]()) == ["json/decoder.py", "os.py"]
+
+
 def test_generated_text_is_true_and_the_same_everywhere():
     line = whole(text.load_provenance("sums").test).split(b"\n")[3].decode()
     left, right = line.split(" = ")
@@ -261,6 +270,16 @@ def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
     write_domain(tmp_path / "d", ".bin", **{part: b"odd" for part in good})
     with pytest.raises(ValueError, match="odd number of bytes"):
         text.load_split(tmp_path / "d")
+    deep = b'{"text": "fine"}\n' + b"[" * 100_000 + b"\n"
+    for lines, message in ((deep, "train.jsonl, line 2"), (b'{"text": ""}\n', "train.jsonl holds no text")):
+        write_domain(tmp_path / "f", ".jsonl", **dict.fromkeys(good, lines))
+        with pytest.raises(ValueError, match=message):
+            text.load_split(tmp_path / "f")
+    folder = write_domain(tmp_path / "g", ".bin", **dict.fromkeys(good, b"even"))
+    for vocab_size in ("1e999", "NaN", "1000000", "-1", "[]", "[" * 100_000):
+        (folder / "meta.json").write_text(f'{{"vocab_size": {vocab_size}}}')
+        with pytest.raises(ValueError, match="meta.json"):
+            text.load_split(folder)
     folder = write_domain(tmp_path / "e", ".bin", train=b"even", valid=b"even")
     write_domain(folder, ".txt", test=b"text")
     with pytest.raises(ValueError, match="cannot be mixed"):
@@ -317,7 +336,13 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
     assert sizes["train"] > 5 * sizes["test"] > sizes["dev"] > 0
     split = text.load_split(tmp_path / "btm" / "notes")
     assert b"\1\2" not in whole(split.train) and b"secret" not in whole(split.train) and b"thought" in whole(split.test)
-    with pytest.raises(ValueError, match="a domain named '../x'"):
+    for i in range(120):  # many documents, one of which is most of the text
+        content = "\n\n".join(f"leaf {i} {i * j} {j * j + i} of the tree {j}" for j in range(4000 if i == 7 else 40))
+        (tmp_path / "book" / f"{i}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "book" / f"{i}.txt").write_text(content)
+    sizes = text.prepare(tmp_path / "book", tmp_path / "btm", "book")[0]["book"]
+    assert sizes["train"] > 5 * sizes["test"] > 5 * sizes["dev"] > 0
+    with pytest.raises(ValueError, match="a domain cannot be called '../x'"):
         text.prepare(folder, tmp_path / "btm", "../x")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         text.prepare(tmp_path / "none", tmp_path / "btm", "x")
