@@ -529,6 +529,7 @@ def train(
             if stop:
                 raise Terminated if stop == signal.SIGTERM else KeyboardInterrupt
             bar.update()
+    _barrier()  # every process finds the metrics whole
     return last
 
 

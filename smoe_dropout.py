@@ -66,6 +66,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -94,11 +95,11 @@ class Config:
     conv: int = 4  # width of the causal convolution after the embedding; 0: none
     dropout: float = 0.0  # inside the experts and on their output; official script: 0.1
     init: float = 0.1  # standard deviation of all initial weights but the router's; official code: 0.02
-    router_init: float = 0.02  # standard deviation of the router's weights; official code
+    router_init: float = 0.04  # the router's; official code: 0.02, which at d_model 256 spreads logits as 0.04 at 64
     objective: str = "lm"  # lm: next byte; mlm: bidirectional, 15 % of bytes masked
-    steps: int = 500  # training steps of every arm; official script: 400,000
+    steps: int = 1000  # training steps of every arm; official script: 400,000
     batch_size: int = 8  # windows a step; official script: 22
-    lr: float | None = None  # peak, cosine to lr_final; none: the arm's best of LR_GRID; official script: 2.5e-4
+    lr: float = 6e-3  # peak, cosine to lr_final; small: every arm's best (--tune); official script: 2.5e-4
     beta2: float = 0.98  # of Adam; official script: torch's default
     lr_final: float = 0.1  # share of the peak at the last step; official script: 0
     warmup: int = 20  # steps; official script: none
@@ -109,7 +110,7 @@ class Config:
     backend: str = "auto"  # of kernels.moe_mlp; masked: the dense layer under a mask, all experts computed
     text: str = ""  # file or folder to train on instead of the Python library or enwik8
     drop_newlines: bool = False  # as the official enwik8 loader does
-    tune: bool = False  # every arm at every learning rate, measured on the other half of the held-out text
+    tune: bool = False  # every arm at lr / 2, lr and 2 lr, measured on the other half of the held-out text
     tasks: tuple[str, ...] = ()  # fine-tune on sst2, csqa, asdiv-a, mawps, svamp
     folds: int = 1  # of the cross-validated tasks asdiv-a and mawps; published: 5
     task_steps: int = 300  # fine-tuning steps; official script: 5000
@@ -120,7 +121,7 @@ class Config:
 
 SMALL = Config()
 MODEL = dict(num_experts=16, d_ff=8192, k_min=8, scale=1.0, num_layers=4, d_model=256, num_heads=8, context=512)
-MODEL |= dict(conv=0, dropout=0.1, init=0.02)
+MODEL |= dict(conv=0, dropout=0.1, init=0.02, router_init=0.02)
 TRAINING = dict(steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25)
 TRANSFER = dict(folds=5, task_steps=5000, task_lr=1e-4, task_bytes=512)
 FULL = replace(SMALL, **MODEL, **TRAINING, **TRANSFER, eval_bytes=5_000_000)
@@ -224,10 +225,14 @@ def dispatched_experts(
 def load_balancing_loss(router_logits: Tensor, expert_index: Tensor) -> Tensor:
     """num_experts * sum_e f_e P_e: f the share of assignments, P the mean probability. 0-dim; 1 when uniform.
 
-    The baseline's; SMoE-Dropout has none. (The official gate divides P by k once more.)
+    The baseline's; SMoE-Dropout has none. (The official gate divides P by k once more.) Under data parallelism f is
+    averaged over the processes, so that the mean of their losses is the loss of the batch.
     """
     num_experts = router_logits.shape[-1]
     f = torch.bincount(expert_index.flatten(), minlength=num_experts) / max(1, expert_index.numel())
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(f)
+        f /= dist.get_world_size()
     return num_experts * (f * router_logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
@@ -382,8 +387,7 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 # The experiment: every arm on the same batches and steps, measured at every k
 # ---------------------------------------------------------------------------------------------------------------
 
-LR_GRID = (3e-3, 6e-3, 1.2e-2)  # the same for every arm
-LR = {"dense": 6e-3, "smoe_dropout": 6e-3}  # small scale: the best of every arm on seed 100; the others take dense's
+GRID = (0.5, 1, 2)  # the learning rates that are tried, as multiples of lr: the same for every arm
 NUM_BLOCKS = 16  # of the held-out text: what a run of one seed takes its standard error over
 MASK = 256  # the token of a masked byte
 
@@ -407,7 +411,7 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
     ramp = Arm("frozen", config.k_min, full, config.schedule)
     arms = {"dense": Arm("dense", full, full), "smoe_dropout": ramp}
     arms |= {"learned_k2": Arm("learned", 2, 2), "frozen_half": Arm("frozen", half, half)}
-    if ablate or config.tune:
+    if ablate:
         arms["dense_dropout"] = replace(arms["dense"], dropout=0.0 if config.dropout else 0.1)
         arms["dense_expert_drop"] = replace(arms["dense"], expert_drop=0.5)
         arms |= {"frozen_full": Arm("frozen", full, full), "learned_ramp": replace(ramp, router="learned")}
@@ -416,16 +420,11 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
         arms |= {"learned_half": Arm("learned", half, half), "learned_full": Arm("learned", full, full)}
         arms["learned_balance"] = replace(arms["learned_k2"], balance=config.balance)
         arms["thor"] = replace(arms["learned_k2"], router="noise")
-    if config.tune:
-        return {
-            f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in arms.items() for lr in LR_GRID if not arm.equal_flops
-        }
-    if ablate:
-        pair = {} if config.lr else {name: arms[name] for name in ("dense", "smoe_dropout")}
-        arms |= {
-            f"{name}@{lr:g}": replace(arm, lr=lr) for name, arm in pair.items() for lr in LR_GRID if lr != LR[name]
-        }
-    return arms
+        arms["scale_1"] = replace(ramp, scale=1.0)
+    tried = [name for name in arms if not arms[name].equal_flops] if config.tune else ["dense", "smoe_dropout"] * ablate
+    rates = [factor * config.lr for factor in GRID if config.tune or factor != 1]
+    grid = {f"{name}@{lr:g}": replace(arms[name], lr=lr) for name in tried for lr in rates}
+    return grid if config.tune else arms | grid
 
 
 def build(config: Config, arm: Arm, seed: int) -> common.TransformerLM:
@@ -568,7 +567,7 @@ def measure_model(model: nn.Module, arm: Arm, windows: Tensor, config: Config) -
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     settings, corpus = trained_arms(config, True)[arm], load_corpus(config, run.data_dir, run.scale == "full")
     windows = held_out_windows(corpus, config, run)
-    steps, lr = config.steps, settings.lr or config.lr or LR.get(arm.removesuffix("_equal_flops"), LR["smoe_dropout"])
+    steps = config.steps
     ramp = lambda step: k_at(step, config.steps, settings.k_min, settings.k_max, settings.schedule)
     if settings.equal_flops:
         rival = trained_arms(config, False)["smoe_dropout"]
@@ -577,7 +576,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         steps = max(1, round(steps * cost / schedule_flops(config, settings, windows[:2], {settings.k_max: steps})))
     model = run.prepare(build(config, settings, seed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, config.beta2))
+    optimizer = torch.optim.Adam(trained, lr=settings.lr or config.lr, betas=(0.9, config.beta2))
 
     def batches(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
@@ -598,7 +597,8 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     steps_at_k = Counter(int(line["k"]) for line in log_lines)  # read back: what ran, interrupted or not
     flops = schedule_flops(config, settings, windows[:2], steps_at_k)
     set_k(model, settings.k_max)
-    return {"train_flops": flops, "steps": sum(steps_at_k.values())} | measure_model(model, settings, windows, config)
+    work = {"train_flops": flops, "steps": sum(steps_at_k.values()), "k_max": settings.k_max}
+    return work | measure_model(model, settings, windows, config)
 
 
 def slice_dense(config: Config, arm: str, seed: int, run: Run) -> dict:
@@ -811,14 +811,14 @@ def print_tables(config: Config, run: Run, results: Results, transfer: Results) 
         run.table("fine-tuned: % right on the development set", ["task, fold, model, k", "% right", "examples"], rows)
 
 
-def print_grid(run: Run, results: Results, arms: dict[str, Arm]) -> None:
+def print_grid(config: Config, run: Run, results: Results) -> None:
     """The learning-rate grid: bits/byte at the last k of training, for every arm that was tried at several."""
-    rows = []
+    rates, rows = [factor * config.lr for factor in GRID], []
     for name in dict.fromkeys(label.partition("@")[0] for label in results if "@" in label):
-        at = {lr: f"{name}@{lr:g}" if f"{name}@{lr:g}" in results else name for lr in LR_GRID}
-        k_max = str(next(arm.k_max for label, arm in arms.items() if label.partition("@")[0] == name))
-        rows.append([name, *(f"{results[arm][0]['bits'][k_max]:.3f}" for arm in at.values())])
-    run.table(f"the learning-rate grid, seed {run.seed}: bits/byte at the last k of training", ["arm", *LR_GRID], rows)
+        tried = [results.get(f"{name}@{lr:g}", results.get(name)) for lr in rates]
+        rows.append([name, *(f"{np.mean([one['bits'][str(one['k_max'])] for one in found]):.3f}" for found in tried)])
+    header = ["arm", *(f"{lr:g}" for lr in rates)]
+    run.table("the learning-rate grid: bits/byte at the last k of training", header, rows)
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
@@ -864,8 +864,8 @@ def check(config: Config, run: Run, corpus: text_data.Corpus) -> None:
         raise ValueError(f"num_experts is {config.num_experts}; the arms (k = 2, half, all) need at least 4")
     if config.objective not in ("lm", "mlm"):
         raise ValueError(f"objective is {config.objective!r}; allowed: lm, mlm")
-    if config.tune and (config.lr or config.tasks):
-        raise ValueError("--tune tries every learning rate of LR_GRID and nothing else; drop --lr and --tasks")
+    if config.tune and config.tasks:
+        raise ValueError("--tune tries learning rates and nothing else; drop --tasks")
     may_be_zero = ("conv", "warmup", "dropout", "balance", "thor_alpha", "lr_final", "router_init")
     for name, value in vars(config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -909,19 +909,19 @@ def main(config: Config, run: Run) -> dict:
     found = run.map_arms(train_arm, [(config, arm, run.seed) for arm in once])
     results |= {arm: [result] for arm, result in zip(once, found)}
     if config.tune:
-        print_grid(run, results, arms)
+        print_grid(config, run, results)
         for claim in run.claims:
             claim.measured = "not measured while tuning"
         return {"arms": results}
     results |= run.measure(slice_dense, config, ["dense_sliced"])
     transfer = run.measure(finetune_arm, config, task_arms(config, sources)) if config.tasks else {}
     print_tables(config, run, results, transfer)
-    if run.ablate and not config.lr:
-        print_grid(run, results, arms)
+    if run.ablate:
+        print_grid(config, run, results)
     judge(config, run, results, transfer)
     draw(config, run, results)
     return {"arms": results, "tasks": transfer}
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, FULL, CLAIMS)
+    common.run(main, SMALL, FULL, CLAIMS, data_parallel=True)

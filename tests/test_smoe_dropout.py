@@ -453,19 +453,18 @@ def test_arms_are_what_their_names_say():
     assert other["linear"].schedule == "linear" and "cosine" not in other and other["smoe_dropout"].schedule == "cosine"
     assert arms["dense_dropout"].dropout == 0.1 and smoe.trained_arms(smoe.FULL, True)["dense_dropout"].dropout == 0.0
     assert arms["dense_expert_drop"].expert_drop == 0.5
-    assert {"dense", "smoe_dropout"} <= set(smoe.LR) <= set(arms)
-    assert set(smoe.LR.values()) <= set(smoe.LR_GRID)
-    for name in ("dense", "smoe_dropout"):
-        tried = {arm.lr for label, arm in arms.items() if label.startswith(f"{name}@")}
-        assert tried | {smoe.LR[name]} == set(smoe.LR_GRID)
-    tune = smoe.trained_arms(replace(config, tune=True), False)
-    names = {name for name in arms if "@" not in name and "flops" not in name}
-    assert {(label.split("@")[0], arm.lr) for label, arm in tune.items()} == {
-        (n, lr) for n in names for lr in smoe.LR_GRID
-    }
+    assert arms["scale_1"] == replace(arms["smoe_dropout"], scale=1.0)
+    around = {config.lr / 2, config.lr, 2 * config.lr}
+    tried = {(label.split("@")[0], arm.lr) for label, arm in arms.items() if "@" in label}
+    assert tried == {(name, lr) for name in ("dense", "smoe_dropout") for lr in around - {config.lr}}
+    for ablate in (False, True):
+        names = [name for name in smoe.trained_arms(config, ablate) if "@" not in name and "flops" not in name]
+        tune = smoe.trained_arms(replace(config, tune=True), ablate)
+        assert [(label.split("@")[0], arm.lr) for label, arm in tune.items()] == [
+            (name, lr) for name in names for lr in sorted(around)
+        ]
     official = smoe.FULL
     assert (official.num_experts, official.d_ff, official.k_min, official.scale) == (16, 8192, 8, 1.0)
-    assert not [label for label in smoe.trained_arms(official, True) if "@" in label]
 
 
 def test_both_scales_use_the_same_objects():
@@ -692,11 +691,12 @@ def test_script_end_to_end_with_every_arm_and_a_task(command_line, tmp_path, tas
         assert any(title in table["title"] for table in report["results"]["tables"]), title
 
 
-def test_tune_prints_the_grid_and_claims_nothing(command_line, tmp_path, monkeypatch):
-    monkeypatch.setattr(smoe, "LR_GRID", (6e-3,))
-    done = command_line(smoe, *SMOE_DROPOUT, "--tune", "--workers", 1, "--steps", 1)
+def test_tune_prints_the_grid_and_claims_nothing(command_line, tmp_path):
+    done = command_line(smoe, *SMOE_DROPOUT, "--tune", "--workers", 1, "--steps", 1, "--lr", 0.01)
     assert done.returncode == 0, done.stderr
-    assert "learning-rate grid" in done.stdout and "thor" in done.stdout
+    table = results_of(tmp_path / "runs" / "smoe_dropout-small")["results"]["tables"][0]
+    assert table["header"] == ["arm", "0.005", "0.01", "0.02"]
+    assert [row[0] for row in table["rows"]] == ["dense", "smoe_dropout", "learned_k2", "frozen_half"]
     assert all(claim["holds"] is None for claim in results_of(tmp_path / "runs" / "smoe_dropout-small")["claims"])
 
 
@@ -754,7 +754,7 @@ def test_enwik8_is_split_as_published(tmp_path, monkeypatch):
         (["--tasks", "glue"], "task is 'glue'"),
         (["--tasks", "svamp", "--folds", "6"], "folds is 6"),
         (["--tasks", "sst2", "--data-dir", "DATA"], "line 2: label '7'"),
-        (["--tune", "--lr", "1e-3"], "drop --lr"),
+        (["--tune", "--tasks", "sst2"], "drop --tasks"),
         (["--text", "no/such/file"], "no such file"),
         (["--text", "SHORT"], "too short"),
         (["--backend", "cuda"], "backend"),
