@@ -357,6 +357,21 @@ def test_balance_loss_worked_example():
     assert module.router.weight.grad.abs().sum() > 0 and layer().aux_loss is None
 
 
+def test_balance_loss_averages_the_load_over_processes(monkeypatch):
+    """Two processes, played in turn: the mean of their losses is the loss of the whole batch."""
+    logits = torch.randn(10, 4, dtype=F64)
+    index = smoe.topk_gate(logits, 2)[0]
+    halves, found = list(zip(logits.split(5), index.split(5))), []
+    whole = smoe.load_balancing_loss(logits, index)
+    monkeypatch.setattr(smoe.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(smoe.dist, "get_world_size", lambda: 2)
+    for mine, (_, other) in (halves, halves[::-1]):
+        share = other.flatten().bincount(minlength=4) / other.numel()
+        monkeypatch.setattr(smoe.dist, "all_reduce", lambda f, share=share: f.add_(share))
+        found.append(smoe.load_balancing_loss(*mine))
+    assert float(sum(found) / 2) == pytest.approx(float(whole), abs=1e-6)
+
+
 def test_symmetric_kl():
     a, b = torch.randn(2, 7, 5, dtype=torch.float32)
     expected = F.kl_div(b.log_softmax(-1), a.softmax(-1), reduction="none").sum(-1)
@@ -465,6 +480,42 @@ def test_arms_are_what_their_names_say():
         ]
     official = smoe.FULL
     assert (official.num_experts, official.d_ff, official.k_min, official.scale) == (16, 8192, 8, 1.0)
+
+
+def test_what_an_arm_changes_reaches_its_layers():
+    of = lambda arm: build(arm, scale=3.0, dropout=0.2).ffns()[0]
+    assert (of("smoe_dropout").scale, of("scale_1").scale) == (3.0, 1.0)
+    assert (of("dense").dropout, of("dense_dropout").dropout, of("smoe_dropout").dropout) == (0.2, 0.0, 0.2)
+    assert of("dense_expert_drop").expert_drop == 0.5 and of("dense").expert_drop == 0
+    assert of("learned_balance").balance == TINY.balance and of("learned_k2").balance == 0
+    kinds = [of(arm).router_kind for arm in ("smoe_dropout", "learned_ramp", "thor")]
+    assert kinds == ["frozen", "learned", "noise"]
+
+
+def test_arms_train_on_the_same_batches_at_their_own_rate(tmp_path, monkeypatch):
+    config, seen = replace(TINY, lr_final=0.25, steps=5), {}
+
+    class Caught(Exception):
+        pass
+
+    def caught(model, loss_fn, steps, *, batches, optimizer, schedule, label, **_):
+        seen[label] = (optimizer.param_groups[0]["lr"], schedule(steps - 1), batches(3))
+        raise Caught
+
+    monkeypatch.setattr(common, "train", caught)
+    for arm, seed in (("dense", 0), ("smoe_dropout", 0), ("smoe_dropout@0.003", 0), ("smoe_dropout", 1)):
+        with pytest.raises(Caught):
+            smoe.train_arm(config, arm, seed, run_in(tmp_path, config))
+    assert [rate for rate, _, _ in seen.values()] == [6e-3, 6e-3, 3e-3, 6e-3]
+    assert all(last == pytest.approx(0.25) for _, last, _ in seen.values())
+    first, *others, other_seed = [drawn for _, _, drawn in seen.values()]
+    assert all(torch.equal(first, drawn) for drawn in others) and not torch.equal(first, other_seed)
+
+
+def test_quality_rises_with_k_after_a_short_training(tmp_path):
+    config = replace(TINY, steps=200, d_ff=64, router_init=0.1, eval_bytes=4096)
+    bits = smoe.train_arm(config, "smoe_dropout", 0, run_in(tmp_path, config))["bits"]
+    assert bits["4"] < bits["2"] < bits["1"] < 8
 
 
 def test_both_scales_use_the_same_objects():
