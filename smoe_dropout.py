@@ -812,13 +812,14 @@ def print_tables(config: Config, run: Run, results: Results, transfer: Results) 
 
 
 def print_grid(config: Config, run: Run, results: Results) -> None:
-    """The learning-rate grid: bits/byte at the last k of training, for every arm that was tried at several."""
+    """The learning-rate grid, on the seeds that ran all of it: bits/byte at the last k of training."""
     rates, rows = [factor * config.lr for factor in GRID], []
     for name in dict.fromkeys(label.partition("@")[0] for label in results if "@" in label):
         tried = [results.get(f"{name}@{lr:g}", results.get(name)) for lr in rates]
+        tried = [found[: min(map(len, tried))] for found in tried]
         rows.append([name, *(f"{np.mean([one['bits'][str(one['k_max'])] for one in found]):.3f}" for found in tried)])
-    header = ["arm", *(f"{lr:g}" for lr in rates)]
-    run.table("the learning-rate grid: bits/byte at the last k of training", header, rows)
+    title = f"the learning-rate grid, {len(tried[0])} seed(s) from {run.seed}: bits/byte at the last k of training"
+    run.table(title, ["arm", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def draw(config: Config, run: Run, results: Results) -> None:

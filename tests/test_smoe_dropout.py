@@ -748,6 +748,19 @@ def test_tune_prints_the_grid_and_claims_nothing(command_line, tmp_path):
     table = results_of(tmp_path / "runs" / "smoe_dropout-small")["results"]["tables"][0]
     assert table["header"] == ["arm", "0.005", "0.01", "0.02"]
     assert [row[0] for row in table["rows"]] == ["dense", "smoe_dropout", "learned_k2", "frozen_half"]
+
+
+def test_the_grid_compares_rates_on_the_same_seeds(tmp_path):
+    """With --ablate only the first seed runs every rate."""
+    run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [7, 8], tmp_path)
+    at = lambda *bits: [{"bits": {"4": b}, "k_max": 4} for b in bits]
+    found = {"dense": at(2.0, 9.0), "learned_k2": at(1.0, 1.0), "dense@0.003": at(3.0), "dense@0.012": at(4.0)}
+    smoe.print_grid(TINY, run, found)
+    assert "1 seed(s) from 7" in run.tables[0]["title"] and run.tables[0]["rows"] == [
+        ["dense", "3.000", "2.000", "4.000"]
+    ]
+    smoe.print_grid(TINY, run, {f"dense@{lr:g}": at(lr, 2 * lr) for lr in (3e-3, 6e-3, 1.2e-2)})
+    assert run.tables[1]["rows"] == [["dense", "0.004", "0.009", "0.018"]]
     assert all(claim["holds"] is None for claim in results_of(tmp_path / "runs" / "smoe_dropout-small")["claims"])
 
 
