@@ -759,8 +759,8 @@ def test_the_grid_compares_rates_on_the_same_seeds(tmp_path):
     assert "1 seed(s) from 7" in run.tables[0]["title"] and run.tables[0]["rows"] == [
         ["dense", "3.000", "2.000", "4.000"]
     ]
-    smoe.print_grid(TINY, run, {f"dense@{lr:g}": at(lr, 2 * lr) for lr in (3e-3, 6e-3, 1.2e-2)})
-    assert run.tables[1]["rows"] == [["dense", "0.004", "0.009", "0.018"]]
+    smoe.print_grid(TINY, run, {f"dense@{lr:g}": at(lr, 3 * lr) for lr in (3e-3, 6e-3, 1.2e-2)})
+    assert run.tables[1]["rows"] == [["dense", "0.006", "0.012", "0.024"]]
     assert all(claim["holds"] is None for claim in results_of(tmp_path / "runs" / "smoe_dropout-small")["claims"])
 
 
