@@ -555,6 +555,7 @@ def measure_model(model: nn.Module, arm: Arm, windows: Tensor, config: Config) -
     blocks = {str(k): evaluate(model, windows, config, k) for k in ks}
     few = windows[:2]
     return {
+        "k_max": arm.k_max,
         "blocks": blocks,
         "bits": {k: float(np.mean(values)) for k, values in blocks.items()},
         "active": {str(k): common.count_parameters(model, k) for k in ks},
@@ -597,8 +598,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     steps_at_k = Counter(int(line["k"]) for line in log_lines)  # read back: what ran, interrupted or not
     flops = schedule_flops(config, settings, windows[:2], steps_at_k)
     set_k(model, settings.k_max)
-    work = {"train_flops": flops, "steps": sum(steps_at_k.values()), "k_max": settings.k_max}
-    return work | measure_model(model, settings, windows, config)
+    return {"train_flops": flops, "steps": sum(steps_at_k.values())} | measure_model(model, settings, windows, config)
 
 
 def slice_dense(config: Config, arm: str, seed: int, run: Run) -> dict:
