@@ -420,7 +420,7 @@ def trained_arms(config: Config, ablate: bool) -> dict[str, Arm]:
         arms |= {"learned_half": Arm("learned", half, half), "learned_full": Arm("learned", full, full)}
         arms["learned_balance"] = replace(arms["learned_k2"], balance=config.balance)
         arms["thor"] = replace(arms["learned_k2"], router="noise")
-        arms["scale_1"] = replace(ramp, scale=1.0)
+        arms |= {"scale_1": replace(ramp, scale=1.0)} if config.scale != 1 else {}
     tried = [name for name in arms if not arms[name].equal_flops] if config.tune else ["dense", "smoe_dropout"] * ablate
     rates = [factor * config.lr for factor in GRID if config.tune or factor != 1]
     grid = {f"{name}@{lr:g}": replace(arms[name], lr=lr) for name in tried for lr in rates}

@@ -420,7 +420,7 @@ def test_bits_of_a_uniform_model_are_eight_and_blocks_weigh_bytes():
     assert blocks == pytest.approx([part.mean().item() for part in whole.tensor_split(16)], rel=1e-6)
 
 
-def test_masked_objective_hides_what_it_asks_for():
+def test_masked_objective_hides_what_it_asks_for(tmp_path):
     batch = windows(200)
     tokens, targets, counted = smoe.pose(batch, "mlm", 3)
     assert torch.equal(targets, batch[:, 1:]) and counted.float().mean() == pytest.approx(0.15, abs=0.02)
@@ -440,6 +440,8 @@ def test_masked_objective_hides_what_it_asks_for():
     )
     logits = model(tokens)
     assert loss.item() == pytest.approx(F.cross_entropy(logits[counted], targets[counted]).item(), rel=1e-5)
+    found = smoe.train_arm(replace(TINY, objective="mlm"), "smoe_dropout", 0, run_in(tmp_path))
+    assert all(0 < bits < 9 for bits in found["bits"].values())
 
 
 def test_thor_trains_on_the_mean_of_two_passes_and_their_divergence():
@@ -480,6 +482,7 @@ def test_arms_are_what_their_names_say():
         ]
     official = smoe.FULL
     assert (official.num_experts, official.d_ff, official.k_min, official.scale) == (16, 8192, 8, 1.0)
+    assert "scale_1" not in smoe.trained_arms(official, True)  # smoe_dropout itself
 
 
 def test_what_an_arm_changes_reaches_its_layers():
