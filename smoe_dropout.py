@@ -597,7 +597,6 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     log_lines = [json.loads(line) for line in run.path(arm, seed, ".jsonl").read_text().splitlines()]
     steps_at_k = Counter(int(line["k"]) for line in log_lines)  # read back: what ran, interrupted or not
     flops = schedule_flops(config, settings, windows[:2], steps_at_k)
-    set_k(model, settings.k_max)
     return {"train_flops": flops, "steps": sum(steps_at_k.values())} | measure_model(model, settings, windows, config)
 
 

@@ -245,6 +245,8 @@ def test_noise_routing_differs_between_calls_even_in_evaluation():
     torch.manual_seed(0)
     assert not torch.equal(module(x), module(x))
     assert layer(k=2).eval()(x).equal(layer(k=2).eval()(x))
+    model = build("thor")
+    assert smoe.evaluate(model, windows(), TINY, 2) == smoe.evaluate(model, windows(), TINY, 2)  # a seed of its own
 
 
 # --- k -------------------------------------------------------------------------------------------------------
@@ -561,12 +563,13 @@ def test_training_follows_the_schedule_and_freezes_the_router(tmp_path, monkeypa
     )
     for name, value in start.state_dict().items():
         assert torch.equal(value, end[name]) is name.endswith("router.weight"), name
-    work = {
-        k: smoe.training_flops(config, smoe.trained_arms(config, False)["smoe_dropout"], windows(2), k)["train"]
-        for k in (2, 3, 4)
-    }
+    arm = smoe.trained_arms(config, False)["smoe_dropout"]
+    work = {k: smoe.training_flops(config, arm, windows(2), k) for k in (1, 2, 3, 4)}
     counted = Counter(int(line["k"]) for line in lines)
-    assert result["train_flops"] == sum(work[k] * n for k, n in counted.items()) * config.batch_size * config.context
+    total = sum(work[k]["train"] * n for k, n in counted.items())
+    assert result["train_flops"] == total * config.batch_size * config.context
+    assert result["ffn_flops"] == {str(k): flops["ffn"] for k, flops in work.items()}
+    assert result["active"] == {str(k): common.count_parameters(build("smoe_dropout"), k) for k in work}
 
 
 def test_tuning_sees_another_half_of_the_held_out_text():
