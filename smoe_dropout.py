@@ -575,6 +575,8 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         planned = Counter(k_at(s, steps, rival.k_min, rival.k_max, rival.schedule) for s in range(steps))
         cost = schedule_flops(config, rival, windows[:2], planned)
         steps = max(1, round(steps * cost / schedule_flops(config, settings, windows[:2], {settings.k_max: steps})))
+    if run.compile:  # a graph for every k; by default torch stops compiling at the ninth
+        torch._dynamo.config.recompile_limit = 4 * config.num_experts
     model = run.prepare(build(config, settings, seed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=settings.lr or config.lr, betas=(0.9, config.beta2))

@@ -572,6 +572,13 @@ def test_training_follows_the_schedule_and_freezes_the_router(tmp_path, monkeypa
     assert result["active"] == {str(k): common.count_parameters(build("smoe_dropout"), k) for k in work}
 
 
+def test_every_k_may_have_a_compiled_graph_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    smoe.train_arm(TINY, "smoe_dropout", 0, run_in(tmp_path, compile=True))
+    assert torch._dynamo.config.recompile_limit == 16
+
+
 def test_tuning_sees_another_half_of_the_held_out_text():
     whole = smoe.text_data.load_domain("python").val
     halves = [smoe.load_corpus(replace(TINY, tune=tune), None, False).val for tune in (True, False)]
