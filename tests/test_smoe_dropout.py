@@ -275,6 +275,7 @@ def test_other_schedules():
             ks = [smoe.k_at(s, total, 3, 8, schedule) for s in range(total + 1)]
             assert set(ks) <= set(range(3, 9)) and (schedule == "random" or ks == sorted(ks))
             assert {smoe.k_at(s, total, 5, 5, schedule) for s in range(total)} == {5}
+            assert schedule == "random" or smoe.k_at(2 * total, total, 3, 8, schedule) == 8  # trained on and on
     drawn = Counter(smoe.k_at(s, 1, 4, 8, "random") for s in range(5000))
     assert set(drawn) == {4, 5, 6, 7, 8} and min(drawn.values()) > 850
 
