@@ -168,7 +168,7 @@ def k_at(step: int, total_steps: int, k_min: int, k_max: int, schedule: str = "l
     elif schedule == "cosine":
         k = k_max - round(grown * cos(pi * step / (2 * total_steps)))
     elif schedule == "exponential":
-        k = k_max - round(grown * 0.99 ** (step // max(1, total_steps // 300)))
+        k = k_max - round(grown * 0.99 ** (300 * step // total_steps))
     elif schedule == "random":
         k = random.Random(step).randint(k_min, k_max)
     else:
