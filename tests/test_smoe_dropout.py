@@ -275,7 +275,7 @@ def test_other_schedules():
             ks = [smoe.k_at(s, total, 3, 8, schedule) for s in range(total + 1)]
             assert set(ks) <= set(range(3, 9)) and (schedule == "random" or ks == sorted(ks))
             assert {smoe.k_at(s, total, 5, 5, schedule) for s in range(total)} == {5}
-            assert schedule == "random" or smoe.k_at(2 * total, total, 3, 8, schedule) == 8  # trained on and on
+            assert schedule == "random" or smoe.k_at(2 * total, total, 3, 8, schedule) == 8  # trained on
     drawn = Counter(smoe.k_at(s, 1, 4, 8, "random") for s in range(5000))
     assert set(drawn) == {4, 5, 6, 7, 8} and min(drawn.values()) > 850
 
@@ -548,14 +548,18 @@ def run_in(folder, config=TINY, **options):
 
 
 def test_training_follows_the_schedule_and_freezes_the_router(tmp_path, monkeypatch):
-    run, config, seen = run_in(tmp_path), replace(TINY, steps=8), []
-    sample = smoe.text_data.sample_windows
+    run, config, seen, used = run_in(tmp_path), replace(TINY, steps=8), [], []
+    sample, loss = smoe.text_data.sample_windows, smoe.training_loss
+    monkeypatch.setattr(
+        smoe, "training_loss", lambda model, *rest: (used.append(model.ffns()[0].k), loss(model, *rest))[1]
+    )
     monkeypatch.setattr(
         smoe.text_data, "sample_windows", lambda data, *rest: (seen.append(data), sample(data, *rest))[1]
     )
     result = smoe.train_arm(config, "smoe_dropout", 0, run)
     lines = [json.loads(line) for line in run.path("smoe_dropout", 0, ".jsonl").read_text().splitlines()]
-    assert [line["k"] for line in lines] == [smoe.k_at(s, 8, 2, 4) for s in range(8)] and result["steps"] == 8
+    assert [line["k"] for line in lines] == [smoe.k_at(s, 8, 2, 4) for s in range(8)] == used[:8]
+    assert result["steps"] == 8
     corpus = smoe.text_data.load_domain("python")
     assert all(torch.equal(data, corpus.train) for data in seen)
     start, end = (
