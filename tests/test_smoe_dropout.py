@@ -358,6 +358,10 @@ def test_balance_loss_worked_example():
     module(torch.randn(9, 6, dtype=F64))
     module.aux_loss.backward()
     assert module.router.weight.grad.abs().sum() > 0 and layer().aux_loss is None
+    arm, model = smoe.trained_arms(TINY, True)["learned_balance"], build("learned_balance", num_layers=2)
+    loss, values = smoe.training_loss(model, arm, TINY, windows(4), 0)
+    assert 0.9 * TINY.balance < values["aux_loss"] < TINY.num_experts * TINY.balance
+    assert loss.item() == pytest.approx((values["lm_loss"] + values["aux_loss"]).item())
 
 
 def test_balance_loss_averages_the_load_over_processes(monkeypatch):
@@ -724,6 +728,8 @@ def test_every_claim_can_hold_and_can_fail(num_seeds, tmp_path):
     assert good["compute"].measured.startswith("20.0 %") and "+10.00" in good["transfer"].measured
     for id, changes in WORSE.items():
         assert judged(changes)[id].holds is False, id
+    uneven = measured([2.6, 2.29, 2.3, 2.2], rank=3.5, cost=0.8)  # worse from half to half + 1
+    assert judged({"smoe_dropout": uneven})["slimmable"].holds is False
     assert judged({"learned_k2": measured([2.5, 2.3, 2.2, 2.4])})["learned_peaks"].holds is False  # best beyond half
     assert judged({"learned_k2": measured([2.5, 2.3, 2.35, 2.4], rank=3.6)})["less_collapse"].holds is False
     swapped = dict(zip(TRANSFER, reversed(TRANSFER.values())))
