@@ -635,8 +635,9 @@ def task_folder(tmp_path):
     for split in ("train", "dev"):
         put(f"sst2/SST-2/{split}.tsv", SST2)
         put(f"csqa/{split}_rand_split.jsonl", CSQA)
-        for folder in ("cv_asdiv-a/fold0", "cv_mawps/fold0", "cv_mawps/fold1", "mawps-asdiv-a_svamp"):
+        for folder in ("cv_asdiv-a/fold0", "cv_mawps/fold0", "mawps-asdiv-a_svamp"):
             put(f"svamp/{folder}/{split}.csv", MATH)
+        put(f"svamp/cv_mawps/fold1/{split}.csv", "".join(MATH.splitlines(True)[:21]))
     return tmp_path / "data"
 
 
@@ -676,6 +677,7 @@ def test_fine_tuning_learns_starts_from_the_arm_and_keeps_k_and_the_frozen_route
     found = [smoe.finetune_arm(config, f"svamp.fold0.smoe_dropout.k{k}", 0, run) for k in (2, 4)]
     assert seen == [2, 4] and [result["examples"] for result in found] == [40, 40]
     assert found[1]["accuracy"] > 0.9
+    assert smoe.finetune_arm(replace(config, task_steps=1), "mawps.fold1.smoe_dropout.k4", 0, run)["examples"] == 20
 
 
 # --- claims --------------------------------------------------------------------------------------------------
