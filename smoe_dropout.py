@@ -885,13 +885,15 @@ def main(config: Config, run: Run) -> dict:
     arms, windows = trained_arms(config, run.ablate), held_out_windows(corpus, config, run)
     sources = [arm for arm in ("dense", "learned_k2", "thor", "smoe_dropout") if arm in arms]
     steps = config.steps * len(arms) + config.task_steps * len(task_arms(config, sources))
-    typical, batch = Arm("frozen", 1, config.num_experts), windows[torch.arange(config.batch_size) % len(windows)]
+    parts = config.batch_size if run.dry_run and run.device == "cpu" else 1  # there a full-scale step takes a minute
+    typical = Arm("frozen", 1, config.num_experts)
+    batch = windows[torch.arange(config.batch_size // parts) % len(windows)]
     model = build(config, typical, run.seed).to(run.device)
     step = lambda: training_loss(model, typical, config, batch, 0)[0].backward()
     if run.dry_run:
         names = {tasks.TASKS[name][1] for name in config.tasks} | ({"enwik8"} if from_enwik8 else set())
         size = sum(file.size or 0 for name in names for file in download.DATASETS[name].files)
-        run.estimate(model, step, len(run.seeds) * steps, size)
+        run.estimate(model, step, len(run.seeds) * steps, size, parts)
         return {}
     rounds = -(-len(run.seeds) * len(arms) // run.workers)  # arms that one worker trains in turn
     seconds = 1.4 * rounds * config.steps * common.measure_step(step, run.device)["seconds"]  # measuring takes the rest

@@ -864,6 +864,13 @@ def test_dry_run_downloads_nothing(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(smoe.download, "fetch", lambda *_: pytest.fail("downloads"))
     done = command_line(smoe, "--full", "--dry-run", *SMOE_DROPOUT)
     assert done.returncode == 0 and "36,445,475" in done.stdout and not list(tmp_path.iterdir())
+    assert "peak memory of 1/4 of a step" in done.stdout
+    work = float(done.stdout.split("training FLOPs")[1].split()[0])
+    sizes = dict(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, context=32, batch_size=4)
+    config = replace(smoe.FULL, **sizes)
+    batch = torch.zeros(4, 33, dtype=torch.long)
+    arm = smoe.Arm("frozen", 1, 4)
+    assert work == pytest.approx(4 * smoe.schedule_flops(config, arm, batch, {4: 6}), rel=0.01)  # four arms
 
 
 def test_diverging_training_is_one_line_and_exit_code_1(command_line):
