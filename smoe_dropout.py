@@ -33,8 +33,8 @@ Found    (seeds 0-2) quality rises with every expert switched on from 4 to 8; a 
          loses 0.013 bits/byte with all experts on. With all experts on SMoE-Dropout is 0.018 ahead of the dense model
          after equal steps, at 80 % of its training FLOPs, and 0.086 at equal FLOPs; its experts are less alike. Being
          slim has a price: at k = 4 a frozen router trained at that k is better (2.43 against 2.55). Two controls temper
-         it: a frozen router at constant k = 8 can be slimmed as well and is as far ahead of dense but for 0.009 (growing
-         k costs less), and a learned router under the same growing k is better at every k.
+         it: a frozen router at constant k = 8 can be slimmed as well and is only 0.009 worse (growing k costs less), and
+         a learned router under the same growing k is better at every k.
 
 Differences from the paper and its code
 1. The backbone is a pre-norm transformer with rotary positions and windows of 512 bytes, not Transformer-XL with
@@ -53,8 +53,8 @@ Differences from the paper and its code
 7. Not known: which layers of BERT are mixtures (here: all), BERT's settings, how math problems are answered. Here a
    head on the last byte picks one of the training set's equations, which is executed.
 
-Break it yourself: --k-min 8 (no growing k: dearer, no better); --k-min 1 (slimmer, at a price); in `SMoEDropout.forward`
-detach router_logits (the gradient through the gate is lost).
+Break it yourself: --k-min 8 (no growing k: dearer, no better); --k-min 1 (slimmer, at a price); in
+`SMoEDropout.forward` detach router_logits (the gradient through the gate is lost).
 """
 
 import json
