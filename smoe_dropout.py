@@ -33,7 +33,7 @@ Found    (seeds 0-2) quality rises with every expert switched on from 4 to 8; a 
          loses 0.013 bits/byte with all experts on. With all experts on SMoE-Dropout is 0.018 ahead of the dense model
          after equal steps, at 80 % of its training FLOPs, and 0.086 at equal FLOPs; its experts are less alike. Being
          slim has a price: at k = 4 a frozen router trained at that k is better (2.43 against 2.55). Two controls temper
-         it: a frozen router at constant k = 8 can be slimmed as well and is only 0.009 worse (growing k costs less), and
+         it: a frozen router at constant k = 8 can be slimmed as well and is 0.009 worse (growing k costs less), and
          a learned router under the same growing k is better at every k.
 
 Differences from the paper and its code
