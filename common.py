@@ -530,6 +530,7 @@ def train(
             if stop:
                 raise Terminated if stop == signal.SIGTERM else KeyboardInterrupt
             bar.update()
+    _barrier()  # every process finds the metrics whole
     return last
 
 
@@ -806,15 +807,20 @@ class Run:
             figure.savefig(file, format="png", dpi=130)
         say(f"\nwrote {self.out / name}.png")
 
-    def estimate(self, model: nn.Module, step: Callable, steps: int, download_bytes: int | None = 0) -> None:
-        """--dry-run: what the whole run would take, from a few real steps on this device."""
+    def estimate(
+        self, model: nn.Module, step: Callable, steps: int, download_bytes: int | None = 0, parts: int = 1
+    ) -> None:
+        """--dry-run: what the whole run would take, from a few real steps on this device, or parts of steps."""
         cost = measure_step(step, self.device)
-        hours = cost["seconds"] * steps / 3600 / self.workers
+        hours = cost["seconds"] * steps * parts / 3600 / self.workers
         rows = [
             ["parameters", f"{count_parameters(model):,}"],
-            ["training FLOPs", f"{cost['flops'] * steps:.2e}"],
+            ["training FLOPs", f"{cost['flops'] * steps * parts:.2e}"],
             ["bytes to download", "not known" if download_bytes is None else f"{download_bytes:,}"],
-            ["peak memory of a step", f"{cost['memory'] / 2**20:,.0f} MiB"],
+            [
+                f"peak memory of {'a step' if parts == 1 else f'1/{parts} of a step'}",
+                f"{cost['memory'] / 2**20:,.0f} MiB",
+            ],
             ["training time", f"{hours:.3f} hours, {self.workers} arms at a time"],
         ]
         self.table(f"dry run: {steps:,} training steps in all arms and seeds", ["", "estimate"], rows)

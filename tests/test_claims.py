@@ -7,7 +7,7 @@ import pytest
 from tiny import NEED_FILES, SCRIPTS
 
 # Required claims that do not hold on seeds 0-2 (results/README.md): such a script is an expected failure here.
-KNOWN = {"smoe_dropout.slimmable", "smoe_dropout.beats_dense", "mcsmoe.routing_groups"}
+KNOWN = {"mcsmoe.routing_groups"}
 ARMS = "ce,kd,bkl,ce+bkl,dual-bkl,dhkd,ce@tuned,kd@tuned,dhkd@tuned"
 # Where one seed decides nothing: 3 seeds, of the arms that the claims need.
 FLAGS = {"dual_head_kd.py": ("--seeds", "3", "--arms", ARMS)}

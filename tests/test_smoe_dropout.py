@@ -245,6 +245,8 @@ def test_noise_routing_differs_between_calls_even_in_evaluation():
     torch.manual_seed(0)
     assert not torch.equal(module(x), module(x))
     assert layer(k=2).eval()(x).equal(layer(k=2).eval()(x))
+    model = build("thor")
+    assert smoe.evaluate(model, windows(), TINY, 2) == smoe.evaluate(model, windows(), TINY, 2)  # a seed of its own
 
 
 # --- k -------------------------------------------------------------------------------------------------------
@@ -273,6 +275,7 @@ def test_other_schedules():
             ks = [smoe.k_at(s, total, 3, 8, schedule) for s in range(total + 1)]
             assert set(ks) <= set(range(3, 9)) and (schedule == "random" or ks == sorted(ks))
             assert {smoe.k_at(s, total, 5, 5, schedule) for s in range(total)} == {5}
+            assert schedule == "random" or smoe.k_at(2 * total, total, 3, 8, schedule) == 8  # trained on
     drawn = Counter(smoe.k_at(s, 1, 4, 8, "random") for s in range(5000))
     assert set(drawn) == {4, 5, 6, 7, 8} and min(drawn.values()) > 850
 
@@ -355,6 +358,25 @@ def test_balance_loss_worked_example():
     module(torch.randn(9, 6, dtype=F64))
     module.aux_loss.backward()
     assert module.router.weight.grad.abs().sum() > 0 and layer().aux_loss is None
+    arm, model = smoe.trained_arms(TINY, True)["learned_balance"], build("learned_balance", num_layers=2)
+    loss, values = smoe.training_loss(model, arm, TINY, windows(4), 0)
+    assert 0.9 * TINY.balance < values["aux_loss"] < TINY.num_experts * TINY.balance
+    assert loss.item() == pytest.approx((values["lm_loss"] + values["aux_loss"]).item())
+
+
+def test_balance_loss_averages_the_load_over_processes(monkeypatch):
+    """Two processes, played in turn: the mean of their losses is the loss of the whole batch."""
+    logits = torch.randn(10, 4, dtype=F64)
+    index = smoe.topk_gate(logits, 2)[0]
+    halves, found = list(zip(logits.split(5), index.split(5))), []
+    whole = smoe.load_balancing_loss(logits, index)
+    monkeypatch.setattr(smoe.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(smoe.dist, "get_world_size", lambda: 2)
+    for mine, (_, other) in (halves, halves[::-1]):
+        share = other.flatten().bincount(minlength=4) / other.numel()
+        monkeypatch.setattr(smoe.dist, "all_reduce", lambda f, share=share: f.add_(share))
+        found.append(smoe.load_balancing_loss(*mine))
+    assert float(sum(found) / 2) == pytest.approx(float(whole), abs=1e-6)
 
 
 def test_symmetric_kl():
@@ -405,7 +427,7 @@ def test_bits_of_a_uniform_model_are_eight_and_blocks_weigh_bytes():
     assert blocks == pytest.approx([part.mean().item() for part in whole.tensor_split(16)], rel=1e-6)
 
 
-def test_masked_objective_hides_what_it_asks_for():
+def test_masked_objective_hides_what_it_asks_for(tmp_path):
     batch = windows(200)
     tokens, targets, counted = smoe.pose(batch, "mlm", 3)
     assert torch.equal(targets, batch[:, 1:]) and counted.float().mean() == pytest.approx(0.15, abs=0.02)
@@ -425,6 +447,8 @@ def test_masked_objective_hides_what_it_asks_for():
     )
     logits = model(tokens)
     assert loss.item() == pytest.approx(F.cross_entropy(logits[counted], targets[counted]).item(), rel=1e-5)
+    found = smoe.train_arm(replace(TINY, objective="mlm"), "smoe_dropout", 0, run_in(tmp_path))
+    assert all(0 < bits < 9 for bits in found["bits"].values())
 
 
 def test_thor_trains_on_the_mean_of_two_passes_and_their_divergence():
@@ -453,19 +477,55 @@ def test_arms_are_what_their_names_say():
     assert other["linear"].schedule == "linear" and "cosine" not in other and other["smoe_dropout"].schedule == "cosine"
     assert arms["dense_dropout"].dropout == 0.1 and smoe.trained_arms(smoe.FULL, True)["dense_dropout"].dropout == 0.0
     assert arms["dense_expert_drop"].expert_drop == 0.5
-    assert {"dense", "smoe_dropout"} <= set(smoe.LR) <= set(arms)
-    assert set(smoe.LR.values()) <= set(smoe.LR_GRID)
-    for name in ("dense", "smoe_dropout"):
-        tried = {arm.lr for label, arm in arms.items() if label.startswith(f"{name}@")}
-        assert tried | {smoe.LR[name]} == set(smoe.LR_GRID)
-    tune = smoe.trained_arms(replace(config, tune=True), False)
-    names = {name for name in arms if "@" not in name and "flops" not in name}
-    assert {(label.split("@")[0], arm.lr) for label, arm in tune.items()} == {
-        (n, lr) for n in names for lr in smoe.LR_GRID
-    }
+    assert arms["scale_1"] == replace(arms["smoe_dropout"], scale=1.0)
+    around = {config.lr / 2, config.lr, 2 * config.lr}
+    tried = {(label.split("@")[0], arm.lr) for label, arm in arms.items() if "@" in label}
+    assert tried == {(name, lr) for name in ("dense", "smoe_dropout") for lr in around - {config.lr}}
+    for ablate in (False, True):
+        names = [name for name in smoe.trained_arms(config, ablate) if "@" not in name and "flops" not in name]
+        tune = smoe.trained_arms(replace(config, tune=True), ablate)
+        assert [(label.split("@")[0], arm.lr) for label, arm in tune.items()] == [
+            (name, lr) for name in names for lr in sorted(around)
+        ]
     official = smoe.FULL
     assert (official.num_experts, official.d_ff, official.k_min, official.scale) == (16, 8192, 8, 1.0)
-    assert not [label for label in smoe.trained_arms(official, True) if "@" in label]
+    assert "scale_1" not in smoe.trained_arms(official, True)  # smoe_dropout itself
+
+
+def test_what_an_arm_changes_reaches_its_layers():
+    of = lambda arm: build(arm, scale=3.0, dropout=0.2).ffns()[0]
+    assert (of("smoe_dropout").scale, of("scale_1").scale) == (3.0, 1.0)
+    assert (of("dense").dropout, of("dense_dropout").dropout, of("smoe_dropout").dropout) == (0.2, 0.0, 0.2)
+    assert of("dense_expert_drop").expert_drop == 0.5 and of("dense").expert_drop == 0
+    assert of("learned_balance").balance == TINY.balance and of("learned_k2").balance == 0
+    kinds = [of(arm).router_kind for arm in ("smoe_dropout", "learned_ramp", "thor")]
+    assert kinds == ["frozen", "learned", "noise"]
+
+
+def test_arms_train_on_the_same_batches_at_their_own_rate(tmp_path, monkeypatch):
+    config, seen = replace(TINY, lr_final=0.25, steps=5), {}
+
+    class Caught(Exception):
+        pass
+
+    def caught(model, loss_fn, steps, *, batches, optimizer, schedule, label, **_):
+        seen[label] = (optimizer.param_groups[0]["lr"], schedule(steps - 1), batches(3))
+        raise Caught
+
+    monkeypatch.setattr(common, "train", caught)
+    for arm, seed in (("dense", 0), ("smoe_dropout", 0), ("smoe_dropout@0.003", 0), ("smoe_dropout", 1)):
+        with pytest.raises(Caught):
+            smoe.train_arm(config, arm, seed, run_in(tmp_path, config))
+    assert [rate for rate, _, _ in seen.values()] == [6e-3, 6e-3, 3e-3, 6e-3]
+    assert all(last == pytest.approx(0.25) for _, last, _ in seen.values())
+    first, *others, other_seed = [drawn for _, _, drawn in seen.values()]
+    assert all(torch.equal(first, drawn) for drawn in others) and not torch.equal(first, other_seed)
+
+
+def test_quality_rises_with_k_after_a_short_training(tmp_path):
+    config = replace(TINY, steps=200, d_ff=64, router_init=0.1, eval_bytes=4096)
+    bits = smoe.train_arm(config, "smoe_dropout", 0, run_in(tmp_path, config))["bits"]
+    assert bits["4"] < bits["2"] < bits["1"] < 8
 
 
 def test_both_scales_use_the_same_objects():
@@ -492,14 +552,18 @@ def run_in(folder, config=TINY, **options):
 
 
 def test_training_follows_the_schedule_and_freezes_the_router(tmp_path, monkeypatch):
-    run, config, seen = run_in(tmp_path), replace(TINY, steps=8), []
-    sample = smoe.text_data.sample_windows
+    run, config, seen, used = run_in(tmp_path), replace(TINY, steps=8), [], []
+    sample, loss = smoe.text_data.sample_windows, smoe.training_loss
+    monkeypatch.setattr(
+        smoe, "training_loss", lambda model, *rest: (used.append(model.ffns()[0].k), loss(model, *rest))[1]
+    )
     monkeypatch.setattr(
         smoe.text_data, "sample_windows", lambda data, *rest: (seen.append(data), sample(data, *rest))[1]
     )
     result = smoe.train_arm(config, "smoe_dropout", 0, run)
     lines = [json.loads(line) for line in run.path("smoe_dropout", 0, ".jsonl").read_text().splitlines()]
-    assert [line["k"] for line in lines] == [smoe.k_at(s, 8, 2, 4) for s in range(8)] and result["steps"] == 8
+    assert [line["k"] for line in lines] == [smoe.k_at(s, 8, 2, 4) for s in range(8)] == used[:8]
+    assert result["steps"] == 8
     corpus = smoe.text_data.load_domain("python")
     assert all(torch.equal(data, corpus.train) for data in seen)
     start, end = (
@@ -508,12 +572,20 @@ def test_training_follows_the_schedule_and_freezes_the_router(tmp_path, monkeypa
     )
     for name, value in start.state_dict().items():
         assert torch.equal(value, end[name]) is name.endswith("router.weight"), name
-    work = {
-        k: smoe.training_flops(config, smoe.trained_arms(config, False)["smoe_dropout"], windows(2), k)["train"]
-        for k in (2, 3, 4)
-    }
+    arm = smoe.trained_arms(config, False)["smoe_dropout"]
+    work = {k: smoe.training_flops(config, arm, windows(2), k) for k in (1, 2, 3, 4)}
     counted = Counter(int(line["k"]) for line in lines)
-    assert result["train_flops"] == sum(work[k] * n for k, n in counted.items()) * config.batch_size * config.context
+    total = sum(work[k]["train"] * n for k, n in counted.items())
+    assert result["train_flops"] == total * config.batch_size * config.context
+    assert result["ffn_flops"] == {str(k): flops["ffn"] for k, flops in work.items()}
+    assert result["active"] == {str(k): common.count_parameters(build("smoe_dropout"), k) for k in work}
+
+
+def test_every_k_may_have_a_compiled_graph_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    smoe.train_arm(TINY, "smoe_dropout", 0, run_in(tmp_path, compile=True))
+    assert torch._dynamo.config.recompile_limit == 16
 
 
 def test_tuning_sees_another_half_of_the_held_out_text():
@@ -563,8 +635,9 @@ def task_folder(tmp_path):
     for split in ("train", "dev"):
         put(f"sst2/SST-2/{split}.tsv", SST2)
         put(f"csqa/{split}_rand_split.jsonl", CSQA)
-        for folder in ("cv_asdiv-a/fold0", "cv_mawps/fold0", "cv_mawps/fold1", "mawps-asdiv-a_svamp"):
+        for folder in ("cv_asdiv-a/fold0", "cv_mawps/fold0", "mawps-asdiv-a_svamp"):
             put(f"svamp/{folder}/{split}.csv", MATH)
+        put(f"svamp/cv_mawps/fold1/{split}.csv", "".join(MATH.splitlines(True)[:21]))
     return tmp_path / "data"
 
 
@@ -604,6 +677,7 @@ def test_fine_tuning_learns_starts_from_the_arm_and_keeps_k_and_the_frozen_route
     found = [smoe.finetune_arm(config, f"svamp.fold0.smoe_dropout.k{k}", 0, run) for k in (2, 4)]
     assert seen == [2, 4] and [result["examples"] for result in found] == [40, 40]
     assert found[1]["accuracy"] > 0.9
+    assert smoe.finetune_arm(replace(config, task_steps=1), "mawps.fold1.smoe_dropout.k4", 0, run)["examples"] == 20
 
 
 # --- claims --------------------------------------------------------------------------------------------------
@@ -656,6 +730,8 @@ def test_every_claim_can_hold_and_can_fail(num_seeds, tmp_path):
     assert good["compute"].measured.startswith("20.0 %") and "+10.00" in good["transfer"].measured
     for id, changes in WORSE.items():
         assert judged(changes)[id].holds is False, id
+    uneven = measured([2.6, 2.29, 2.3, 2.2], rank=3.5, cost=0.8)  # worse from half to half + 1
+    assert judged({"smoe_dropout": uneven})["slimmable"].holds is False
     assert judged({"learned_k2": measured([2.5, 2.3, 2.2, 2.4])})["learned_peaks"].holds is False  # best beyond half
     assert judged({"learned_k2": measured([2.5, 2.3, 2.35, 2.4], rank=3.6)})["less_collapse"].holds is False
     swapped = dict(zip(TRANSFER, reversed(TRANSFER.values())))
@@ -692,12 +768,26 @@ def test_script_end_to_end_with_every_arm_and_a_task(command_line, tmp_path, tas
         assert any(title in table["title"] for table in report["results"]["tables"]), title
 
 
-def test_tune_prints_the_grid_and_claims_nothing(command_line, tmp_path, monkeypatch):
-    monkeypatch.setattr(smoe, "LR_GRID", (6e-3,))
-    done = command_line(smoe, *SMOE_DROPOUT, "--tune", "--workers", 1, "--steps", 1)
+def test_tune_prints_the_grid_and_claims_nothing(command_line, tmp_path):
+    done = command_line(smoe, *SMOE_DROPOUT, "--tune", "--workers", 1, "--steps", 1, "--lr", 0.01)
     assert done.returncode == 0, done.stderr
-    assert "learning-rate grid" in done.stdout and "thor" in done.stdout
+    table = results_of(tmp_path / "runs" / "smoe_dropout-small")["results"]["tables"][0]
+    assert table["header"] == ["arm", "0.005", "0.01", "0.02"]
+    assert [row[0] for row in table["rows"]] == ["dense", "smoe_dropout", "learned_k2", "frozen_half"]
     assert all(claim["holds"] is None for claim in results_of(tmp_path / "runs" / "smoe_dropout-small")["claims"])
+
+
+def test_the_grid_compares_rates_on_the_same_seeds(tmp_path):
+    """With --ablate only the first seed runs every rate."""
+    run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [7, 8], tmp_path)
+    at = lambda *bits: [{"bits": {"4": b}, "k_max": 4} for b in bits]
+    found = {"dense": at(2.0, 9.0), "learned_k2": at(1.0, 1.0), "dense@0.003": at(3.0), "dense@0.012": at(4.0)}
+    smoe.print_grid(TINY, run, found)
+    assert "1 seed(s) from 7" in run.tables[0]["title"] and run.tables[0]["rows"] == [
+        ["dense", "3.000", "2.000", "4.000"]
+    ]
+    smoe.print_grid(TINY, run, {f"dense@{lr:g}": at(lr, 3 * lr) for lr in (3e-3, 6e-3, 1.2e-2)})
+    assert run.tables[1]["rows"] == [["dense", "0.006", "0.012", "0.024"]]
 
 
 def test_full_scale_runs_and_resumes_bit_for_bit(command_line, tmp_path):
@@ -754,7 +844,7 @@ def test_enwik8_is_split_as_published(tmp_path, monkeypatch):
         (["--tasks", "glue"], "task is 'glue'"),
         (["--tasks", "svamp", "--folds", "6"], "folds is 6"),
         (["--tasks", "sst2", "--data-dir", "DATA"], "line 2: label '7'"),
-        (["--tune", "--lr", "1e-3"], "drop --lr"),
+        (["--tune", "--tasks", "sst2"], "drop --tasks"),
         (["--text", "no/such/file"], "no such file"),
         (["--text", "SHORT"], "too short"),
         (["--backend", "cuda"], "backend"),
@@ -774,6 +864,13 @@ def test_dry_run_downloads_nothing(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(smoe.download, "fetch", lambda *_: pytest.fail("downloads"))
     done = command_line(smoe, "--full", "--dry-run", *SMOE_DROPOUT)
     assert done.returncode == 0 and "36,445,475" in done.stdout and not list(tmp_path.iterdir())
+    assert "peak memory of 1/4 of a step" in done.stdout
+    work = float(done.stdout.split("training FLOPs")[1].split()[0])
+    sizes = dict(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, context=32, batch_size=4)
+    config = replace(smoe.FULL, **sizes)
+    batch = torch.zeros(4, 33, dtype=torch.long)
+    arm = smoe.Arm("frozen", 1, 4)
+    assert work == pytest.approx(4 * smoe.schedule_flops(config, arm, batch, {4: 6}), rel=0.01)  # four arms
 
 
 def test_diverging_training_is_one_line_and_exit_code_1(command_line):
