@@ -105,7 +105,8 @@ class Config:
     pretrain_lr: float = 3e-3  # peak, linear to 0
     balance: float = 0.003  # weight of the balance loss while pre-training
     target: str = "headers"  # domain to fine-tune on: python, docs or headers; chosen on seeds 100-102
-    task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande or wikiqa
+    arms: tuple[str, ...] = ()  # only these, comma-separated, and what they start from; no claims then
+    task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande, wikiqa, squad or hotpotqa
     model: str = ""  # full scale: folder of a Switch checkpoint, or its name on the Hugging Face hub
 
 
@@ -122,6 +123,8 @@ TASK_SETTINGS = {  # batch size, learning rate (README of the released code); ep
     "copa": (8, 3e-5, 20),
     "winogrande": (32, 1e-5, 10),
     "wikiqa": (32, 5e-5, 3),
+    "squad": (16, 5e-5, 3),
+    "hotpotqa": (32, 1e-4, 3),
 }
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -534,6 +537,21 @@ def stable_rank(w: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def surviving_experts(usage: Tensor, alive: Tensor, num_kept: int, last: bool, threshold: float = 0.1) -> Tensor:
+    """[num_experts] bool: one cut of task-specific pruning (Chen et al. 2022), made several times while fine-tuning.
+
+    usage [num_experts], smoothed over steps; alive [num_experts] bool. Of those alive, the ones stay whose share is at
+    least threshold / number alive; at the last cut, and where too few would be left, the num_kept most used.
+    """
+    share = torch.where(alive, usage, 0.0)
+    keep = alive & (share / share.sum() >= threshold / alive.sum())
+    if last or keep.sum() < num_kept:
+        order = torch.where(alive, usage, -1.0).sort(descending=True, stable=True).indices
+        keep = torch.zeros_like(alive)
+        keep[order[:num_kept]] = True
+    return keep
+
+
 def random_groups(num_experts: int, num_groups: int, generator: torch.Generator) -> Tensor:
     """groups [num_experts]: none empty, otherwise at random. What the paper's merging baselines start from."""
     groups = torch.randint(num_groups, (num_experts,), generator=generator)
@@ -650,7 +668,10 @@ RECIPES_ABLATE = {
     "by_output": Recipe(similarity="output"),
 }
 RECOVERED = ("msmoe", "averaging", "pruning", "msmoe_all")  # after distillation in a default run; --ablate: all
+USAGE_DECAY, CUTS = 0.6, 5  # of task-specific pruning: smoothing of use, cuts in the first half; the released code's
 LR_GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning, recovery and compression, the same for every arm; see --tune
+SOURCES = {"pretrained": "", "full": "pretrained", "mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}
+SOURCES |= dict.fromkeys(("c_equal_rank", "c_equal_size", "c_equal_size_low"), "full+steps")
 NUM_BLOCKS = 16  # of the validation data: what a run of one seed takes its standard error over
 
 
@@ -662,7 +683,8 @@ class Task(NamedTuple):
     validation: list
     outputs: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # logits [batch, time, classes], labels; -100: no label
     token_mask: Callable[[Any, str], Tensor | None]  # of a layer, by name: False is padding
-    scored: slice = slice(None)  # positions that count in the accuracy
+    answers: Callable[[nn.Module, Any, Tensor], list]  # model, batch, logits: one answer for every sequence
+    scores: Callable[[list, slice], dict[str, float]]  # answers to these validation sequences: {metric: share}
 
 
 class Seen(NamedTuple):
@@ -812,8 +834,7 @@ def merge_model(
                 **(stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}),
             }
         )
-        parent, _, child = name.rpartition(".")
-        setattr(merged.get_submodule(parent), child, new)
+        merged.set_submodule(name, new)
     return merged, report
 
 
@@ -876,49 +897,57 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
         validation=validation.to(run.device).split(64),
         outputs=outputs,
         token_mask=lambda windows, layer: None,
+        answers=lambda model, windows, logits: (logits.argmax(-1) == windows[:, 1:]).double().mean(dim=1).tolist(),
+        scores=lambda hits, where: {"accuracy": float(torch.tensor(hits, dtype=torch.float64).mean())},
     )
 
 
 def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    """A task of data/tasks.py as text to text: the answer is one word, the decoder's first token, then the end."""
+    """A task of data/tasks.py as text to text: the answer is one word, or is generated token by token, greedily."""
     tokenizer = pretrained.load_tokenizer(pretrained.locate(config.model, run.data_dir))
     data, stream = tasks.PromptBatches(config.task, run.data_dir, tokenizer, config.context), 10 * seed + stage
     on_device = lambda batch: {name: tensor.to(run.device) for name, tensor in batch.items()}
 
     def outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0)  # T5 starts its answers with token 0
+        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0).clamp(min=0)  # T5 starts its answers with token 0
         return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
+
+    def answers(model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> list:
+        one_word = bool(data.words)  # the first token then, which depends on no label
+        ids = logits[:, :1].argmax(-1) if one_word else pretrained.generate(model, batch, data.MAX_ANSWER + 1)
+        return data.read_answers(ids)
+
+    def token_mask(batch: dict[str, Tensor], layer: str) -> Tensor:
+        return batch["attention_mask"].bool() if layer.startswith("encoder") else batch["labels"] >= 0
 
     return Task(
         train_batch=lambda step: on_device(data.train_batch(step, config.batch_size, stream)),
         calibration=[on_device(batch) for batch in data.sample(config.calibration, 32, stream)],
         validation=[on_device(batch) for batch in data.dev_batches(config.eval_sequences, 64)],
         outputs=outputs,
-        token_mask=lambda batch, layer: batch["attention_mask"].bool() if layer.startswith("encoder") else None,
-        scored=slice(0, 1),
+        token_mask=token_mask,
+        answers=answers,
+        scores=lambda found, where: tasks.scores(config.task, data.dev[where], found),
     )
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, run: Run) -> dict:
-    """Loss and accuracy, each also by block of the validation data."""
-    model.eval()
-    losses, hits = [], []
+    """Loss and the task's metrics, each also by block of the validation data."""
+    losses, answers = [], []
     with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
         for batch in task.validation:
-            logits, labels = task.outputs(model, batch)
+            logits, labels = task.outputs(model.eval(), batch)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-            losses.append(loss.view(labels.shape).mean(dim=1))  # [batch]
-            hits.append((logits.argmax(dim=-1) == labels)[:, task.scored].double().mean(dim=1))
-    loss, accuracy = torch.cat(losses).double(), torch.cat(hits)
-    blocks = lambda values: [float(part.mean()) for part in values.tensor_split(min(NUM_BLOCKS, len(values)))]
-    return {
-        "loss": float(loss.mean()),
-        "accuracy": float(accuracy.mean()),
-        "loss_blocks": blocks(loss),
-        "accuracy_blocks": blocks(accuracy),
-    }
+            losses.append(loss.view(labels.shape).sum(dim=1) / (labels >= 0).sum(dim=1))  # [batch]
+            answers += task.answers(model, batch, logits)
+    loss, blocks = torch.cat(losses).double(), min(NUM_BLOCKS, len(answers))
+    result = {"loss": float(loss.mean()), **task.scores(answers, slice(len(answers)))}
+    result["loss_blocks"] = [float(part.mean()) for part in loss.tensor_split(blocks)]
+    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in torch.arange(len(answers)).tensor_split(blocks)]
+    by_block = [task.scores(answers[part], part) for part in parts]
+    return result | {f"{name}_blocks": [scores[name] for scores in by_block] for name in by_block[0]}
 
 
 @torch.no_grad()
@@ -948,7 +977,7 @@ def tune(
             return loss, {}
         with torch.no_grad():
             wanted = task.outputs(teacher, batch)[0]
-        distilled = distillation_loss(logits.flatten(0, 1), wanted.flatten(0, 1), config.temperature)
+        distilled = distillation_loss(logits[labels >= 0], wanted[labels >= 0], config.temperature)
         return loss + config.alpha * distilled, {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
 
     optimizer = adamw(model, lr)
@@ -1076,13 +1105,38 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """A merged model after distillation ("msmoe+kd"), without it ("msmoe+steps"), or the full one trained on."""
-    source, _, how = arm.partition("+")
-    how, _, lr = how.partition("@")
-    model, task = load_model(config, run, source, seed), make_task(config, run, seed, 3)
-    teacher = load_model(config, run, "full", seed).eval() if how == "kd" else None
+    name, _, lr = arm.partition("@")
+    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 3)
+    teacher = load_model(config, run, "full", seed).eval() if name.endswith("+kd") else None
     lr, options = float(lr or config.recover_lr), run.train_options(arm, seed)
-    tune(model, task, config, config.recover_steps, lr, options, teacher)
+    prunes = name == "task_specific+kd"  # in the same steps
+    on_step = prune_by_usage(model, task, config) if prunes else None
+    tune(model, task, config, config.recover_steps, lr, options, teacher, on_step)
+    for name in list(moe_layers(model)) if prunes else ():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, prune_layer(layer, layer.alive))
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
+
+
+def prune_by_usage(model: nn.Module, task: Task, config: Config) -> Callable[[int], None]:
+    """Task-specific pruning, to be called after every step: CUTS cuts in the first half of the steps."""
+    layers, half = dict(list(moe_layers(model).items())[config.skip :]), max(1, config.recover_steps // 2)
+    cuts, inputs = {max(1, half * cut // CUTS) for cut in range(1, CUTS + 1)}, {}
+    for name, layer in layers.items():
+        layer.register_buffer("usage", torch.zeros(layer.alive.shape, dtype=torch.float64, device=layer.alive.device))
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+
+    @torch.no_grad()
+    def on_step(step: int) -> None:
+        for name, layer in layers.items():
+            mask = task.token_mask(task.train_batch(step), name)
+            x = inputs[name].flatten(0, -2) if mask is None else inputs[name][mask]
+            logits = layer.router(x.to(layer.router.weight.dtype)).masked_fill(~layer.alive, -1e6)
+            layer.usage.lerp_(usage_frequency(logits, layer.top_k), 1 - USAGE_DECAY)
+            if step + 1 in cuts:
+                layer.alive.copy_(surviving_experts(layer.usage, layer.alive, config.kept, step + 1 == half))
+
+    return on_step
 
 
 def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
@@ -1098,8 +1152,7 @@ def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
 def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Decompose, train and prune, compact, export: MC-SMoE the recovered merge, C-SMoE the unmerged model."""
     name, _, lr = arm.partition("@")
-    source = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}.get(name, "full+steps")  # all had equally many steps
-    model, task = load_model(config, run, source, seed), make_task(config, run, seed, 4)
+    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 4)
     teacher = load_model(config, run, "full", seed).eval()
     layers = list(moe_layers(model).values())[0 if name == "mc_all" else config.skip :]
     rank, density, steps = config.rank, config.density, config.compress_steps
@@ -1180,6 +1233,11 @@ def per_seed(results: Results, arm: str, key: str) -> np.ndarray:
     return np.array(results[arm][0][f"{key}_blocks"]) if len(results[arm]) == 1 else values(results, arm, key)
 
 
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """What is reported beside the loss, shares; the first one is what claims are about."""
+    return tasks.PROMPTS[config.task].metrics if config.task else ("accuracy",)
+
+
 def rank_changes(results: Results, matrix: str) -> np.ndarray:
     """[seeds]: mean relative change of the stable rank, merged against kept expert, over layers with a merged group."""
     key, changes = f"stable_rank_{matrix}", []
@@ -1190,8 +1248,9 @@ def rank_changes(results: Results, matrix: str) -> np.ndarray:
 
 
 def judge(config: Config, run: Run, results: Results) -> None:
-    """From measurements to claim rows. Margins are nats of loss; at full scale points of accuracy, as in the paper."""
-    key, scale, unit = ("accuracy", -100, "points") if config.task else ("loss", 1, "nats")
+    """From measurements to claim rows. Margins are nats of loss; at full scale points of the task's first metric."""
+    quality = metrics_of(config)[0]
+    key, scale, unit = (quality, -100, "points") if config.task else ("loss", 1, "nats")
     ahead = lambda worse, better="msmoe": scale * (per_seed(results, worse, key) - per_seed(results, better, key))
     shown = lambda margin: common.show(margin if len(run.seeds) > 1 else [margin.mean()])
 
@@ -1210,8 +1269,8 @@ def judge(config: Config, run: Run, results: Results) -> None:
             text += f" (after recovery {', '.join(shown(margin) for margin in later.values())})"
         report(id, text, **{arm: ahead(arm) for arm in arms})
 
-    drop = 100 * (per_seed(results, "full", "accuracy") - per_seed(results, "msmoe+kd", "accuracy"))
-    more = 100 * (values(results, "full+steps", "accuracy") - values(results, "full", "accuracy"))
+    drop = 100 * (per_seed(results, "full", quality) - per_seed(results, "msmoe+kd", quality))
+    more = 100 * (values(results, "full+steps", quality) - values(results, "full", quality))
     text = f"{shown(drop)} points below the full model, which gains {common.show(more)} from as many more steps"
     margin = (WORST_DROP - drop).tolist()
     run.claim("mcsmoe.recovers", text, {"drop": drop.tolist(), "margin": margin, "more": more.tolist()}, margin)
@@ -1247,26 +1306,19 @@ def judge(config: Config, run: Run, results: Results) -> None:
 
 
 def print_tables(config: Config, run: Run, results: Results) -> None:
+    columns = [("loss", 1.0), *((name, 100.0) for name in metrics_of(config))]
     show = lambda arm, key, scale=1.0: common.show(scale * values(results, arm, key)) if arm in results else ""
     rows = []
-    for arm in (arm for arm in results if "@" not in arm and not arm.endswith("+kd")):
-        quality = [show(a, *key) for a in (arm, f"{arm}+kd") for key in (("loss",), ("accuracy", 100.0))]
-        one = results[arm][0]
-        disk = f"{values(results, arm, 'bytes').mean() / 1e6:.3f}"
-        rows.append(
-            [arm, *quality, f"{one['parameters']:,}", disk, f"{values(results, arm, 'flops').mean() / 1e6:.2f}"]
-        )
-    header = [
-        "arm",
-        "nats",
-        "accuracy %",
-        "recovered: nats",
-        "accuracy %",
-        "parameters",
-        "MB on disk",
-        "MFLOP/sequence",
-    ]
+    for arm in dict.fromkeys(arm.removesuffix("+kd") for arm in results):
+        stored = arm if arm in results else f"{arm}+kd"
+        size = [f"{results[stored][0]['parameters']:,}", f"{values(results, stored, 'bytes').mean() / 1e6:.3f}"]
+        quality = [show(name, *column) for name in (arm, f"{arm}+kd") for column in columns]
+        rows.append([arm, *quality, *size, f"{values(results, stored, 'flops').mean() / 1e6:.2f}"])
+    names = ["nats", *(f"{name.replace('_', ' ')} %" for name in metrics_of(config))]
+    header = ["arm", *names, f"recovered: {names[0]}", *names[1:], "parameters", "MB on disk", "MFLOP/sequence"]
     run.table(f"validation, {len(run.seeds)} seed(s); recovered: after distillation from the full model", header, rows)
+    if "msmoe" not in results:
+        return
 
     rows = []
     for layer in results["msmoe"][0]["layers"]:
@@ -1345,6 +1397,8 @@ def check(config: Config, device: str) -> Config:
     if config.task:
         if config.task not in TASK_SETTINGS:
             raise ValueError(f"task is {config.task!r}; allowed: {', '.join(TASK_SETTINGS)}")
+        if not config.model:
+            raise ValueError(f"task is {config.task!r}, which needs a checkpoint: add --full")
         batch_size, lr, _ = TASK_SETTINGS[config.task]
         rates = {name: getattr(config, name) or lr for name in ("lr", "recover_lr", "compress_lr")}
         config = replace(config, batch_size=config.batch_size or batch_size, **rates)
@@ -1381,6 +1435,14 @@ def check_shape(config: Config, layers: dict[str, SparseMoE]) -> Config:
     return config
 
 
+def source_of(arm: str) -> str:
+    """What an arm starts from, "" for the first; C-SMoE has had as many steps as the merge that MC-SMoE starts from."""
+    name, _, how = arm.partition("@")[0].partition("+")
+    if name in SOURCES and not how:
+        return SOURCES[name]
+    return name if how and name != "task_specific" else "full"
+
+
 def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], list[str]]:
     """Names of the arms: fine-tuned, merged, recovered, compressed. "arm@lr" has a learning rate of its own."""
     if config.tune:
@@ -1388,12 +1450,19 @@ def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], 
         recovered = grid(config.recover_lr, "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")
         compressed = grid(config.compress_lr, "mc", "c_equal_size")
         return grid(config.lr, "full"), ["msmoe", "averaging", "pruning"], recovered, compressed
-    merged = [*RECIPES, *(RECIPES_ABLATE if run.ablate else ())]
-    recovered = [f"{arm}+kd" for arm in (merged if run.ablate else RECOVERED)] + ["full+steps"]
+    every = run.ablate or config.arms
+    merged = [*RECIPES, *(RECIPES_ABLATE if every else ())]
+    recovered = [f"{arm}+kd" for arm in (merged if every else RECOVERED)] + ["full+steps"]
     compressed = ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
-    if run.ablate:
-        recovered, compressed = [*recovered, "msmoe+steps"], [*compressed, "c_equal_rank"]
-    return ["full"], merged, recovered, compressed
+    if every:
+        recovered, compressed = [*recovered, "msmoe+steps", "task_specific+kd"], [*compressed, "c_equal_rank"]
+    stages, wanted = (["full"], merged, recovered, compressed), set(config.arms)
+    if odd := wanted - {arm for stage in stages for arm in stage}:
+        allowed = ", ".join(arm for stage in stages for arm in stage)
+        raise ValueError(f"arms: there is no {', '.join(sorted(odd))}; allowed: {allowed}")
+    for stage in reversed(stages):
+        wanted |= {source_of(arm) for arm in stage if arm in wanted}
+    return tuple([arm for arm in stage if arm in wanted or not config.arms] for stage in stages)
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
@@ -1460,8 +1529,9 @@ def main(config: Config, run: Run) -> dict:
         print_grid(config, run, results)
         return {"arms": results}
     print_tables(config, run, results)
-    judge(config, run, results)
-    draw(config, run, results)
+    if not config.arms:
+        judge(config, run, results)
+        draw(config, run, results)
     return {"arms": results}
 
 

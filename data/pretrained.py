@@ -4,6 +4,7 @@
     empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
     load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
     random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
+    generate(model, batch, max_tokens)  what a Switch model answers, greedily
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
@@ -132,6 +133,13 @@ def _replace_mixtures(model: nn.Module, make_layer: MakeLayer) -> nn.Module:
         weights = (mixture.router.classifier.weight, stack("wi"), stack("wo"))
         feed_forward.mlp = make_layer(*weights, config.dense_act_fn, config.expert_capacity)
     return model.eval()
+
+
+def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Tensor:
+    """[batch, time]: the tokens that an encoder-decoder answers with, each time the most likely one, without the first,
+    which is given; ended rows are padded. batch: {"input_ids", "attention_mask": [batch, tokens]}."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_tokens)[:, 1:]
 
 
 def load_tokenizer(folder: str | Path):

@@ -469,6 +469,40 @@ def test_random_groups_are_never_empty_and_random_members_keep_the_dominant():
     assert all(m[dominant].tolist() == [0, 1, 2] for m in members) and len({int(m[0]) for m in members}) == 3
 
 
+def test_a_cut_of_task_specific_pruning():
+    usage, alive = torch.tensor([0.5, 0.02, 0.3, 0.1, 0.02, 0.06]), torch.ones(6, dtype=torch.bool)
+    cut = lambda usage, alive, kept, last=False: (
+        mcsmoe.surviving_experts(usage, alive, kept, last).nonzero()[:, 0].tolist()
+    )
+    assert cut(usage, alive, 2) == [0, 1, 2, 3, 4, 5]  # 0.1 / 6 = 0.0167 lies below all shares
+    assert cut(usage, alive, 2, last=True) == [0, 2]
+    fewer = torch.tensor([True, False, True, True, True, False])
+    assert cut(usage, fewer, 2) == [0, 2, 3]  # the shares of those alive: .54, .33, .11 and .0217 < 0.1 / 4 = .025
+    assert cut(usage, fewer, 4) == [0, 2, 3, 4]  # never fewer than are to be kept
+    assert cut(torch.tensor([0.9, 0.0, 0.0, 0.0, 0.1, 0.0]), fewer, 3) == [0, 2, 4]  # of the unused, those alive
+
+
+def test_task_specific_pruning_cuts_in_the_first_half_of_its_steps(tmp_path):
+    config = replace(TINY, recover_steps=20)
+    task, model = mcsmoe.make_task(config, a_run(tmp_path), 0, 3), tiny_model()
+    on_step = mcsmoe.prune_by_usage(model, task, config)
+    layers, usage, alive = list(mcsmoe.moe_layers(model).values()), torch.zeros(4, dtype=F64), []
+    for step in range(12):
+        before = layers[1].alive.clone()
+        x = []
+        hook = layers[1].register_forward_pre_hook(lambda _, args, x=x: x.append(args[0]))
+        task.outputs(model, task.train_batch(step))
+        hook.remove()
+        logits = layers[1].router(x[0].flatten(0, 1)).masked_fill(~before, -math.inf)
+        usage = 0.6 * usage + 0.4 * torch.bincount(logits.argmax(-1), minlength=4) / len(logits)
+        on_step(step)
+        torch.testing.assert_close(layers[1].usage, usage)
+        expected = mcsmoe.surviving_experts(usage, before, 2, step == 9) if step in (1, 3, 5, 7, 9) else before
+        assert torch.equal(layers[1].alive, expected)
+        alive.append(int(layers[1].alive.sum()))
+    assert layers[0].alive.all() and alive[0] == 4 and alive[9:] == [2, 2, 2]
+
+
 def test_activation_gain_is_the_correlation():
     one, other, x = an_expert(d_ff=3), an_expert(d_ff=3, seed=1), random(200, 5)
     hidden = torch.cat([one.hidden(x), other.hidden(x)], dim=1)
@@ -645,11 +679,13 @@ def test_routers_stay_frozen_and_the_teacher_untouched(tmp_path):
     mcsmoe.merge_arm(TINY, "msmoe", 0, run)
     mcsmoe.recover_arm(TINY, "msmoe+kd", 0, run)
     mcsmoe.recover_arm(TINY, "full+steps", 0, run)
+    pruned = mcsmoe.recover_arm(TINY, "task_specific+kd", 0, run)
+    assert pruned["parameters"] == mcsmoe.recover_arm(TINY, "msmoe+kd", 0, run)["parameters"]
     teacher_file = run.path("full", 0, ".npz").read_bytes()
     mc = mcsmoe.compress_arm(TINY, "mc", 0, run)
     routers = [
         [layer.router.weight for layer in mcsmoe.moe_layers(mcsmoe.load_model(TINY, run, arm, 0)).values()]
-        for arm in ("pretrained", "full", "msmoe", "msmoe+kd", "mc")
+        for arm in ("pretrained", "full", "msmoe", "msmoe+kd", "task_specific+kd", "mc")
     ]
     assert all(torch.equal(a, b) for other in routers[1:] for a, b in zip(routers[0], other))
     assert run.path("full", 0, ".npz").read_bytes() == teacher_file
@@ -751,7 +787,7 @@ def test_script_end_to_end_with_every_arm_and_resume(command_line, tmp_path):
     assert all(claim["holds"] in (True, False) for claim in report["claims"])
     arms = report["results"]["arms"]
     assert {*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE, "mc", "mc_all", "c_equal_size", "c_equal_rank"} <= set(arms)
-    assert {f"{arm}+kd" for arm in [*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE]} <= set(arms)
+    assert {f"{arm}+kd" for arm in [*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE, "task_specific"]} <= set(arms)
     assert arms["averaging"][0]["loss"] == pytest.approx(np.mean(arms["averaging"][0]["loss_by_draw"]))
     assert arms["msmoe"][0]["flops"] == arms["full"][0]["flops"] > arms["mc"][0]["flops"]
     assert "2<-" in done.stdout or "<-" in done.stdout
@@ -761,23 +797,25 @@ def test_script_end_to_end_with_every_arm_and_resume(command_line, tmp_path):
     assert again.returncode == 0 and results_of(tmp_path / "out")["results"]["arms"]["mc"] == arms["mc"]
 
 
-def test_an_interrupted_compression_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
-    """Importance scores and pruned neurons travel in the checkpoint."""
-    run = a_run(tmp_path)
-    mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
-    mcsmoe.finetune_arm(TINY, "full", 0, run)
-    mcsmoe.recover_arm(TINY, "full+steps", 0, run)
-    whole = mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run)
-    run.path("c_equal_rank", 0, ".ckpt").unlink(missing_ok=True)
-    run.path("c_equal_rank", 0, ".npz").unlink()
+@pytest.mark.parametrize("arm", ["c_equal_rank", "task_specific+kd"])
+def test_an_interrupted_pruning_goes_on_to_the_same_numbers(arm, tmp_path, monkeypatch):
+    """Importance, use, and what was pruned travel in the checkpoint."""
+    run, config = a_run(tmp_path), replace(TINY, recover_steps=8)
+    train_arm = mcsmoe.compress_arm if arm == "c_equal_rank" else mcsmoe.recover_arm
+    mcsmoe.pretrain_arm(config, "pretrained", 0, run)
+    mcsmoe.finetune_arm(config, "full", 0, run)
+    mcsmoe.recover_arm(config, "full+steps", 0, run)
+    whole = train_arm(config, arm, 0, run)
+    run.path(arm, 0, ".ckpt").unlink(missing_ok=True)
+    run.path(arm, 0, ".npz").unlink()
     train = common.train
-    monkeypatch.setattr(common, "train", lambda *a, **k: train(*a, **{**k, "stop_step": 5, "checkpoint_seconds": 0.0}))
+    monkeypatch.setattr(common, "train", lambda *a, **k: train(*a, **{**k, "stop_step": 3, "checkpoint_seconds": 0.0}))
     with pytest.MonkeyPatch.context() as inner:
         inner.setattr(mcsmoe, "export_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run)
+            train_arm(config, arm, 0, run)
     monkeypatch.setattr(common, "train", train)
-    assert mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run) == whole
+    assert train_arm(config, arm, 0, run) == whole
 
 
 def test_the_learning_rate_grid(command_line, tmp_path):
@@ -816,8 +854,9 @@ def test_the_learning_rate_grid(command_line, tmp_path):
         (["--target", "novels"], "target is 'novels'"),
         (["--batch-size", "2"], "batch_size is 2"),
         (["--recover-steps", "0"], "recover_steps is 0"),
-        (["--task", "squad"], "task is 'squad'"),
-        (["--full", "--task", "squad"], "task is 'squad'"),
+        (["--task", "squad"], "task is 'squad', which needs a checkpoint: add --full"),
+        (["--full", "--task", "mnli"], "task is 'mnli'; allowed: sst2, mrpc, multirc, copa"),
+        (["--arms", "mc,best"], "arms: there is no best; allowed: full, msmoe, pruning"),
     ],
 )
 def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(command_line, tmp_path, flags, expected):
