@@ -669,9 +669,10 @@ RECIPES_ABLATE = {
 }
 RECOVERED = ("msmoe", "averaging", "pruning", "msmoe_all")  # after distillation in a default run; --ablate: all
 USAGE_DECAY, CUTS = 0.6, 5  # of task-specific pruning: smoothing of use, cuts in the first half; the released code's
+TUNED = ("full", "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps", "mc", "c_equal_size")  # by --tune
 LR_GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning, recovery and compression, the same for every arm; see --tune
-SOURCES = {"pretrained": "", "full": "pretrained", "mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}
-SOURCES |= dict.fromkeys(("c_equal_rank", "c_equal_size", "c_equal_size_low"), "full+steps")
+SOURCES = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd", "task_specific+kd": "full"}  # where the name does not say it
+SOURCES |= dict.fromkeys(("c_equal_rank", "c_equal_size", "c_equal_size_low"), "full+steps")  # as many steps
 NUM_BLOCKS = 16  # of the validation data: what a run of one seed takes its standard error over
 
 
@@ -1436,33 +1437,30 @@ def check_shape(config: Config, layers: dict[str, SparseMoE]) -> Config:
 
 
 def source_of(arm: str) -> str:
-    """What an arm starts from, "" for the first; C-SMoE has had as many steps as the merge that MC-SMoE starts from."""
-    name, _, how = arm.partition("@")[0].partition("+")
-    if name in SOURCES and not how:
-        return SOURCES[name]
-    return name if how and name != "task_specific" else "full"
+    """The arm that this one starts from."""
+    arm = arm.partition("@")[0]
+    return SOURCES.get(arm, arm.partition("+")[0] if "+" in arm else "full")
 
 
-def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], list[str]]:
+def arms_of(config: Config, run: Run) -> list[list[str]]:
     """Names of the arms: fine-tuned, merged, recovered, compressed. "arm@lr" has a learning rate of its own."""
-    if config.tune:
-        grid = lambda own, *arms: [a if lr == own else f"{a}@{lr:g}" for a in arms for lr in sorted({own, *LR_GRID})]
-        recovered = grid(config.recover_lr, "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")
-        compressed = grid(config.compress_lr, "mc", "c_equal_size")
-        return grid(config.lr, "full"), ["msmoe", "averaging", "pruning"], recovered, compressed
-    every = run.ablate or config.arms
-    merged = [*RECIPES, *(RECIPES_ABLATE if every else ())]
-    recovered = [f"{arm}+kd" for arm in (merged if every else RECOVERED)] + ["full+steps"]
-    compressed = ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
-    if every:
-        recovered, compressed = [*recovered, "msmoe+steps", "task_specific+kd"], [*compressed, "c_equal_rank"]
-    stages, wanted = (["full"], merged, recovered, compressed), set(config.arms)
-    if odd := wanted - {arm for stage in stages for arm in stage}:
-        allowed = ", ".join(arm for stage in stages for arm in stage)
-        raise ValueError(f"arms: there is no {', '.join(sorted(odd))}; allowed: {allowed}")
-    for stage in reversed(stages):
-        wanted |= {source_of(arm) for arm in stage if arm in wanted}
-    return tuple([arm for arm in stage if arm in wanted or not config.arms] for stage in stages)
+    merged, compressed = [*RECIPES], ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
+    recovered = [*(f"{arm}+kd" for arm in RECOVERED), "full+steps"]
+    if run.ablate or config.arms:
+        merged, compressed = [*merged, *RECIPES_ABLATE], [*compressed, "c_equal_rank"]
+        recovered = [*(f"{arm}+kd" for arm in merged), "full+steps", "msmoe+steps", "task_specific+kd"]
+    stages = [["full"], merged, recovered, compressed]
+    every = [arm for stage in stages for arm in stage]
+    wanted = set(config.arms or (TUNED if config.tune else every))
+    if odd := wanted.difference(every):
+        raise ValueError(f"arms: there is no {', '.join(sorted(odd))}; allowed: {', '.join(every)}")
+    for arm in reversed(every):  # an arm starts from one of an earlier stage
+        wanted |= {source_of(arm)} if arm in wanted else set()
+    stages = [[arm for arm in stage if arm in wanted] for stage in stages]
+    for stage, own in ((0, config.lr), (2, config.recover_lr), (3, config.compress_lr)) if config.tune else ():
+        rates = sorted({own, *LR_GRID})
+        stages[stage] = [arm if lr == own else f"{arm}@{lr:g}" for arm in stages[stage] for lr in rates]
+    return stages
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
