@@ -905,31 +905,16 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
 
 def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
     """A task of data/tasks.py as text to text: the answer is one word, or is generated token by token, greedily."""
-    tokenizer = pretrained.load_tokenizer(pretrained.locate(config.model, run.data_dir))
-    data, stream = tasks.PromptBatches(config.task, run.data_dir, tokenizer, config.context), 10 * seed + stage
-    on_device = lambda batch: {name: tensor.to(run.device) for name, tensor in batch.items()}
-
-    def outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0).clamp(min=0)  # T5 starts its answers with token 0
-        return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
-
-    def answers(model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> list:
-        one_word = bool(data.words)  # the first token then, which depends on no label
-        ids = logits[:, :1].argmax(-1) if one_word else pretrained.generate(model, batch, data.MAX_ANSWER + 1)
-        return data.read_answers(ids)
-
-    def token_mask(batch: dict[str, Tensor], layer: str) -> Tensor:
-        return batch["attention_mask"].bool() if layer.startswith("encoder") else batch["labels"] >= 0
-
+    folder, stream = pretrained.locate(config.model, run.data_dir), 10 * seed + stage
+    data = pretrained.TextToText(config.task, run.data_dir, folder, config.context, run.device)
     return Task(
-        train_batch=lambda step: on_device(data.train_batch(step, config.batch_size, stream)),
-        calibration=[on_device(batch) for batch in data.sample(config.calibration, 32, stream)],
-        validation=[on_device(batch) for batch in data.dev_batches(config.eval_sequences, 64)],
-        outputs=outputs,
-        token_mask=token_mask,
-        answers=answers,
-        scores=lambda found, where: tasks.scores(config.task, data.dev[where], found),
+        train_batch=lambda step: data.train_batch(step, config.batch_size, stream),
+        calibration=data.sample(config.calibration, 32, stream),
+        validation=data.dev_batches(config.eval_sequences, 64),
+        outputs=data.outputs,
+        token_mask=data.token_mask,
+        answers=data.answers,
+        scores=data.scores,
     )
 
 
