@@ -145,6 +145,10 @@ class Expert(NamedTuple):
         """function applied to every tensor that is there."""
         return Expert(*(None if tensor is None else function(tensor) for tensor in self))
 
+    def at(self, index: Any) -> "Expert":
+        """Of a stack: one expert, or a stack of some."""
+        return self.each(lambda tensor: tensor[index])
+
     def hidden(self, x: Tensor, act: str = "relu") -> Tensor:
         """Hidden units of one expert. x [tokens, d_model] -> [tokens, d_ff]."""
         up = x @ self.w1 if self.b1 is None else x @ self.w1 + self.b1
@@ -500,11 +504,9 @@ class LowRankSparseLinear(nn.Module):
         if self.s is not None:
             return y + kernels.grouped_mm(x, self.s, dispatch)
         counts = [*dispatch.offsets.diff().tolist(), len(x) - int(dispatch.offsets[-1])]  # the last: unused rows
-        stored, parts = [*self.kept.tolist(), 0], []
-        neurons = zip(y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored))
-        for low_rank, part, rows, neuron in neurons:
-            parts.append(low_rank.index_add(1, neuron, (part.to(y.dtype) @ rows.T.to(y.dtype))))
-        return torch.cat(parts)
+        stored = [*self.kept.tolist(), 0]
+        parts = zip(y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored))
+        return torch.cat([low.index_add(1, at, x.to(y.dtype) @ rows.T.to(y.dtype)) for low, x, rows, at in parts])
 
 
 class LowRankExperts(nn.Module):
@@ -513,10 +515,8 @@ class LowRankExperts(nn.Module):
     def __init__(self, dense: DenseExperts, rank: int):
         super().__init__()
         self.act, self.glu = dense.act, dense.glu
-        self.up, self.down = (
-            LowRankSparseLinear(dense.w1, rank, dense.b1),
-            LowRankSparseLinear(dense.w2, rank, dense.b2),
-        )
+        self.up = LowRankSparseLinear(dense.w1, rank, dense.b1)
+        self.down = LowRankSparseLinear(dense.w2, rank, dense.b2)
 
     def forward(self, tokens: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
         dispatch = kernels.make_dispatch(expert_index, len(self.up.u))
@@ -748,38 +748,35 @@ def merge_layer(
     layer: SparseMoE, groups: Tensor, seen: Seen, align: str, merge: str, fisher: Expert | None = None
 ) -> SparseMoE:
     """One merged layer, by the steps of the method; `align` and `merge` as in Recipe."""
-    stacked, act = layer.experts.stacked(), layer.experts.act
-    experts = [stacked.each(lambda w, i=i: w[i]) for i in range(len(groups))]
-    fishers = None if fisher is None else [fisher.each(lambda w, i=i: w[i]) for i in range(len(groups))]
-    dominant = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-    zipped = []
+    act, everyone = layer.experts.act, range(len(groups))
+    experts = [layer.experts.stacked().at(i) for i in everyone]
+    fishers = [None if fisher is None else fisher.at(i) for i in everyone]
+    dominant, zipped = torch.zeros_like(groups, dtype=torch.bool), []
     for group in range(int(groups.max()) + 1):
-        members = (groups == group).nonzero()[:, 0]
-        dominant[members[seen.frequency[members].argmax()]] = True
-        reference = 0 if align == "first" else int(members[seen.frequency[members].argmax()])
+        members = (groups == group).nonzero()[:, 0].tolist()
+        most_used = max(members, key=seen.frequency.tolist().__getitem__)
+        dominant[most_used] = True
+        reference = 0 if align == "first" else most_used
         if merge == "zip":
-            x = seen.routed_to(*members.tolist())
+            x = seen.routed_to(*members)
             alone = len(members) == 1 or len(x) < 2
             zipped.append(experts[reference] if alone else zip_experts([experts[i] for i in members], x, act))
-        for i in () if align == "none" or merge in ("zip", "redirect") or len(members) == 1 else members.tolist():
-            if i == reference:
-                continue
+        if align == "none" or merge in ("zip", "redirect") or len(members) == 1:
+            continue
+        for i in (i for i in members if i != reference):
             gain = neuron_gain(experts[reference], experts[i])
             if align == "activation":
                 gain = activation_gain(experts[reference], experts[i], seen.routed_to(reference, i), act)
             perm = linear_assignment(gain.cpu())
             experts[i] = permute_neurons(experts[i], perm)
-            if fishers is not None:
-                fishers[i] = permute_neurons(fishers[i], perm)
+            fishers[i] = None if fisher is None else permute_neurons(fishers[i], perm)
     stack = lambda experts: Expert(*(None if w[0] is None else torch.stack(w) for w in zip(*experts)))
-    weight = {"uniform": torch.ones_like(seen.frequency), "redirect": dominant.double()}.get(merge, seen.frequency)
     if merge == "zip":
-        merged = stack(zipped)
-    elif merge == "fisher":
-        pairs = zip(stack(experts), stack(fishers))
-        merged = Expert(*(None if w is None else merge_experts(w, f, groups) for w, f in pairs))
-    else:
-        merged = stack(experts).each(lambda w: merge_experts(w, weight, groups))
+        return layer.with_experts(DenseExperts(stack(zipped), act), groups)
+    weight = {"uniform": torch.ones_like(seen.frequency), "redirect": dominant.double()}.get(merge, seen.frequency)
+    weights = Expert(*[weight] * len(Expert._fields)) if fisher is None else stack(fishers)
+    pairs = zip(stack(experts), weights)
+    merged = Expert(*(None if w is None else merge_experts(w, weight, groups) for w, weight in pairs))
     return layer.with_experts(DenseExperts(merged, act), groups)
 
 
@@ -790,13 +787,13 @@ def expert_features(layer: SparseMoE, seen: Seen, similarity: str) -> Tensor:
         return seen.logits.T
     if similarity == "weight":
         return torch.cat([w.flatten(1) for w in stacked if w is not None], dim=1)
-    outputs = (stacked.each(lambda w, i=i: w[i]).forward(x, layer.experts.act) for i in range(len(layer.remap)))
+    outputs = (stacked.at(i).forward(x, layer.experts.act) for i in range(len(layer.remap)))
     return torch.stack([y.mean(dim=0) for y in outputs])
 
 
 def prune_layer(layer: SparseMoE, dominant: Tensor) -> SparseMoE:
     """The baseline that removes the others: their logits are masked, their tokens go to the next best survivor."""
-    experts = DenseExperts(layer.experts.stacked().each(lambda w: w[dominant]), layer.experts.act)
+    experts = DenseExperts(layer.experts.stacked().at(dominant), layer.experts.act)
     remap = (dominant.long().cumsum(0) - 1).clamp(min=0)
     return layer.with_experts(experts, remap, dominant)
 
@@ -826,15 +823,9 @@ def merge_model(
             new = prune_layer(layer, chosen.to(device))
         else:
             new = merge_layer(layer, groups.to(device), seen[name], align, recipe.merge, fisher.get(name))
-        report.append(
-            {
-                "layer": name,
-                "frequency": seen[name].frequency.tolist(),
-                "dominant": chosen.nonzero()[:, 0].tolist(),
-                "groups": groups.tolist(),
-                **(stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}),
-            }
-        )
+        ranks = stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}
+        kept, use = chosen.nonzero()[:, 0].tolist(), seen[name].frequency.tolist()
+        report.append({"layer": name, "frequency": use, "dominant": kept, "groups": groups.tolist(), **ranks})
         merged.set_submodule(name, new)
     return merged, report
 
@@ -844,9 +835,8 @@ def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: 
     shared = (groups.bincount() > 1).to(before.remap.device)
     if not shared.any():
         return {}
-    old, new = before.experts.stacked().each(lambda w: w[dominant.to(w.device)][shared]), after.experts.stacked()
-    ranks = lambda *weights: [float(stable_rank(w).mean()) for w in weights]
-    return {f"stable_rank_{m}": ranks(getattr(old, m), getattr(new, m)[shared]) for m in ("w1", "w2")}
+    pair = before.experts.stacked().at(dominant.to(shared.device)).at(shared), after.experts.stacked().at(shared)
+    return {f"stable_rank_{m}": [float(stable_rank(getattr(e, m)).mean()) for e in pair] for m in ("w1", "w2")}
 
 
 corpus = functools.cache(text_data.load_domain)  # read once in a process, whatever the number of arms
@@ -966,17 +956,17 @@ def tune(
         distilled = distillation_loss(logits[labels >= 0], wanted[labels >= 0], config.temperature)
         return loss + config.alpha * distilled, {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
 
-    optimizer = adamw(model, lr)
-    schedule = common.linear(steps, warmup=min(16, steps // 5))
     options = {**options, "on_step": on_step, "checkpoint_seconds": 1800.0 if config.task else 60.0}  # 24 GB each
-    common.train(model, loss_fn, steps, batches=task.train_batch, optimizer=optimizer, schedule=schedule, **options)
+    fit(model, loss_fn, steps, lr, batches=task.train_batch, **options)
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def fit(model: nn.Module, loss_fn: Callable, steps: int, lr: float, **options) -> None:
+    """Section A1: AdamW with these betas, eps and weight decay; 16 steps of warm-up, then linear to 0."""
     optimizer = common.adamw(model, lr, betas=(0.9, 0.98))
     for group in optimizer.param_groups:
-        group["eps"] = 1e-6  # section A1: betas, eps and weight decay
-    return optimizer
+        group["eps"] = 1e-6
+    schedule = common.linear(steps, warmup=min(16, steps // 5))
+    common.train(model, loss_fn, steps, optimizer=optimizer, schedule=schedule, **options)
 
 
 def export_model(model: nn.Module, path) -> int:
@@ -1047,11 +1037,8 @@ def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         aux_loss = model.aux_loss()
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach()}
 
-    steps, options = config.pretrain_steps, run.train_options(arm, seed)
-    schedule = common.linear(steps, warmup=min(16, steps // 5))
-    common.train(
-        model, loss_fn, steps, batches=batches, optimizer=adamw(model, config.pretrain_lr), schedule=schedule, **options
-    )
+    options = run.train_options(arm, seed)
+    fit(model, loss_fn, config.pretrain_steps, config.pretrain_lr, batches=batches, **options)
     task = make_task(config, run, seed, 1)
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
@@ -1262,19 +1249,20 @@ def judge(config: Config, run: Run, results: Results) -> None:
     run.claim("mcsmoe.recovers", text, {"drop": drop.tolist(), "margin": margin, "more": more.tolist()}, margin)
 
     saved = lambda arm, what: 1 - values(results, arm, what) / values(results, "full", what)
+    percent = lambda arm, what: f"{100 * saved(arm, what).mean():.1f} %"
     counted, stored = saved("mc_all", "parameters"), saved("mc_all", "bytes")
-    text = f"{100 * counted.mean():.1f} % of parameters, {100 * stored.mean():.1f} % of bytes on disk"
-    text += f"; without the first layer {100 * saved('mc', 'bytes').mean():.1f} %"
+    text = f"{percent('mc_all', 'parameters')} of parameters, {percent('mc_all', 'bytes')} of bytes on disk"
+    text += f"; without the first layer {percent('mc', 'bytes')}"
     numbers = {"parameters": counted.tolist(), "bytes": stored.tolist()}
     run.claim("mcsmoe.memory", text, numbers, holds=bool(min(counted.min(), stored.min()) >= 0.8))
     flops, merged = saved("mc_all", "flops"), saved("msmoe_all+kd", "flops")
-    text = f"{100 * flops.mean():.1f} % of all FLOPs, without the first layer {100 * saved('mc', 'flops').mean():.1f} %"
-    text += f"; merging alone {100 * merged.mean():.1f} %"
+    text = f"{percent('mc_all', 'flops')} of all FLOPs, without the first layer {percent('mc', 'flops')}"
+    text += f"; merging alone {percent('msmoe_all+kd', 'flops')}"
     holds = bool(flops.min() >= PAPER_FLOPS and (merged == 0).all())
     run.claim("mcsmoe.flops", text, {"saved": flops.tolist(), "merging_alone": merged.tolist()}, holds=holds)
+    larger = lambda arm: 100 * (values(results, arm, "parameters") / values(results, "mc", "parameters") - 1).mean()
     best = min(("c_equal_size", "c_equal_size_low"), key=lambda arm: values(results, arm, "loss").mean())
-    size = 100 * (values(results, best, "parameters") / values(results, "mc", "parameters") - 1).mean()
-    text = f"{{margin}} {{unit}} better; C-SMoE rank {results[best][0]['rank']}, {size:+.1f} % parameters"
+    text = f"{{margin}} {{unit}} better; C-SMoE rank {results[best][0]['rank']}, {larger(best):+.1f} % parameters"
     report("beats_c_smoe", text, margin=ahead(best, "mc"))
     falls = {matrix: rank_changes(results, matrix) for matrix in ("w1", "w2")}
     change = (falls["w1"] + falls["w2"]) / 2
@@ -1283,8 +1271,7 @@ def judge(config: Config, run: Run, results: Results) -> None:
     numbers = {name: by_seed.tolist() for name, by_seed in falls.items()}
     run.claim("mcsmoe.low_rank", text, numbers, margins=-change)
     if run.ablate:
-        size = 100 * (values(results, "c_equal_rank", "parameters") / values(results, "mc", "parameters") - 1).mean()
-        text = f"{{margin}} {{unit}} better (negative: worse); C-SMoE {size:+.1f} % parameters"
+        text = f"{{margin}} {{unit}} better (negative: worse); C-SMoE {larger('c_equal_rank'):+.1f} % parameters"
         report("beats_c_smoe_equal_rank", text, margin=ahead("c_equal_rank", "mc"))
         text = "{at_once} {unit} better at once, {recovered} after recovery (negative: worse)"
         margins = {"at_once": ahead("uniform_budget"), "recovered": ahead("uniform_budget+kd", "msmoe+kd")}
@@ -1308,13 +1295,15 @@ def print_tables(config: Config, run: Run, results: Results) -> None:
 
     rows = []
     for layer in results["msmoe"][0]["layers"]:
-        groups, kept = np.array(layer["groups"]), layer["dominant"]
-        joined = [[int(i) for i in np.flatnonzero(groups == g) if i != kept[g]] for g in range(len(kept))]
-        text = "  ".join(f"{k}" + (f"<-{','.join(map(str, j))}" if j else "") for k, j in zip(kept, joined))
-        used = sum(layer["frequency"][k] for k in kept)
+        joined: dict[int, list[str]] = {kept: [] for kept in layer["dominant"]}
+        for expert, group in enumerate(layer["groups"]):
+            kept = layer["dominant"][group]
+            joined[kept] += [str(expert)] if expert != kept else []
+        use = {kept: 100 * layer["frequency"][kept] for kept in joined}
+        text = "  ".join(f"{k} ({use[k]:.0f} %)" + (f"<-{','.join(j)}" if j else "") for k, j in joined.items())
         ranks = [" to ".join(f"{r:.2f}" for r in layer.get(f"stable_rank_{w}", ())) for w in ("w1", "w2")]
-        rows.append([layer["layer"], len(kept), f"{100 * used:.0f} %", *ranks, text])
-    header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept<-merged into it"]
+        rows.append([layer["layer"], len(joined), f"{sum(use.values()):.0f} %", *ranks, text])
+    header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept (use)<-merged into it"]
     run.table(f"M-SMoE, seed {run.seed}: who was kept, who joined whom", header, rows)
 
 
@@ -1380,18 +1369,16 @@ def check(config: Config, device: str) -> Config:
     """Refuse impossible settings before anything is written; fill in what a task settles."""
     if device == "mps":
         raise common.UsageError("experts are merged in float64, which mps lacks; use --device cpu or cuda")
+    choices = {"align_to": ("dominant", "first"), "similarity": ("logits", "weight", "output")}
+    for name, allowed in {**choices, "task": ("", *TASK_SETTINGS)}.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(filter(None, allowed))}")
     if config.task:
-        if config.task not in TASK_SETTINGS:
-            raise ValueError(f"task is {config.task!r}; allowed: {', '.join(TASK_SETTINGS)}")
         if not config.model:
             raise ValueError(f"task is {config.task!r}, which needs a checkpoint: add --full")
         batch_size, lr, _ = TASK_SETTINGS[config.task]
         rates = {name: getattr(config, name) or lr for name in ("lr", "recover_lr", "compress_lr")}
         config = replace(config, batch_size=config.batch_size or batch_size, **rates)
-    choices = {"align_to": ("dominant", "first"), "similarity": ("logits", "weight", "output")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}")
     may_be_zero = ("skip", "eval_sequences", *(("finetune_steps", "recover_steps") if config.task else ()))
     for name, value in vars(config).items():
         if type(value) is int and value < (0 if name in may_be_zero else 1):
