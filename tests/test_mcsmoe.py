@@ -195,14 +195,65 @@ def test_merge_worked_example():
         merge(0, 2, 2)
 
 
-def test_selection_does_not_leak_into_the_merge():
-    """Selection treats each layer's first expert as used always; the mean does not."""
-    layer = a_layer(3)
-    logits = logits_for([0] * 6 + [1] * 3 + [2], 3)
-    seen = mcsmoe.Seen(random(10, 5), logits, logits.topk(1).indices, mcsmoe.usage_frequency(logits))
-    merged = mcsmoe.merge_layer(layer, torch.zeros(3, dtype=torch.long), seen, "none", "frequency")
-    expected = torch.einsum("e,eio->io", seen.frequency, layer.experts.w1)
+def seen_with(picks, n, d_model=5):
+    logits = logits_for(picks, n)
+    return mcsmoe.Seen(random(len(picks), d_model), logits, logits.topk(1).indices, mcsmoe.usage_frequency(logits))
+
+
+@pytest.mark.parametrize(
+    "merge, shares", [("frequency", [0.3, 0.6, 0.1]), ("uniform", [1 / 3, 1 / 3, 1 / 3]), ("redirect", [0.0, 1.0, 0.0])]
+)
+def test_whose_share_counts_in_a_merge(merge, shares):
+    """By use: its own, though selection treats each layer's first expert as used always."""
+    layer, seen = a_layer(3), seen_with([1] * 6 + [0] * 3 + [2], 3)
+    merged = mcsmoe.merge_layer(layer, torch.zeros(3, dtype=torch.long), seen, "none", merge)
+    expected = torch.einsum("e,eio->io", torch.tensor(shares, dtype=F64), layer.experts.w1)
     torch.testing.assert_close(merged.experts.w1[0], expected)
+
+
+@pytest.mark.parametrize("align", ["dominant", "first", "activation"])
+@pytest.mark.parametrize("merge", ["frequency", "fisher"])
+def test_each_member_is_lined_up_with_its_reference_and_so_are_its_weights(align, merge):
+    layer, seen, groups = a_layer(3), seen_with([2] * 9 + [1] * 3, 3), torch.tensor([0, 1, 1])
+    experts, fisher = layer.experts.stacked(), stack(*[an_expert(seed=50 + i).each(torch.square) for i in range(3)])
+    merged = mcsmoe.merge_layer(layer, groups, seen, align, merge, fisher if merge == "fisher" else None)
+    one, other = experts.at(2), experts.at(1)
+    if align == "activation":
+        perms = {1: mcsmoe.linear_assignment(mcsmoe.activation_gain(one, other, seen.inputs)), 2: range(7)}
+    elif align == "dominant":
+        perms = {1: mcsmoe.linear_assignment(mcsmoe.neuron_gain(one, other)), 2: range(7)}
+    else:  # with expert 0 of the layer, which is in another group
+        perms = {i: mcsmoe.linear_assignment(mcsmoe.neuron_gain(experts.at(0), experts.at(i))) for i in (1, 2)}
+    assert align == "first" or list(perms[1]) != list(range(7))
+    w1, f1 = ({i: t.w1[i][:, list(perms[i])] for i in (1, 2)} for t in (experts, fisher))
+    share = {1: f1[1], 2: f1[2]} if merge == "fisher" else {1: 0.25, 2: 0.75}
+    expected = (share[1] * w1[1] + share[2] * w1[2]) / (share[1] + share[2])
+    torch.testing.assert_close(merged.experts.w1[1], expected)
+    assert torch.equal(merged.experts.w1[0], experts.w1[0])
+
+
+def test_tokens_routed_to_any_of_the_experts():
+    seen = seen_with([0, 1, 2, 3], 4)
+    seen = seen._replace(picks=torch.tensor([[0, 1], [1, 2], [2, 3], [3, 1]]))
+    assert torch.equal(seen.routed_to(0, 2), seen.inputs[:3]) and torch.equal(seen.routed_to(3), seen.inputs[2:])
+
+
+def test_by_what_experts_are_compared():
+    layer, seen = a_layer(3, bias=True), seen_with([0, 1, 2, 2], 3)
+    assert torch.equal(mcsmoe.expert_features(layer, seen, "logits"), seen.logits.T)
+    weights, experts = mcsmoe.expert_features(layer, seen, "weight"), layer.experts.stacked()
+    assert torch.equal(weights[1], torch.cat([w[1].flatten() for w in experts if w is not None]))
+    outputs = mcsmoe.expert_features(layer, seen, "output")
+    torch.testing.assert_close(outputs[2], experts.at(2).forward(seen.inputs).mean(0))
+
+
+def test_stable_ranks_are_of_groups_that_merged():
+    before, after = a_layer(4), a_layer(2, seed=3)
+    kept, groups = torch.tensor([True, False, True, False]), torch.tensor([0, 0, 1, 0])
+    ranks = mcsmoe.stable_ranks(before, after, kept, groups)
+    expected = [float(mcsmoe.stable_rank(layer.experts.w2[0].detach())) for layer in (before, after)]
+    assert ranks["stable_rank_w2"] == pytest.approx(expected) and set(ranks) == {"stable_rank_w1", "stable_rank_w2"}
+    assert mcsmoe.stable_ranks(before, before, kept | True, torch.arange(4)) == {}
 
 
 def permuted_copies(n=4, **kind):
@@ -248,6 +299,21 @@ def test_scores_can_be_normalised_over_the_picks():
     assert normal.with_experts(plain.experts, plain.remap).normalize
     with pytest.raises(ValueError, match="top_k is 5; 1 to 4"):
         a_layer(4, top_k=5)
+
+
+def test_balance_loss_by_hand():
+    router = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], dtype=F64)
+    layer = SparseMoE(router, a_layer(3, d_model=2).experts, balance=0.5)
+    x = torch.tensor([[2.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1.0, 0.0]], dtype=F64)
+    layer.eval()(x)
+    assert layer.aux_loss is None
+    layer.train()(x)
+    share, probs = torch.tensor([0.75, 0.25, 0.0], dtype=F64), (x @ router.T).softmax(-1).mean(0)
+    torch.testing.assert_close(layer.aux_loss, 0.5 * 3 * (share * probs).sum())
+    assert layer.router.weight.requires_grad
+    even = SparseMoE(torch.zeros(3, 2, dtype=F64), layer.experts, top_k=2, balance=0.5)
+    even.train()(x)
+    torch.testing.assert_close(even.aux_loss, torch.tensor(0.5, dtype=F64))  # balance itself when use is even
 
 
 def test_capacity_is_per_sequence_first_come_first_served():
@@ -594,6 +660,17 @@ def test_every_recipe_has_equal_memory_keeps_the_router_and_leaves_the_first_lay
         assert torch.equal(layers["blocks.1.ffn"].experts.w1, before["blocks.1.ffn"].experts.w1[kept])
 
 
+def test_one_budget_for_all_layers_or_the_same_for_each(tmp_path):
+    config = replace(TINY, skip=0)
+    task, model = mcsmoe.make_task(config, a_run(tmp_path, config), 0, 1), tiny_model()
+    seen = mcsmoe.calibrate(model, task)
+    for name, frequency in (("blocks.0.ffn", [0.97, 0.01, 0.01, 0.01]), ("blocks.1.ffn", [0.25] * 4)):
+        seen[name] = seen[name]._replace(frequency=torch.tensor(frequency, dtype=F64))
+    for budget, kept in (("adaptive", [[0], [0, 1, 2]]), ("uniform", [[0, 1], [0, 1]])):
+        _, report = mcsmoe.merge_model(model, mcsmoe.Recipe(budget=budget), config, seen, task, None)
+        assert [layer["dominant"] for layer in report] == kept
+
+
 def test_merging_into_all_experts_changes_nothing(tmp_path):
     config = replace(TINY, kept=4, skip=0)
     task, model = mcsmoe.make_task(config, a_run(tmp_path, config), 0, 1), tiny_model()
@@ -670,6 +747,51 @@ def test_the_ledger_of_switch_base_32():
     expected = {"full": 1979, "M-SMoE": 733, "MC-SMoE": 381, "C-SMoE": 571}
     assert millions == pytest.approx(expected, abs=1.0)
     assert sizes["full"] - sizes["M-SMoE"] == 11 * 24 * 4_718_592
+
+
+def test_training_is_as_in_the_appendix(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "train", lambda *args, **options: given.update(options))
+    given, model = {}, tiny_model()
+    mcsmoe.fit(model, None, 100, 1e-3, batches=None)
+    for group in given["optimizer"].param_groups:
+        assert group["lr"] == 1e-3 and group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6
+    assert {group["weight_decay"] for group in given["optimizer"].param_groups} == {0.01, 0.0}
+    assert [given["schedule"](step) for step in (0, 15, 16, 99)] == [1 / 16, 1, 1, 0]
+
+
+def test_what_each_arm_starts_from_who_teaches_it_and_how_it_is_pruned(tmp_path, monkeypatch):
+    run, loaded, scheduled = a_run(tmp_path), [], []
+    mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
+    load, density = mcsmoe.load_model, mcsmoe.cubic_density
+    monkeypatch.setattr(mcsmoe, "load_model", lambda *a: loaded.append(a[2]) or load(*a))
+    monkeypatch.setattr(mcsmoe, "cubic_density", lambda *a: scheduled.append(a) or density(*a))
+    observe, observed = LowRankSparseLinear.observe, []
+    monkeypatch.setattr(LowRankSparseLinear, "observe", lambda linear: observed.append(linear) or observe(linear))
+
+    def loads(train_arm, arm):
+        loaded.clear(), train_arm(TINY, arm, 0, run)
+        return list(loaded)
+
+    assert loads(mcsmoe.finetune_arm, "full") == ["pretrained"]
+    for arm in ("msmoe", "msmoe_all"):
+        assert loads(mcsmoe.merge_arm, arm) == ["full"]
+        assert loads(mcsmoe.recover_arm, f"{arm}+kd") == [arm, "full"]
+    assert loads(mcsmoe.recover_arm, "msmoe+steps") == ["msmoe"]
+    assert loads(mcsmoe.recover_arm, "full+steps@0.1") == loads(mcsmoe.recover_arm, "full+steps") == ["full"]
+    assert loads(mcsmoe.recover_arm, "task_specific+kd") == ["full", "full"]
+    for arm in ("c_equal_rank", "c_equal_size", "c_equal_size_low"):
+        assert loads(mcsmoe.compress_arm, arm) == ["full+steps", "full", arm]
+    assert loads(mcsmoe.compress_arm, "mc_all@0.1") == ["msmoe_all+kd", "full", "mc_all@0.1"]
+    kinds = common.load_arrays(run.path("mc_all@0.1", 0, ".npz"))[1]["layers"]
+    assert [layer["experts"] for layer in kinds.values()] == ["low_rank", "low_rank"]
+    scheduled.clear(), observed.clear()
+    assert loads(mcsmoe.compress_arm, "mc") == ["msmoe+kd", "full", "mc"]
+    assert scheduled == [(step, 8, 0, 1, 0.1) for step in range(8)]  # 4 and 16 % of 8 steps
+    assert len(observed) == 2 * 8  # both matrices of the one merged layer
+    lines = [json.loads(line) for line in run.path("msmoe+kd", 0, ".jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.2 * line["distillation"])
 
 
 def test_routers_stay_frozen_and_the_teacher_untouched(tmp_path):
