@@ -22,8 +22,8 @@ the task, on a few hundred of its sequences:
        served by                0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
 
 Run      python mcsmoe.py            one to two minutes on two cores, no download
-         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
-         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 80 GB of GPU)
+         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid; --arms NAME,...
+         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, squad, ... (needs transformers, 80 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
 Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after merging, and recovers to the full
@@ -39,9 +39,12 @@ Differences from the paper and its code
    starts from a model with as many steps as MC-SMoE's.
 4. Importance of a pruned neuron is a mean, not a sum, of |s ds| (as in the code), without its delay of one step.
 5. Git Re-basin, REPAIR and ZipIt as released: random groups, plain means. --ablate also gives them M-SMoE's groups.
+   Task-specific pruning (Chen et al. 2022) cuts while it is distilled, in the same steps as everybody's recovery; dead
+   experts are masked by addition (the released code multiplies their logits by the mask, which revives some).
 6. Small scale: 4 layers, all with a mixture, pre-trained here for 500 steps. Full scale: 12 of 24 layers, Adam in fp32
-   under bf16 autocast, one-word answers (plus end of text) instead of promptsource templates; accuracy throughout.
-7. Left out: the task-specific pruning baseline, fairseq's 15B decoder, SQuAD and HotpotQA (answers of many words).
+   under bf16 autocast, short prompts of our own instead of promptsource's; answers in words (SQuAD, HotpotQA) are
+   generated greedily, where the released evaluation feeds the right answer in. Metrics as the tasks' own scripts.
+7. Left out: fairseq's 15B decoder.
 For generation without retraining, later work (REAP) finds that pruning beats merging: this is for one task, recovered.
 
 Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do the groups still matter?);
@@ -1070,7 +1073,7 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         if draw == 0:
             path = run.path(arm, seed, ".npz")
             counts = store(model, task, path) | {"layers": report}
-            if config.task and not run.ablate and arm not in RECOVERED:
+            if config.task and arm not in map(source_of, arms_of(config, run)[2]):
                 path.unlink()  # 3 GB that nobody reads again
     means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
     return means | counts | {"loss_by_draw": [result["loss"] for result in found]}
@@ -1319,7 +1322,7 @@ def print_grid(config: Config, run: Run, results: Results) -> None:
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
-    layers = results["msmoe"][0]["layers"]
+    layers = results["msmoe"][0]["layers"] if "msmoe" in results else []
 
     def frequencies(ax) -> None:
         table = np.array([layer["frequency"] for layer in layers])
@@ -1480,6 +1483,8 @@ def main(config: Config, run: Run) -> dict:
     config, model = (prepare_full if config.task else prepare_small)(config, run)
     run.config = config = check_shape(config, moe_layers(model))
     tuned, merged, recovered, compressed = arms_of(config, run)
+    if run.draw and (config.tune or "msmoe" not in merged):
+        raise common.UsageError("--plot draws M-SMoE beside the others: not with --tune, nor with --arms that lack it")
     work = config.finetune_steps * len(tuned) + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
     work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
     step = a_step(model, make_task(config, run, run.seed, 1))
@@ -1501,7 +1506,7 @@ def main(config: Config, run: Run) -> dict:
     print_tables(config, run, results)
     if not config.arms:
         judge(config, run, results)
-        draw(config, run, results)
+    draw(config, run, results)
     return {"arms": results}
 
 

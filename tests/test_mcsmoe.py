@@ -987,6 +987,14 @@ def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(command_line, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", [["--tune"], ["--arms", "full+steps"]])
+def test_a_plot_that_would_be_empty_is_refused(command_line, tmp_path, flags):
+    pytest.importorskip("matplotlib", reason="only --plot needs it")
+    done = command_line(mcsmoe, *flags, "--plot")
+    assert done.returncode == 2 and "--plot draws M-SMoE beside the others" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_model_names_what_to_delete(command_line, tmp_path):
     done = command_line(mcsmoe, *MCSMOE, "--workers", 1)
     assert done.returncode == 0, done.stderr

@@ -131,12 +131,13 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
 
 
 def test_answers_in_words_are_generated_and_scored(command_line, checkpoint, data_dir, tmp_path):
-    flags = [*FLAGS, "--task", "squad", "--arms", "mc", "--model", checkpoint, "--data-dir", data_dir]
+    flags = [*FLAGS, "--task", "squad", "--arms", "mc,redirect+kd", "--model", checkpoint, "--data-dir", data_dir]
     done = command_line(mcsmoe, *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mcsmoe-full" / "results.json").read_text())
     arms = report["results"]["arms"]
-    assert list(arms) == ["full", "msmoe", "msmoe+kd", "mc"]  # what it asks for, and what that starts from
+    expected = ["full", "msmoe", "redirect", "msmoe+kd", "redirect+kd", "mc"]  # and what those start from
+    assert list(arms) == expected
     assert all(claim["holds"] is None for claim in report["claims"])
     header, first = (report["results"]["tables"][1][key] for key in ("header", "rows"))
     assert header[1:4] == ["nats", "f1 %", "exact match %"] and len(first[0]) == len(header)
