@@ -879,17 +879,12 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
     text = corpus(config.target)
     stream = lambda step: torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
     sample = lambda num, step: text_data.sample_windows(text.train, num, config.context + 1, stream(step))
-
     validation = text_data.all_windows(text.val, config.context)[: config.eval_sequences or None]
-
-    def outputs(model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
-        return model(windows[:, :-1]), windows[:, 1:]
-
     return Task(
         train_batch=lambda step: sample(config.batch_size, step).to(run.device),
         calibration=sample(config.calibration, -1).to(run.device).split(32),
         validation=validation.to(run.device).split(64),
-        outputs=outputs,
+        outputs=lambda model, windows: (model(windows[:, :-1]), windows[:, 1:]),
         token_mask=lambda windows, layer: None,
         answers=lambda model, windows, logits: (logits.argmax(-1) == windows[:, 1:]).double().mean(dim=1).tolist(),
         scores=lambda hits, where: {"accuracy": float(torch.tensor(hits, dtype=torch.float64).mean())},
@@ -937,16 +932,7 @@ def store(model: nn.Module, task: Task, path) -> dict:
     return {"parameters": common.count_parameters(model), "bytes": export_model(model, path), "flops": flops}
 
 
-def tune(
-    model: nn.Module,
-    task: Task,
-    config: Config,
-    steps: int,
-    lr: float,
-    options: dict,
-    teacher: nn.Module | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> None:
+def tune(model: nn.Module, task: Task, config: Config, steps: int, lr: float, teacher=None, **options) -> None:
     """Cross-entropy, plus distillation when there is a teacher. Nothing here has dropout; routers are frozen."""
 
     def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
@@ -959,8 +945,8 @@ def tune(
         distilled = distillation_loss(logits[labels >= 0], wanted[labels >= 0], config.temperature)
         return loss + config.alpha * distilled, {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
 
-    options = {**options, "on_step": on_step, "checkpoint_seconds": 1800.0 if config.task else 60.0}  # 24 GB each
-    fit(model, loss_fn, steps, lr, batches=task.train_batch, **options)
+    seconds = 1800.0 if config.task else 60.0  # a checkpoint has 24 GB at full scale
+    fit(model, loss_fn, steps, lr, batches=task.train_batch, checkpoint_seconds=seconds, **options)
 
 
 def fit(model: nn.Module, loss_fn: Callable, steps: int, lr: float, **options) -> None:
@@ -1057,7 +1043,7 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model = load_model(config, run, "pretrained", seed)
     task = make_task(config, run, seed, 1)
     lr = float(arm.partition("@")[2] or config.lr)
-    tune(model, task, config, config.finetune_steps, lr, run.train_options(arm, seed))
+    tune(model, task, config, config.finetune_steps, lr, **run.train_options(arm, seed))
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
@@ -1087,7 +1073,7 @@ def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     lr, options = float(lr or config.recover_lr), run.train_options(arm, seed)
     prunes = name == "task_specific+kd"  # in the same steps
     on_step = prune_by_usage(model, task, config) if prunes else None
-    tune(model, task, config, config.recover_steps, lr, options, teacher, on_step)
+    tune(model, task, config, config.recover_steps, lr, teacher, on_step=on_step, **options)
     for name in list(moe_layers(model)) if prunes else ():
         layer = model.get_submodule(name)
         model.set_submodule(name, prune_layer(layer, layer.alive))
@@ -1104,8 +1090,9 @@ def prune_by_usage(model: nn.Module, task: Task, config: Config) -> Callable[[in
 
     @torch.no_grad()
     def on_step(step: int) -> None:
+        batch = task.train_batch(step)
         for name, layer in layers.items():
-            mask = task.token_mask(task.train_batch(step), name)
+            mask = task.token_mask(batch, name)
             x = inputs[name].flatten(0, -2) if mask is None else inputs[name][mask]
             logits = layer.router(x.to(layer.router.weight.dtype)).masked_fill(~layer.alive, -1e6)
             layer.usage.lerp_(usage_frequency(logits, layer.top_k), 1 - USAGE_DECAY)
@@ -1150,7 +1137,7 @@ def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
             linear.prune(mask)
 
     lr, options = float(lr or config.compress_lr), run.train_options(arm, seed)
-    tune(model, task, config, steps, lr, options, teacher, on_step)
+    tune(model, task, config, steps, lr, teacher, on_step=on_step, **options)
     with torch.no_grad():
         before = task.outputs(model.eval(), task.validation[0])[0]
         for linear in linears:
