@@ -192,6 +192,36 @@ def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
     }
 
 
+def test_answers_come_from_the_model_alone(checkpoint, data_dir, tmp_path):
+    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    data = pretrained.TextToText("squad", data_dir, checkpoint, 64, "cpu")
+    batch = data.encode(data.dev[:2])
+    logits = torch.zeros(2, 4, 40)  # of the right answer, token by token: not to be looked at
+    with torch.no_grad():
+        expected = data.tokenizer.batch_decode(pretrained.generate(model, batch, 64), skip_special_tokens=True)
+    assert data.answers(model, batch, logits) == expected
+    long = data.encode([data.dev[0]._replace(answers=("long " * 99,))])["labels"]
+    assert long.shape == (1, 64) and long[0, -1] == 1  # what fits a decoder's experts, the end included
+    words = pretrained.TextToText("sst2", data_dir, checkpoint, 64, "cpu")
+    for first, expected in ((words.words[1], 1), (words.words[0], 0), (3, None)):
+        logits = torch.zeros(1, 2, 40)
+        logits[0, 0, first], logits[0, 1, words.words[1]] = 2.0, 3.0
+        assert words.answers(model, batch, logits) == [expected]
+
+
+def test_distillation_leaves_padding_out(checkpoint, data_dir, tmp_path):
+    task, run = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
+    model, teacher = (pretrained.load_switch(checkpoint, mcsmoe.switch_layer) for _ in range(2))
+    with torch.no_grad():
+        teacher.shared.weight.mul_(1.5)
+        (ours, labels), (wanted, _) = (task.outputs(m, task.train_batch(0)) for m in (model, teacher))
+        expected = mcsmoe.distillation_loss(ours[labels >= 0], wanted[labels >= 0], 2.0)
+        assert (labels < 0).any() and expected > 1e-4
+    mcsmoe.tune(model, task, mcsmoe.FULL, 1, 1e-3, teacher, metrics=tmp_path / "steps.jsonl")
+    line = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert line["distillation"] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):
     task, _ = prompts(checkpoint, data_dir, tmp_path, "sst2", batch_size=10, calibration=20)
     rows = torch.cat([F_pad(task.train_batch(step)["input_ids"]) for step in range(24)])  # five epochs of 48
