@@ -31,6 +31,7 @@ Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after
          and the choice of whom to keep matter; with WHOM the others are merged does not (random members do as well),
          nor does the adaptive budget, and after recovery the kept experts alone, nothing merged into them, are as good
          as M-SMoE. Fisher weights beat weights by use. C-SMoE of equal rank is larger and better, of equal size worse.
+         Task-specific pruning, which cuts by use while it is distilled, is the weakest way to the same size.
 
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).

@@ -124,6 +124,16 @@ def test_the_order_of_neurons_does_not_matter_and_alignment_finds_it(kind):
 
 
 @KINDS
+def test_gain_is_the_inner_product_of_all_that_belongs_to_a_neuron(kind):
+    one, other = an_expert(**kind), an_expert(seed=1, **kind)
+    both = []
+    for w1, w2, b1, _, gate in (one, other):
+        parts = [w1.T, w2, *([] if b1 is None else [b1[:, None]]), *([] if gate is None else [gate.T])]
+        both.append(torch.cat(parts, dim=1))  # [d_ff, weights of a neuron]
+    torch.testing.assert_close(mcsmoe.neuron_gain(one, other), both[0] @ both[1].T)
+
+
+@KINDS
 def test_alignment_never_moves_experts_apart(kind):
     def distance(one, other):
         return sum(float((a - b).square().sum()) for a, b in zip(one, other) if a is not None)
@@ -160,6 +170,8 @@ def test_grouping_by_cosine_of_logit_columns():
     assert mcsmoe.group_experts(logits, dominant).tolist() == [0, 0, 1, 1]
     twins = torch.tensor([True, True, True, False])  # 0 and 1 have cosine 1, and still stay apart
     assert mcsmoe.group_experts(logits, twins).tolist() == [0, 1, 2, 2]
+    lengths = matrix([10, 0], [1, 1], [1, 0.9]).T  # the angle counts, not the length
+    assert mcsmoe.group_experts(lengths, torch.tensor([True, True, False])).tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match="none of the 4"):
         mcsmoe.group_experts(logits, torch.zeros(4, dtype=torch.bool))
 
@@ -544,6 +556,8 @@ def test_a_cut_of_task_specific_pruning():
     assert cut(usage, alive, 2, last=True) == [0, 2]
     fewer = torch.tensor([True, False, True, True, True, False])
     assert cut(usage, fewer, 2) == [0, 2, 3]  # the shares of those alive: .54, .33, .11 and .0217 < 0.1 / 4 = .025
+    half = torch.tensor([0.3, 0.5, 0.1, 0.08, 0.02, 0.0])  # .02 of the .5 of those alive: a share of .04
+    assert cut(half, fewer, 2) == [0, 2, 3, 4]
     assert cut(usage, fewer, 4) == [0, 2, 3, 4]  # never fewer than are to be kept
     assert cut(torch.tensor([0.9, 0.0, 0.0, 0.0, 0.1, 0.0]), fewer, 3) == [0, 2, 4]  # of the unused, those alive
 

@@ -288,13 +288,13 @@ def test_scores_by_hand():
     assert tasks.scores("hotpotqa", questions, ["a fox", "yes sir"]) == {"f1": 0.5, "exact_match": 0.5}
     pairs = [Example("a", 1), Example("b", 0), Example("c", 1)]
     assert tasks.scores("mrpc", pairs, [1, None, 0]) == {"accuracy": pytest.approx(1 / 3)}
-    # MultiRC: three questions with 2, 2 and 1 answers. Said to be right 0, 1, 3, 4; right are 0, 3.
-    labels, numbers = [1, 0, 0, 1, 0], [0, 0, 1, 1, 2]
+    # MultiRC: three questions with 2, 2 and 1 answers. Said to be right 0, 1, 3, 4; right are 1, 3.
+    labels, numbers = [0, 1, 0, 1, 0], [0, 0, 1, 1, 2]
     answers = [Example("p", label, question=number) for label, number in zip(labels, numbers)]
     found = tasks.scores("multirc", answers, [1, 1, 0, 1, 1])
     assert found == {"f1": pytest.approx(2 * 2 / (4 + 2)), "exact_match": pytest.approx(1 / 3), "accuracy": 0.6}
     assert tasks.scores("multirc", answers, [None, 0, 0, 0, 0])["f1"] == 0
-    assert tasks.scores("multirc", [answers[1]], [0]) == {"f1": 1.0, "exact_match": 1.0, "accuracy": 1.0}
+    assert tasks.scores("multirc", [answers[0]], [0]) == {"f1": 1.0, "exact_match": 1.0, "accuracy": 1.0}
 
 
 @pytest.mark.parametrize(
