@@ -31,7 +31,7 @@ Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after
          and the choice of whom to keep matter; with WHOM the others are merged does not (random members do as well),
          nor does the adaptive budget, and after recovery the kept experts alone, nothing merged into them, are as good
          as M-SMoE. Fisher weights beat weights by use. C-SMoE of equal rank is larger and better, of equal size worse.
-         Task-specific pruning, which cuts by use while it is distilled, is the weakest way to the same size.
+         Task-specific pruning, which cuts by use while it is distilled, is as weak as averaging.
 
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
@@ -733,14 +733,18 @@ def calibrate(model: nn.Module, task: Task) -> dict[str, Seen]:
     return seen
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the positions that have a label. logits [batch, time, classes], labels [batch, time]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 def fisher_information(model: nn.Module, task: Task) -> dict[str, Expert]:
     """Squared gradients of the loss, summed over calibration batches: the diagonal Fisher weights of a merge."""
     layers = moe_layers(model)
     total = {name: layer.experts.stacked().each(torch.zeros_like) for name, layer in layers.items()}
     for batch in task.calibration:
         model.zero_grad()
-        logits, labels = task.outputs(model.eval(), batch)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
+        cross_entropy(*task.outputs(model.eval(), batch)).backward()
         for name, layer in layers.items():
             gradient = layer.experts.stacked(lambda parameter: parameter.grad)
             total[name] = Expert(*(t if t is None else t + g.square() for t, g in zip(total[name], gradient)))
@@ -860,13 +864,6 @@ def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.Transform
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
 
 
-def build(config: Config, run: Run, seed: int) -> nn.Module:
-    """The unmerged model with frozen routers, to be filled by `load_model`."""
-    if not config.task:
-        return byte_lm(config, seed)
-    return pretrained.empty_switch(pretrained.locate(config.model, run.data_dir), switch_layer)
-
-
 def switch_layer(router_weight: Tensor, w1: Tensor, w2: Tensor, act: str, capacity: int) -> SparseMoE:
     return SparseMoE(router_weight, DenseExperts(Expert(w1, w2), act), capacity=capacity)
 
@@ -938,7 +935,7 @@ def tune(model: nn.Module, task: Task, config: Config, steps: int, lr: float, te
 
     def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
         logits, labels = task.outputs(model, batch)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = cross_entropy(logits, labels)
         if teacher is None:
             return loss, {}
         with torch.no_grad():
@@ -1003,9 +1000,10 @@ def import_model(path, model: nn.Module) -> nn.Module:
 
 
 def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
-    path = run.path(arm, seed, ".npz")
+    path, find = run.path(arm, seed, ".npz"), lambda: pretrained.locate(config.model, run.data_dir)
     try:
-        return run.prepare(import_model(path, build(config, run, seed)))
+        unmerged = pretrained.empty_switch(find(), switch_layer) if config.task else byte_lm(config, seed)
+        return run.prepare(import_model(path, unmerged))
     except (ValueError, FileNotFoundError) as error:
         again = f"delete {path.with_suffix('.*')} and go on with --resume"
         raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
@@ -1449,16 +1447,6 @@ def prepare_full(config: Config, run: Run) -> tuple[Config, nn.Module]:
     return replace(config, **own), pretrained.load_switch(folder, switch_layer).to(run.device)
 
 
-def a_step(model: nn.Module, task: Task) -> Callable[[], None]:
-    batch = task.train_batch(0)
-
-    def step() -> None:
-        logits, labels = task.outputs(model, batch)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
-
-    return step
-
-
 def main(config: Config, run: Run) -> dict:
     run.config = config = check(config, run.device)
     if config.task:
@@ -1475,7 +1463,8 @@ def main(config: Config, run: Run) -> dict:
         raise common.UsageError("--plot draws M-SMoE beside the others: not with --tune, nor with --arms that lack it")
     work = config.finetune_steps * len(tuned) + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
     work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
-    step = a_step(model, make_task(config, run, run.seed, 1))
+    task = make_task(config, run, run.seed, 1)
+    step = lambda model=model: cross_entropy(*task.outputs(model, task.train_batch(0))).backward()
     if run.dry_run:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
