@@ -173,8 +173,10 @@ class TextToText(tasks.PromptBatches):
 
 
 def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Tensor:
-    """[batch, time]: the tokens that an encoder-decoder answers with, each time the most likely one, without the first,
-    which is given; ended rows are padded. batch: {"input_ids", "attention_mask": [batch, tokens]}."""
+    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then padding.
+
+    batch: {"input_ids", "attention_mask": [batch, tokens]}; time is max_tokens at most.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_tokens)[:, 1:]
 

@@ -328,8 +328,8 @@ def read_squad(path: str | Path) -> list[Question]:
 def read_hotpotqa(path: str | Path) -> list[Question]:
     """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json. Raises like read_sst2.
 
-    The context is the supporting sentences alone, each paragraph's after its title, as in the paper: ten paragraphs do
-    not fit. A few of the published facts name a sentence that its paragraph lacks; they are passed over.
+    The context is the supporting sentences alone, each paragraph's after its title, as in M-SMoE's released code: ten
+    paragraphs do not fit. A few of the published facts name a sentence that its paragraph lacks; they are passed over.
     """
 
     def read(document: list) -> Iterator[Question]:
@@ -495,7 +495,7 @@ class Prompt(NamedTuple):
 
 
 SPANS = ("f1", "exact_match")
-PROMPTS = {
+PROMPTS = {  # what is short comes first: a prompt that is too long loses its end
     "sst2": Prompt(lambda e: f"sst2 sentence: {e.text}", ("negative", "positive")),
     "mrpc": Prompt(lambda e: f"mrpc sentence1: {e.text} sentence2: {e.pair}", ("no", "yes")),
     "copa": Prompt(
@@ -523,7 +523,7 @@ def load_prompts(name: str, data_dir: str | Path) -> tuple[list, list]:
 def scores(name: str, examples: Sequence[Example | Question], answers: Sequence) -> dict[str, float]:
     """The metrics of a task in PROMPTS, shares of 1. answers: a class for each example, or for each question a text.
 
-    An answer that is no class (None) is wrong, and for MultiRC a "no".
+    An answer that is no class (None) is wrong; MultiRC's F1 counts it as a "no".
     """
     if not PROMPTS[name].words:
         found = [best_match(answer, q.answers, name == "hotpotqa") for answer, q in zip(answers, examples)]
