@@ -653,6 +653,20 @@ def test_statistics_of_the_calibration_data(tmp_path):
     )
 
 
+def test_evaluation_by_blocks_of_the_validation_data(tmp_path):
+    run, model = a_run(tmp_path, config := replace(TINY, eval_sequences=40)), tiny_model()
+    task = mcsmoe.make_task(config, run, 0, 1)
+    found = mcsmoe.evaluate(model, task, run)
+    with torch.no_grad():
+        windows = torch.cat(task.validation)
+        hits = (model(windows[:, :-1]).argmax(-1) == windows[:, 1:]).double().mean(1)
+        losses = common.lm_loss(model, windows).mean(1)
+    for name, values in (("loss", losses), ("accuracy", hits)):
+        assert found[name] == pytest.approx(float(values.mean()))
+        assert found[f"{name}_blocks"] == pytest.approx([float(part.mean()) for part in values.tensor_split(16)])
+    assert len(set(found["loss_blocks"])) == 16 and len(set(found["accuracy_blocks"])) > 1
+
+
 @pytest.mark.parametrize("arm", mcsmoe.RECIPES | mcsmoe.RECIPES_ABLATE)
 def test_every_recipe_has_equal_memory_keeps_the_router_and_leaves_the_first_layer_alone(arm, tmp_path):
     task, model = mcsmoe.make_task(TINY, a_run(tmp_path), 0, 1), tiny_model()

@@ -187,6 +187,8 @@ def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
     assert len(seen["decoder.block.1.layer.2.mlp"].inputs) == answers < 8 * 4  # without padding
     with torch.no_grad():
         logits, labels = task.outputs(model, batch)
+        own = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+        torch.testing.assert_close(logits, own)  # as the library shifts labels, start token first
         changed = {**batch, "labels": torch.where(labels < 0, 5, labels)}  # padding is seen by no answer before it
         torch.testing.assert_close(task.outputs(model, changed)[0][labels >= 0], logits[labels >= 0])
         log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]

@@ -266,6 +266,7 @@ def test_documents_that_are_not_understood_are_refused(write, reader, content, e
         ("dog dog", ["dog"], 2 / 3, 0),  # every word counts once
         ("theatre", ["the atre"], 0, 0),  # only whole articles go
         ("big dog cat", ["dog", "cat big"], 0.8, 0),
+        ("dog", ["dog", "cat", "big cat"], 1, 1),  # the best of them, wherever it stands
         ("cat", ["dog"], 0, 0),
         ("The", ["a"], 0, 1),  # nothing is left of either: equal, and no word in common
     ],
