@@ -22,8 +22,8 @@ the task, on a few hundred of its sequences:
        served by                0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
 
 Run      python mcsmoe.py            one to two minutes on two cores, no download
-         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid instead
-         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, copa, ... (needs transformers, 80 GB of GPU)
+         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid; --arms NAME,...
+         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, squad, ... (needs transformers, 80 GB of GPU)
 You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
          ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
 Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after merging, and recovers to the full
@@ -31,6 +31,7 @@ Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after
          and the choice of whom to keep matter; with WHOM the others are merged does not (random members do as well),
          nor does the adaptive budget, and after recovery the kept experts alone, nothing merged into them, are as good
          as M-SMoE. Fisher weights beat weights by use. C-SMoE of equal rank is larger and better, of equal size worse.
+         Task-specific pruning, which cuts by use while it is distilled, is as weak as averaging.
 
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
@@ -39,9 +40,12 @@ Differences from the paper and its code
    starts from a model with as many steps as MC-SMoE's.
 4. Importance of a pruned neuron is a mean, not a sum, of |s ds| (as in the code), without its delay of one step.
 5. Git Re-basin, REPAIR and ZipIt as released: random groups, plain means. --ablate also gives them M-SMoE's groups.
+   Task-specific pruning (Chen et al. 2022) cuts while it is distilled, in the same steps as everybody's recovery; dead
+   experts are masked by addition (the released code multiplies their logits by the mask, which revives some).
 6. Small scale: 4 layers, all with a mixture, pre-trained here for 500 steps. Full scale: 12 of 24 layers, Adam in fp32
-   under bf16 autocast, one-word answers (plus end of text) instead of promptsource templates; accuracy throughout.
-7. Left out: the task-specific pruning baseline, fairseq's 15B decoder, SQuAD and HotpotQA (answers of many words).
+   under bf16 autocast, short prompts of our own instead of promptsource's; answers in words (SQuAD, HotpotQA) are
+   generated greedily, where the released evaluation feeds the right answer in. Metrics as the tasks' own scripts.
+7. Left out: fairseq's 15B decoder.
 For generation without retraining, later work (REAP) finds that pruning beats merging: this is for one task, recovered.
 
 Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do the groups still matter?);
@@ -106,7 +110,8 @@ class Config:
     pretrain_lr: float = 3e-3  # peak, linear to 0
     balance: float = 0.003  # weight of the balance loss while pre-training
     target: str = "headers"  # domain to fine-tune on: python, docs or headers; chosen on seeds 100-102
-    task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande or wikiqa
+    arms: tuple[str, ...] = ()  # only these, comma-separated, and what they start from; no claims then
+    task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande, wikiqa, squad or hotpotqa
     model: str = ""  # full scale: folder of a Switch checkpoint, or its name on the Hugging Face hub
 
 
@@ -123,6 +128,8 @@ TASK_SETTINGS = {  # batch size, learning rate (README of the released code); ep
     "copa": (8, 3e-5, 20),
     "winogrande": (32, 1e-5, 10),
     "wikiqa": (32, 5e-5, 3),
+    "squad": (16, 5e-5, 3),
+    "hotpotqa": (32, 1e-4, 3),
 }
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -142,6 +149,10 @@ class Expert(NamedTuple):
     def each(self, function: Callable[[Tensor], Tensor]) -> "Expert":
         """function applied to every tensor that is there."""
         return Expert(*(None if tensor is None else function(tensor) for tensor in self))
+
+    def at(self, index: Any) -> "Expert":
+        """Of a stack: one expert, or a stack of some."""
+        return self.each(lambda tensor: tensor[index])
 
     def hidden(self, x: Tensor, act: str = "relu") -> Tensor:
         """Hidden units of one expert. x [tokens, d_model] -> [tokens, d_ff]."""
@@ -504,11 +515,9 @@ class LowRankSparseLinear(nn.Module):
         if self.s is not None:
             return y + kernels.grouped_mm(x, self.s, dispatch)
         counts = [*dispatch.offsets.diff().tolist(), len(x) - int(dispatch.offsets[-1])]  # the last: unused rows
-        stored, parts = [*self.kept.tolist(), 0], []
-        neurons = zip(y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored))
-        for low_rank, part, rows, neuron in neurons:
-            parts.append(low_rank.index_add(1, neuron, (part.to(y.dtype) @ rows.T.to(y.dtype))))
-        return torch.cat(parts)
+        stored = [*self.kept.tolist(), 0]
+        parts = zip(y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored))
+        return torch.cat([low.index_add(1, at, x.to(y.dtype) @ rows.T.to(y.dtype)) for low, x, rows, at in parts])
 
 
 class LowRankExperts(nn.Module):
@@ -517,10 +526,8 @@ class LowRankExperts(nn.Module):
     def __init__(self, dense: DenseExperts, rank: int):
         super().__init__()
         self.act, self.glu = dense.act, dense.glu
-        self.up, self.down = (
-            LowRankSparseLinear(dense.w1, rank, dense.b1),
-            LowRankSparseLinear(dense.w2, rank, dense.b2),
-        )
+        self.up = LowRankSparseLinear(dense.w1, rank, dense.b1)
+        self.down = LowRankSparseLinear(dense.w2, rank, dense.b2)
 
     def forward(self, tokens: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
         dispatch = kernels.make_dispatch(expert_index, len(self.up.u))
@@ -539,6 +546,21 @@ def stable_rank(w: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Baselines and controls: other groups, other ways to line up, other ways to merge
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def surviving_experts(usage: Tensor, alive: Tensor, num_kept: int, last: bool, threshold: float = 0.1) -> Tensor:
+    """[num_experts] bool: one cut of task-specific pruning (Chen et al. 2022), made several times while fine-tuning.
+
+    usage [num_experts], smoothed over steps; alive [num_experts] bool. Of those alive, the ones stay whose share is at
+    least threshold / number alive; at the last cut, and where too few would be left, the num_kept most used.
+    """
+    share = torch.where(alive, usage, 0.0)
+    keep = alive & (share / share.sum() >= threshold / alive.sum())
+    if last or keep.sum() < num_kept:
+        order = torch.where(alive, usage, -1.0).sort(descending=True, stable=True).indices
+        keep = torch.zeros_like(alive)
+        keep[order[:num_kept]] = True
+    return keep
 
 
 def random_groups(num_experts: int, num_groups: int, generator: torch.Generator) -> Tensor:
@@ -657,7 +679,11 @@ RECIPES_ABLATE = {
     "by_output": Recipe(similarity="output"),
 }
 RECOVERED = ("msmoe", "averaging", "pruning", "msmoe_all")  # after distillation in a default run; --ablate: all
+USAGE_DECAY, CUTS = 0.6, 5  # of task-specific pruning: smoothing of use, cuts in the first half; the released code's
+TUNED = ("full", "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps", "mc", "c_equal_size")  # by --tune
 LR_GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning, recovery and compression, the same for every arm; see --tune
+SOURCES = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd", "task_specific+kd": "full"}  # where the name does not say it
+SOURCES |= dict.fromkeys(("c_equal_rank", "c_equal_size", "c_equal_size_low"), "full+steps")  # as many steps
 NUM_BLOCKS = 16  # of the validation data: what a run of one seed takes its standard error over
 
 
@@ -669,7 +695,8 @@ class Task(NamedTuple):
     validation: list
     outputs: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # logits [batch, time, classes], labels; -100: no label
     token_mask: Callable[[Any, str], Tensor | None]  # of a layer, by name: False is padding
-    scored: slice = slice(None)  # positions that count in the accuracy
+    answers: Callable[[nn.Module, Any, Tensor], list]  # model, batch, logits: one answer for every sequence
+    scores: Callable[[list, slice], dict[str, float]]  # answers to these validation sequences: {metric: share}
 
 
 class Seen(NamedTuple):
@@ -713,14 +740,18 @@ def calibrate(model: nn.Module, task: Task) -> dict[str, Seen]:
     return seen
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the positions that have a label. logits [batch, time, classes], labels [batch, time]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 def fisher_information(model: nn.Module, task: Task) -> dict[str, Expert]:
     """Squared gradients of the loss, summed over calibration batches: the diagonal Fisher weights of a merge."""
     layers = moe_layers(model)
     total = {name: layer.experts.stacked().each(torch.zeros_like) for name, layer in layers.items()}
     for batch in task.calibration:
         model.zero_grad()
-        logits, labels = task.outputs(model.eval(), batch)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
+        cross_entropy(*task.outputs(model.eval(), batch)).backward()
         for name, layer in layers.items():
             gradient = layer.experts.stacked(lambda parameter: parameter.grad)
             total[name] = Expert(*(t if t is None else t + g.square() for t, g in zip(total[name], gradient)))
@@ -732,38 +763,35 @@ def merge_layer(
     layer: SparseMoE, groups: Tensor, seen: Seen, align: str, merge: str, fisher: Expert | None = None
 ) -> SparseMoE:
     """One merged layer, by the steps of the method; `align` and `merge` as in Recipe."""
-    stacked, act = layer.experts.stacked(), layer.experts.act
-    experts = [stacked.each(lambda w, i=i: w[i]) for i in range(len(groups))]
-    fishers = None if fisher is None else [fisher.each(lambda w, i=i: w[i]) for i in range(len(groups))]
-    dominant = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-    zipped = []
+    act, everyone = layer.experts.act, range(len(groups))
+    experts = [layer.experts.stacked().at(i) for i in everyone]
+    fishers = [None if fisher is None else fisher.at(i) for i in everyone]
+    dominant, zipped = torch.zeros_like(groups, dtype=torch.bool), []
     for group in range(int(groups.max()) + 1):
-        members = (groups == group).nonzero()[:, 0]
-        dominant[members[seen.frequency[members].argmax()]] = True
-        reference = 0 if align == "first" else int(members[seen.frequency[members].argmax()])
+        members = (groups == group).nonzero()[:, 0].tolist()
+        most_used = max(members, key=seen.frequency.tolist().__getitem__)
+        dominant[most_used] = True
+        reference = 0 if align == "first" else most_used
         if merge == "zip":
-            x = seen.routed_to(*members.tolist())
+            x = seen.routed_to(*members)
             alone = len(members) == 1 or len(x) < 2
             zipped.append(experts[reference] if alone else zip_experts([experts[i] for i in members], x, act))
-        for i in () if align == "none" or merge in ("zip", "redirect") or len(members) == 1 else members.tolist():
-            if i == reference:
-                continue
+        if align == "none" or merge in ("zip", "redirect") or len(members) == 1:
+            continue
+        for i in (i for i in members if i != reference):
             gain = neuron_gain(experts[reference], experts[i])
             if align == "activation":
                 gain = activation_gain(experts[reference], experts[i], seen.routed_to(reference, i), act)
             perm = linear_assignment(gain.cpu())
             experts[i] = permute_neurons(experts[i], perm)
-            if fishers is not None:
-                fishers[i] = permute_neurons(fishers[i], perm)
+            fishers[i] = None if fisher is None else permute_neurons(fishers[i], perm)
     stack = lambda experts: Expert(*(None if w[0] is None else torch.stack(w) for w in zip(*experts)))
-    weight = {"uniform": torch.ones_like(seen.frequency), "redirect": dominant.double()}.get(merge, seen.frequency)
     if merge == "zip":
-        merged = stack(zipped)
-    elif merge == "fisher":
-        pairs = zip(stack(experts), stack(fishers))
-        merged = Expert(*(None if w is None else merge_experts(w, f, groups) for w, f in pairs))
-    else:
-        merged = stack(experts).each(lambda w: merge_experts(w, weight, groups))
+        return layer.with_experts(DenseExperts(stack(zipped), act), groups)
+    weight = {"uniform": torch.ones_like(seen.frequency), "redirect": dominant.double()}.get(merge, seen.frequency)
+    weights = Expert(*[weight] * len(Expert._fields)) if fisher is None else stack(fishers)
+    pairs = zip(stack(experts), weights)
+    merged = Expert(*(None if w is None else merge_experts(w, weight, groups) for w, weight in pairs))
     return layer.with_experts(DenseExperts(merged, act), groups)
 
 
@@ -774,13 +802,13 @@ def expert_features(layer: SparseMoE, seen: Seen, similarity: str) -> Tensor:
         return seen.logits.T
     if similarity == "weight":
         return torch.cat([w.flatten(1) for w in stacked if w is not None], dim=1)
-    outputs = (stacked.each(lambda w, i=i: w[i]).forward(x, layer.experts.act) for i in range(len(layer.remap)))
+    outputs = (stacked.at(i).forward(x, layer.experts.act) for i in range(len(layer.remap)))
     return torch.stack([y.mean(dim=0) for y in outputs])
 
 
 def prune_layer(layer: SparseMoE, dominant: Tensor) -> SparseMoE:
     """The baseline that removes the others: their logits are masked, their tokens go to the next best survivor."""
-    experts = DenseExperts(layer.experts.stacked().each(lambda w: w[dominant]), layer.experts.act)
+    experts = DenseExperts(layer.experts.stacked().at(dominant), layer.experts.act)
     remap = (dominant.long().cumsum(0) - 1).clamp(min=0)
     return layer.with_experts(experts, remap, dominant)
 
@@ -810,17 +838,10 @@ def merge_model(
             new = prune_layer(layer, chosen.to(device))
         else:
             new = merge_layer(layer, groups.to(device), seen[name], align, recipe.merge, fisher.get(name))
-        report.append(
-            {
-                "layer": name,
-                "frequency": seen[name].frequency.tolist(),
-                "dominant": chosen.nonzero()[:, 0].tolist(),
-                "groups": groups.tolist(),
-                **(stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}),
-            }
-        )
-        parent, _, child = name.rpartition(".")
-        setattr(merged.get_submodule(parent), child, new)
+        ranks = stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}
+        kept, use = chosen.nonzero()[:, 0].tolist(), seen[name].frequency.tolist()
+        report.append({"layer": name, "frequency": use, "dominant": kept, "groups": groups.tolist(), **ranks})
+        merged.set_submodule(name, new)
     return merged, report
 
 
@@ -829,9 +850,8 @@ def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: 
     shared = (groups.bincount() > 1).to(before.remap.device)
     if not shared.any():
         return {}
-    old, new = before.experts.stacked().each(lambda w: w[dominant.to(w.device)][shared]), after.experts.stacked()
-    ranks = lambda *weights: [float(stable_rank(w).mean()) for w in weights]
-    return {f"stable_rank_{m}": ranks(getattr(old, m), getattr(new, m)[shared]) for m in ("w1", "w2")}
+    pair = before.experts.stacked().at(dominant.to(shared.device)).at(shared), after.experts.stacked().at(shared)
+    return {f"stable_rank_{m}": [float(stable_rank(getattr(e, m)).mean()) for e in pair] for m in ("w1", "w2")}
 
 
 corpus = functools.cache(text_data.load_domain)  # read once in a process, whatever the number of arms
@@ -851,13 +871,6 @@ def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.Transform
     return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
 
 
-def build(config: Config, run: Run, seed: int) -> nn.Module:
-    """The unmerged model with frozen routers, to be filled by `load_model`."""
-    if not config.task:
-        return byte_lm(config, seed)
-    return pretrained.empty_switch(pretrained.locate(config.model, run.data_dir), switch_layer)
-
-
 def switch_layer(router_weight: Tensor, w1: Tensor, w2: Tensor, act: str, capacity: int) -> SparseMoE:
     return SparseMoE(router_weight, DenseExperts(Expert(w1, w2), act), capacity=capacity)
 
@@ -871,61 +884,49 @@ def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
     text = corpus(config.target)
     stream = lambda step: torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
     sample = lambda num, step: text_data.sample_windows(text.train, num, config.context + 1, stream(step))
-
     validation = text_data.all_windows(text.val, config.context)[: config.eval_sequences or None]
-
-    def outputs(model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
-        return model(windows[:, :-1]), windows[:, 1:]
-
     return Task(
         train_batch=lambda step: sample(config.batch_size, step).to(run.device),
         calibration=sample(config.calibration, -1).to(run.device).split(32),
         validation=validation.to(run.device).split(64),
-        outputs=outputs,
+        outputs=lambda model, windows: (model(windows[:, :-1]), windows[:, 1:]),
         token_mask=lambda windows, layer: None,
+        answers=lambda model, windows, logits: (logits.argmax(-1) == windows[:, 1:]).double().mean(dim=1).tolist(),
+        scores=lambda hits, where: {"accuracy": float(torch.tensor(hits, dtype=torch.float64).mean())},
     )
 
 
 def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    """A task of data/tasks.py as text to text: the answer is one word, the decoder's first token, then the end."""
-    tokenizer = pretrained.load_tokenizer(pretrained.locate(config.model, run.data_dir))
-    data, stream = tasks.PromptBatches(config.task, run.data_dir, tokenizer, config.context), 10 * seed + stage
-    on_device = lambda batch: {name: tensor.to(run.device) for name, tensor in batch.items()}
-
-    def outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        shifted = F.pad(batch["labels"][:, :-1], (1, 0), value=0)  # T5 starts its answers with token 0
-        return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
-
+    """A task of data/tasks.py as text to text: the answer is one word, or is generated token by token, greedily."""
+    folder, stream = pretrained.locate(config.model, run.data_dir), 10 * seed + stage
+    data = pretrained.TextToText(config.task, run.data_dir, folder, config.context, run.device)
     return Task(
-        train_batch=lambda step: on_device(data.train_batch(step, config.batch_size, stream)),
-        calibration=[on_device(batch) for batch in data.sample(config.calibration, 32, stream)],
-        validation=[on_device(batch) for batch in data.dev_batches(config.eval_sequences, 64)],
-        outputs=outputs,
-        token_mask=lambda batch, layer: batch["attention_mask"].bool() if layer.startswith("encoder") else None,
-        scored=slice(0, 1),
+        train_batch=lambda step: data.train_batch(step, config.batch_size, stream),
+        calibration=data.sample(config.calibration, 32, stream),
+        validation=data.dev_batches(config.eval_sequences, 64),
+        outputs=data.outputs,
+        token_mask=data.token_mask,
+        answers=data.answers,
+        scores=data.scores,
     )
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, run: Run) -> dict:
-    """Loss and accuracy, each also by block of the validation data."""
-    model.eval()
-    losses, hits = [], []
+    """Loss and the task's metrics, each also by block of the validation data."""
+    losses, answers = [], []
     with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
         for batch in task.validation:
-            logits, labels = task.outputs(model, batch)
+            logits, labels = task.outputs(model.eval(), batch)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-            losses.append(loss.view(labels.shape).mean(dim=1))  # [batch]
-            hits.append((logits.argmax(dim=-1) == labels)[:, task.scored].double().mean(dim=1))
-    loss, accuracy = torch.cat(losses).double(), torch.cat(hits)
-    blocks = lambda values: [float(part.mean()) for part in values.tensor_split(min(NUM_BLOCKS, len(values)))]
-    return {
-        "loss": float(loss.mean()),
-        "accuracy": float(accuracy.mean()),
-        "loss_blocks": blocks(loss),
-        "accuracy_blocks": blocks(accuracy),
-    }
+            losses.append(loss.view(labels.shape).sum(dim=1) / (labels >= 0).sum(dim=1))  # [batch]
+            answers += task.answers(model, batch, logits)
+    loss, blocks = torch.cat(losses).double(), min(NUM_BLOCKS, len(answers))
+    result = {"loss": float(loss.mean()), **task.scores(answers, slice(len(answers)))}
+    result["loss_blocks"] = [float(part.mean()) for part in loss.tensor_split(blocks)]
+    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in torch.arange(len(answers)).tensor_split(blocks)]
+    by_block = [task.scores(answers[part], part) for part in parts]
+    return result | {f"{name}_blocks": [scores[name] for scores in by_block] for name in by_block[0]}
 
 
 @torch.no_grad()
@@ -936,39 +937,30 @@ def store(model: nn.Module, task: Task, path) -> dict:
     return {"parameters": common.count_parameters(model), "bytes": export_model(model, path), "flops": flops}
 
 
-def tune(
-    model: nn.Module,
-    task: Task,
-    config: Config,
-    steps: int,
-    lr: float,
-    options: dict,
-    teacher: nn.Module | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> None:
+def tune(model: nn.Module, task: Task, config: Config, steps: int, lr: float, teacher=None, **options) -> None:
     """Cross-entropy, plus distillation when there is a teacher. Nothing here has dropout; routers are frozen."""
 
     def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
         logits, labels = task.outputs(model, batch)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = cross_entropy(logits, labels)
         if teacher is None:
             return loss, {}
         with torch.no_grad():
             wanted = task.outputs(teacher, batch)[0]
-        distilled = distillation_loss(logits.flatten(0, 1), wanted.flatten(0, 1), config.temperature)
+        distilled = distillation_loss(logits[labels >= 0], wanted[labels >= 0], config.temperature)
         return loss + config.alpha * distilled, {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
 
-    optimizer = adamw(model, lr)
-    schedule = common.linear(steps, warmup=min(16, steps // 5))
-    options = {**options, "on_step": on_step, "checkpoint_seconds": 1800.0 if config.task else 60.0}  # 24 GB each
-    common.train(model, loss_fn, steps, batches=task.train_batch, optimizer=optimizer, schedule=schedule, **options)
+    seconds = 1800.0 if config.task else 60.0  # a checkpoint has 24 GB at full scale
+    fit(model, loss_fn, steps, lr, batches=task.train_batch, checkpoint_seconds=seconds, **options)
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def fit(model: nn.Module, loss_fn: Callable, steps: int, lr: float, **options) -> None:
+    """Section A1: AdamW with these betas, eps and weight decay; 16 steps of warm-up, then linear to 0."""
     optimizer = common.adamw(model, lr, betas=(0.9, 0.98))
     for group in optimizer.param_groups:
-        group["eps"] = 1e-6  # section A1: betas, eps and weight decay
-    return optimizer
+        group["eps"] = 1e-6
+    schedule = common.linear(steps, warmup=min(16, steps // 5))
+    common.train(model, loss_fn, steps, optimizer=optimizer, schedule=schedule, **options)
 
 
 def export_model(model: nn.Module, path) -> int:
@@ -1015,9 +1007,10 @@ def import_model(path, model: nn.Module) -> nn.Module:
 
 
 def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
-    path = run.path(arm, seed, ".npz")
+    path, find = run.path(arm, seed, ".npz"), lambda: pretrained.locate(config.model, run.data_dir)
     try:
-        return run.prepare(import_model(path, build(config, run, seed)))
+        unmerged = pretrained.empty_switch(find(), switch_layer) if config.task else byte_lm(config, seed)
+        return run.prepare(import_model(path, unmerged))
     except (ValueError, FileNotFoundError) as error:
         again = f"delete {path.with_suffix('.*')} and go on with --resume"
         raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
@@ -1055,11 +1048,8 @@ def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         aux_loss = model.aux_loss()
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach()}
 
-    steps, options = config.pretrain_steps, run.train_options(arm, seed)
-    schedule = common.linear(steps, warmup=min(16, steps // 5))
-    common.train(
-        model, loss_fn, steps, batches=batches, optimizer=adamw(model, config.pretrain_lr), schedule=schedule, **options
-    )
+    options = run.train_options(arm, seed)
+    fit(model, loss_fn, config.pretrain_steps, config.pretrain_lr, batches=batches, **options)
     task = make_task(config, run, seed, 1)
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
@@ -1075,7 +1065,7 @@ def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         model = load_model(config, run, "pretrained", seed)
     task = make_task(config, run, seed, 1)
     lr = float(arm.partition("@")[2] or config.lr)
-    tune(model, task, config, config.finetune_steps, lr, run.train_options(arm, seed))
+    tune(model, task, config, config.finetune_steps, lr, **run.train_options(arm, seed))
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
 
 
@@ -1091,7 +1081,7 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         if draw == 0:
             path = run.path(arm, seed, ".npz")
             counts = store(model, task, path) | {"layers": report}
-            if config.task and not run.ablate and arm not in RECOVERED:
+            if config.task and arm not in map(source_of, arms_of(config, run)[2]):
                 path.unlink()  # 3 GB that nobody reads again
     means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
     return means | counts | {"loss_by_draw": [result["loss"] for result in found]}
@@ -1099,13 +1089,39 @@ def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
 
 def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """A merged model after distillation ("msmoe+kd"), without it ("msmoe+steps"), or the full one trained on."""
-    source, _, how = arm.partition("+")
-    how, _, lr = how.partition("@")
-    model, task = load_model(config, run, source, seed), make_task(config, run, seed, 3)
-    teacher = load_model(config, run, "full", seed).eval() if how == "kd" else None
+    name, _, lr = arm.partition("@")
+    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 3)
+    teacher = load_model(config, run, "full", seed).eval() if name.endswith("+kd") else None
     lr, options = float(lr or config.recover_lr), run.train_options(arm, seed)
-    tune(model, task, config, config.recover_steps, lr, options, teacher)
+    prunes = name == "task_specific+kd"  # in the same steps
+    on_step = prune_by_usage(model, task, config) if prunes else None
+    tune(model, task, config, config.recover_steps, lr, teacher, on_step=on_step, **options)
+    for name in list(moe_layers(model)) if prunes else ():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, prune_layer(layer, layer.alive))
     return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
+
+
+def prune_by_usage(model: nn.Module, task: Task, config: Config) -> Callable[[int], None]:
+    """Task-specific pruning, to be called after every step: CUTS cuts in the first half of the steps."""
+    layers, half = dict(list(moe_layers(model).items())[config.skip :]), max(1, config.recover_steps // 2)
+    cuts, inputs = {max(1, half * cut // CUTS) for cut in range(1, CUTS + 1)}, {}
+    for name, layer in layers.items():
+        layer.register_buffer("usage", torch.zeros(layer.alive.shape, dtype=torch.float64, device=layer.alive.device))
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+
+    @torch.no_grad()
+    def on_step(step: int) -> None:
+        batch = task.train_batch(step)
+        for name, layer in layers.items():
+            mask = task.token_mask(batch, name)
+            x = inputs[name].flatten(0, -2) if mask is None else inputs[name][mask]
+            logits = layer.router(x.to(layer.router.weight.dtype)).masked_fill(~layer.alive, -1e6)
+            layer.usage.lerp_(usage_frequency(logits, layer.top_k), 1 - USAGE_DECAY)
+            if step + 1 in cuts:
+                layer.alive.copy_(surviving_experts(layer.usage, layer.alive, config.kept, step + 1 == half))
+
+    return on_step
 
 
 def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
@@ -1121,8 +1137,7 @@ def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
 def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Decompose, train and prune, compact, export: MC-SMoE the recovered merge, C-SMoE the unmerged model."""
     name, _, lr = arm.partition("@")
-    source = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd"}.get(name, "full+steps")  # all had equally many steps
-    model, task = load_model(config, run, source, seed), make_task(config, run, seed, 4)
+    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 4)
     teacher = load_model(config, run, "full", seed).eval()
     layers = list(moe_layers(model).values())[0 if name == "mc_all" else config.skip :]
     rank, density, steps = config.rank, config.density, config.compress_steps
@@ -1144,7 +1159,7 @@ def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
             linear.prune(mask)
 
     lr, options = float(lr or config.compress_lr), run.train_options(arm, seed)
-    tune(model, task, config, steps, lr, options, teacher, on_step)
+    tune(model, task, config, steps, lr, teacher, on_step=on_step, **options)
     with torch.no_grad():
         before = task.outputs(model.eval(), task.validation[0])[0]
         for linear in linears:
@@ -1203,6 +1218,11 @@ def per_seed(results: Results, arm: str, key: str) -> np.ndarray:
     return np.array(results[arm][0][f"{key}_blocks"]) if len(results[arm]) == 1 else values(results, arm, key)
 
 
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """What is reported beside the loss, shares; the first one is what claims are about."""
+    return tasks.PROMPTS[config.task].metrics if config.task else ("accuracy",)
+
+
 def rank_changes(results: Results, matrix: str) -> np.ndarray:
     """[seeds]: mean relative change of the stable rank, merged against kept expert, over layers with a merged group."""
     key, changes = f"stable_rank_{matrix}", []
@@ -1213,8 +1233,9 @@ def rank_changes(results: Results, matrix: str) -> np.ndarray:
 
 
 def judge(config: Config, run: Run, results: Results) -> None:
-    """From measurements to claim rows. Margins are nats of loss; at full scale points of accuracy, as in the paper."""
-    key, scale, unit = ("accuracy", -100, "points") if config.task else ("loss", 1, "nats")
+    """From measurements to claim rows. Margins are nats of loss; at full scale points of the task's first metric."""
+    quality = metrics_of(config)[0]
+    key, scale, unit = (quality, -100, "points") if config.task else ("loss", 1, "nats")
     ahead = lambda worse, better="msmoe": scale * (per_seed(results, worse, key) - per_seed(results, better, key))
     shown = lambda margin: common.show(margin if len(run.seeds) > 1 else [margin.mean()])
 
@@ -1233,26 +1254,27 @@ def judge(config: Config, run: Run, results: Results) -> None:
             text += f" (after recovery {', '.join(shown(margin) for margin in later.values())})"
         report(id, text, **{arm: ahead(arm) for arm in arms})
 
-    drop = 100 * (per_seed(results, "full", "accuracy") - per_seed(results, "msmoe+kd", "accuracy"))
-    more = 100 * (values(results, "full+steps", "accuracy") - values(results, "full", "accuracy"))
+    drop = 100 * (per_seed(results, "full", quality) - per_seed(results, "msmoe+kd", quality))
+    more = 100 * (values(results, "full+steps", quality) - values(results, "full", quality))
     text = f"{shown(drop)} points below the full model, which gains {common.show(more)} from as many more steps"
     margin = (WORST_DROP - drop).tolist()
     run.claim("mcsmoe.recovers", text, {"drop": drop.tolist(), "margin": margin, "more": more.tolist()}, margin)
 
     saved = lambda arm, what: 1 - values(results, arm, what) / values(results, "full", what)
+    percent = lambda arm, what: f"{100 * saved(arm, what).mean():.1f} %"
     counted, stored = saved("mc_all", "parameters"), saved("mc_all", "bytes")
-    text = f"{100 * counted.mean():.1f} % of parameters, {100 * stored.mean():.1f} % of bytes on disk"
-    text += f"; without the first layer {100 * saved('mc', 'bytes').mean():.1f} %"
+    text = f"{percent('mc_all', 'parameters')} of parameters, {percent('mc_all', 'bytes')} of bytes on disk"
+    text += f"; without the first layer {percent('mc', 'bytes')}"
     numbers = {"parameters": counted.tolist(), "bytes": stored.tolist()}
     run.claim("mcsmoe.memory", text, numbers, holds=bool(min(counted.min(), stored.min()) >= 0.8))
     flops, merged = saved("mc_all", "flops"), saved("msmoe_all+kd", "flops")
-    text = f"{100 * flops.mean():.1f} % of all FLOPs, without the first layer {100 * saved('mc', 'flops').mean():.1f} %"
-    text += f"; merging alone {100 * merged.mean():.1f} %"
+    text = f"{percent('mc_all', 'flops')} of all FLOPs, without the first layer {percent('mc', 'flops')}"
+    text += f"; merging alone {percent('msmoe_all+kd', 'flops')}"
     holds = bool(flops.min() >= PAPER_FLOPS and (merged == 0).all())
     run.claim("mcsmoe.flops", text, {"saved": flops.tolist(), "merging_alone": merged.tolist()}, holds=holds)
+    larger = lambda arm: 100 * (values(results, arm, "parameters") / values(results, "mc", "parameters") - 1).mean()
     best = min(("c_equal_size", "c_equal_size_low"), key=lambda arm: values(results, arm, "loss").mean())
-    size = 100 * (values(results, best, "parameters") / values(results, "mc", "parameters") - 1).mean()
-    text = f"{{margin}} {{unit}} better; C-SMoE rank {results[best][0]['rank']}, {size:+.1f} % parameters"
+    text = f"{{margin}} {{unit}} better; C-SMoE rank {results[best][0]['rank']}, {larger(best):+.1f} % parameters"
     report("beats_c_smoe", text, margin=ahead(best, "mc"))
     falls = {matrix: rank_changes(results, matrix) for matrix in ("w1", "w2")}
     change = (falls["w1"] + falls["w2"]) / 2
@@ -1261,8 +1283,7 @@ def judge(config: Config, run: Run, results: Results) -> None:
     numbers = {name: by_seed.tolist() for name, by_seed in falls.items()}
     run.claim("mcsmoe.low_rank", text, numbers, margins=-change)
     if run.ablate:
-        size = 100 * (values(results, "c_equal_rank", "parameters") / values(results, "mc", "parameters") - 1).mean()
-        text = f"{{margin}} {{unit}} better (negative: worse); C-SMoE {size:+.1f} % parameters"
+        text = f"{{margin}} {{unit}} better (negative: worse); C-SMoE {larger('c_equal_rank'):+.1f} % parameters"
         report("beats_c_smoe_equal_rank", text, margin=ahead("c_equal_rank", "mc"))
         text = "{at_once} {unit} better at once, {recovered} after recovery (negative: worse)"
         margins = {"at_once": ahead("uniform_budget"), "recovered": ahead("uniform_budget+kd", "msmoe+kd")}
@@ -1270,36 +1291,31 @@ def judge(config: Config, run: Run, results: Results) -> None:
 
 
 def print_tables(config: Config, run: Run, results: Results) -> None:
+    columns = [("loss", 1.0), *((name, 100.0) for name in metrics_of(config))]
     show = lambda arm, key, scale=1.0: common.show(scale * values(results, arm, key)) if arm in results else ""
     rows = []
-    for arm in (arm for arm in results if "@" not in arm and not arm.endswith("+kd")):
-        quality = [show(a, *key) for a in (arm, f"{arm}+kd") for key in (("loss",), ("accuracy", 100.0))]
-        one = results[arm][0]
-        disk = f"{values(results, arm, 'bytes').mean() / 1e6:.3f}"
-        rows.append(
-            [arm, *quality, f"{one['parameters']:,}", disk, f"{values(results, arm, 'flops').mean() / 1e6:.2f}"]
-        )
-    header = [
-        "arm",
-        "nats",
-        "accuracy %",
-        "recovered: nats",
-        "accuracy %",
-        "parameters",
-        "MB on disk",
-        "MFLOP/sequence",
-    ]
+    for arm in dict.fromkeys(arm.removesuffix("+kd") for arm in results):
+        stored = arm if arm in results else f"{arm}+kd"
+        size = [f"{results[stored][0]['parameters']:,}", f"{values(results, stored, 'bytes').mean() / 1e6:.3f}"]
+        quality = [show(name, *column) for name in (arm, f"{arm}+kd") for column in columns]
+        rows.append([arm, *quality, *size, f"{values(results, stored, 'flops').mean() / 1e6:.2f}"])
+    names = ["nats", *(f"{name.replace('_', ' ')} %" for name in metrics_of(config))]
+    header = ["arm", *names, f"recovered: {names[0]}", *names[1:], "parameters", "MB on disk", "MFLOP/sequence"]
     run.table(f"validation, {len(run.seeds)} seed(s); recovered: after distillation from the full model", header, rows)
+    if "msmoe" not in results:
+        return
 
     rows = []
     for layer in results["msmoe"][0]["layers"]:
-        groups, kept = np.array(layer["groups"]), layer["dominant"]
-        joined = [[int(i) for i in np.flatnonzero(groups == g) if i != kept[g]] for g in range(len(kept))]
-        text = "  ".join(f"{k}" + (f"<-{','.join(map(str, j))}" if j else "") for k, j in zip(kept, joined))
-        used = sum(layer["frequency"][k] for k in kept)
+        joined: dict[int, list[str]] = {kept: [] for kept in layer["dominant"]}
+        for expert, group in enumerate(layer["groups"]):
+            kept = layer["dominant"][group]
+            joined[kept] += [str(expert)] if expert != kept else []
+        use = {kept: 100 * layer["frequency"][kept] for kept in joined}
+        text = "  ".join(f"{k} ({use[k]:.0f} %)" + (f"<-{','.join(j)}" if j else "") for k, j in joined.items())
         ranks = [" to ".join(f"{r:.2f}" for r in layer.get(f"stable_rank_{w}", ())) for w in ("w1", "w2")]
-        rows.append([layer["layer"], len(kept), f"{100 * used:.0f} %", *ranks, text])
-    header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept<-merged into it"]
+        rows.append([layer["layer"], len(joined), f"{sum(use.values()):.0f} %", *ranks, text])
+    header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept (use)<-merged into it"]
     run.table(f"M-SMoE, seed {run.seed}: who was kept, who joined whom", header, rows)
 
 
@@ -1315,7 +1331,7 @@ def print_grid(config: Config, run: Run, results: Results) -> None:
 
 
 def draw(config: Config, run: Run, results: Results) -> None:
-    layers = results["msmoe"][0]["layers"]
+    layers = results["msmoe"][0]["layers"] if "msmoe" in results else []
 
     def frequencies(ax) -> None:
         table = np.array([layer["frequency"] for layer in layers])
@@ -1365,16 +1381,16 @@ def check(config: Config, device: str) -> Config:
     """Refuse impossible settings before anything is written; fill in what a task settles."""
     if device == "mps":
         raise common.UsageError("experts are merged in float64, which mps lacks; use --device cpu or cuda")
+    choices = {"align_to": ("dominant", "first"), "similarity": ("logits", "weight", "output")}
+    for name, allowed in {**choices, "task": ("", *TASK_SETTINGS)}.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(filter(None, allowed))}")
     if config.task:
-        if config.task not in TASK_SETTINGS:
-            raise ValueError(f"task is {config.task!r}; allowed: {', '.join(TASK_SETTINGS)}")
+        if not config.model:
+            raise ValueError(f"task is {config.task!r}, which needs a checkpoint: add --full")
         batch_size, lr, _ = TASK_SETTINGS[config.task]
         rates = {name: getattr(config, name) or lr for name in ("lr", "recover_lr", "compress_lr")}
         config = replace(config, batch_size=config.batch_size or batch_size, **rates)
-    choices = {"align_to": ("dominant", "first"), "similarity": ("logits", "weight", "output")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}")
     may_be_zero = ("skip", "eval_sequences", *(("finetune_steps", "recover_steps") if config.task else ()))
     for name, value in vars(config).items():
         if type(value) is int and value < (0 if name in may_be_zero else 1):
@@ -1404,19 +1420,31 @@ def check_shape(config: Config, layers: dict[str, SparseMoE]) -> Config:
     return config
 
 
-def arms_of(config: Config, run: Run) -> tuple[list[str], list[str], list[str], list[str]]:
+def source_of(arm: str) -> str:
+    """The arm that this one starts from."""
+    arm = arm.partition("@")[0]
+    return SOURCES.get(arm, arm.partition("+")[0] if "+" in arm else "full")
+
+
+def arms_of(config: Config, run: Run) -> list[list[str]]:
     """Names of the arms: fine-tuned, merged, recovered, compressed. "arm@lr" has a learning rate of its own."""
-    if config.tune:
-        grid = lambda own, *arms: [a if lr == own else f"{a}@{lr:g}" for a in arms for lr in sorted({own, *LR_GRID})]
-        recovered = grid(config.recover_lr, "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps")
-        compressed = grid(config.compress_lr, "mc", "c_equal_size")
-        return grid(config.lr, "full"), ["msmoe", "averaging", "pruning"], recovered, compressed
-    merged = [*RECIPES, *(RECIPES_ABLATE if run.ablate else ())]
-    recovered = [f"{arm}+kd" for arm in (merged if run.ablate else RECOVERED)] + ["full+steps"]
-    compressed = ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
-    if run.ablate:
-        recovered, compressed = [*recovered, "msmoe+steps"], [*compressed, "c_equal_rank"]
-    return ["full"], merged, recovered, compressed
+    merged, compressed = [*RECIPES], ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
+    recovered = [*(f"{arm}+kd" for arm in RECOVERED), "full+steps"]
+    if run.ablate or config.arms:
+        merged, compressed = [*merged, *RECIPES_ABLATE], [*compressed, "c_equal_rank"]
+        recovered = [*(f"{arm}+kd" for arm in merged), "full+steps", "msmoe+steps", "task_specific+kd"]
+    stages = [["full"], merged, recovered, compressed]
+    every = [arm for stage in stages for arm in stage]
+    wanted = set(config.arms or (TUNED if config.tune else every))
+    if odd := wanted.difference(every):
+        raise ValueError(f"arms: there is no {', '.join(sorted(odd))}; allowed: {', '.join(every)}")
+    for arm in reversed(every):  # an arm starts from one of an earlier stage
+        wanted |= {source_of(arm)} if arm in wanted else set()
+    stages = [[arm for arm in stage if arm in wanted] for stage in stages]
+    for stage, own in ((0, config.lr), (2, config.recover_lr), (3, config.compress_lr)) if config.tune else ():
+        rates = sorted({own, *LR_GRID})
+        stages[stage] = [arm if lr == own else f"{arm}@{lr:g}" for arm in stages[stage] for lr in rates]
+    return stages
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
@@ -1442,16 +1470,6 @@ def prepare_full(config: Config, run: Run) -> tuple[Config, nn.Module]:
     return replace(config, **own), pretrained.load_switch(folder, switch_layer).to(run.device)
 
 
-def a_step(model: nn.Module, task: Task) -> Callable[[], None]:
-    batch = task.train_batch(0)
-
-    def step() -> None:
-        logits, labels = task.outputs(model, batch)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
-
-    return step
-
-
 def main(config: Config, run: Run) -> dict:
     run.config = config = check(config, run.device)
     if config.task:
@@ -1464,9 +1482,12 @@ def main(config: Config, run: Run) -> dict:
     config, model = (prepare_full if config.task else prepare_small)(config, run)
     run.config = config = check_shape(config, moe_layers(model))
     tuned, merged, recovered, compressed = arms_of(config, run)
+    if run.draw and (config.tune or "msmoe" not in merged):
+        raise common.UsageError("--plot draws M-SMoE beside the others: not with --tune, nor with --arms that lack it")
     work = config.finetune_steps * len(tuned) + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
     work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
-    step = a_step(model, make_task(config, run, run.seed, 1))
+    task = make_task(config, run, run.seed, 1)
+    step = lambda model=model: cross_entropy(*task.outputs(model, task.train_batch(0))).backward()
     if run.dry_run:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
@@ -1483,7 +1504,8 @@ def main(config: Config, run: Run) -> dict:
         print_grid(config, run, results)
         return {"arms": results}
     print_tables(config, run, results)
-    judge(config, run, results)
+    if not config.arms:
+        judge(config, run, results)
     draw(config, run, results)
     return {"arms": results}
 

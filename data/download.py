@@ -222,7 +222,18 @@ SST2 = File(
     members={"SST-2/train.tsv": (None, None), "SST-2/dev.tsv": (None, None)},
     limit=100_000_000,
 )
-MRPC = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+MRPC = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
+MRPC_DEV = "https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv"
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+SQUAD_FILES = {  # sizes and checksums as TensorFlow Datasets states them
+    "train-v1.1.json": (30_288_272, "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+    "dev-v1.1.json": (4_854_279, "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
+}
+HOTPOTQA = "http://curtis.ml.cmu.edu/datasets/hotpot/"
+HOTPOTQA_FILES = {  # checksums as ParlAI states them
+    "hotpot_train_v1.1.json": (566_426_227, "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316"),
+    "hotpot_dev_distractor_v1.json": (46_320_117, "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea"),
+}
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
 ARC = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
 ARC_FILES = [
@@ -276,11 +287,9 @@ TABLE = (
     ),
     Dataset(
         name="mrpc",
-        files=tuple(
-            File(MRPC + name, save_as=name) for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
-        ),
+        files=(File(MRPC, save_as="msr_paraphrase_train.txt"), File(MRPC_DEV, save_as="mrpc_dev_ids.tsv")),
         licence="Microsoft Research data licence",
-        citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus",
+        citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus; split of GLUE, Wang et al. 2019",
     ),
     Dataset(
         name="copa",
@@ -333,6 +342,18 @@ TABLE = (
         files=(_zip(WIKIQA, "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),),
         licence="Microsoft Research data licence",
         citation="Yang et al. 2015, WikiQA",
+    ),
+    Dataset(
+        name="squad",
+        files=_plain(SQUAD, SQUAD_FILES),
+        licence="CC BY-SA 4.0",
+        citation="Rajpurkar et al. 2016, SQuAD 1.1",
+    ),
+    Dataset(
+        name="hotpotqa",
+        files=_plain(HOTPOTQA, HOTPOTQA_FILES),
+        licence="CC BY-SA 4.0",
+        citation="Yang et al. 2018, HotpotQA",
     ),
     Dataset(name="csqa", files=_plain(CSQA, CSQA_FILES), licence="MIT", citation="Talmor et al. 2019, CommonsenseQA"),
     Dataset(

@@ -5,6 +5,7 @@
     load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
     place_causal(source, ...)           the same, or random_causal, patched, on its device; under torchrun spread
     random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
+    TextToText(task, ...)               a task of data/tasks.py for it: batches, logits, answers, scores
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
@@ -146,6 +147,45 @@ def load_tokenizer(folder: str | Path):
         return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}") from error
+
+
+class TextToText(tasks.PromptBatches):
+    """A task as text to text for an encoder-decoder; see tasks.PromptBatches for the batches."""
+
+    def __init__(self, task: str, data_dir: str | Path, folder: str | Path, max_tokens: int, device: str):
+        super().__init__(task, data_dir, load_tokenizer(folder), max_tokens)
+        self.device = device
+
+    def encode(self, examples: Sequence) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in super().encode(examples).items()}
+
+    def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [batch, answer, vocab_size] of the right answer, given its tokens so far, and the labels."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        shifted = nn.functional.pad(batch["labels"][:, :-1], (1, 0)).clamp(min=0)  # T5 starts its answers with token 0
+        return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
+
+    def token_mask(self, batch: dict[str, Tensor], layer: str) -> Tensor:
+        """[batch, time] bool of the stack that a layer, by name, belongs to: False is padding."""
+        return batch["attention_mask"].bool() if layer.startswith("encoder") else batch["labels"] >= 0
+
+    def answers(self, model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> list:
+        """A class or a text for each row. The first logits depend on no label; longer answers are generated."""
+        ids = logits[:, :1].argmax(-1) if self.words else generate(model, batch, self.MAX_ANSWER + 1)
+        return self.read_answers(ids)
+
+    def scores(self, answers: list, where: slice) -> dict[str, float]:
+        """The metrics of the answers to these development examples."""
+        return tasks.scores(self.name, self.dev[where], answers)
+
+
+def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Tensor:
+    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then padding.
+
+    batch: {"input_ids", "attention_mask": [batch, tokens]}; time is max_tokens at most.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_tokens)[:, 1:]
 
 
 # Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever shares their layout,

@@ -3,23 +3,29 @@
     read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or without any
     read_csqa    CommonsenseQA, five choices     one JSON object a line
     read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation), Answer
-    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus or of GLUE, five columns
+    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus, split by GLUE's list of ids
     read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI publish them
     read_arc, read_hellaswag                     the same; read_arc also reads OpenBookQA
     read_siqa, read_piqa                         the same, labels in NAME-labels.lst beside NAME.jsonl
     read_wikiqa  does a sentence answer          TSV with a header that names Question, Sentence, Label
+    read_squad, read_hotpotqa                    one JSON file, as published: answers of any length
 
     Example("a gorgeous film", 1)        Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
+    Question("Who ran?", context="A fox ran.", answers=("a fox", "fox"))
     Problem("ann has number0 pens and number1 cups . how many things ?", (3.0, 4.0), "+ number0 number1", 7.0)
 
 Readers open the file they are given, read all of it, and refuse what they do not understand with one line that names
 the file and the line: a task that is silently shorter is another task. They never download; `task_files` does, on
-request, through data/download.py.
+request, through data/download.py. `scores` computes each task's metrics as its published evaluation script does.
 """
 
 import csv
+import itertools
 import json
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -38,6 +44,15 @@ class Example(NamedTuple):
     pair: str = ""  # the second sentence of a task on two
     choices: tuple[str, ...] = ()  # of a multiple-choice task
     context: str = ""  # what the question is about
+    question: int = 0  # of MultiRC: examples with the same number are answers to one question
+
+
+class Question(NamedTuple):
+    """A question to be answered in words, out of a context."""
+
+    text: str
+    context: str
+    answers: tuple[str, ...]  # each of them right; a model learns the first
 
 
 class Problem(NamedTuple):
@@ -135,16 +150,23 @@ def read_csqa(path: str | Path) -> list[Example]:
 
 
 def read_mrpc(path: str | Path) -> list[Example]:
-    """MRPC, label 1 = paraphrase: Quality, two ids, two sentences, with the header line. Raises like read_sst2."""
-    examples = []
-    for number, (label, _, _, first, second) in read_tsv(path, columns=5):
+    """MRPC, label 1 = paraphrase: the part of msr_paraphrase_train.txt that GLUE trains on (3,668 of 4,076 pairs).
+
+    path is that file, or GLUE's mrpc_dev_ids.tsv beside it (two ids a line): then the pairs that it names, the 408 on
+    which GLUE and the papers that use it report. Raises like read_sst2.
+    """
+    path = Path(path)
+    corpus, ids_file = (path.with_name(name) for name in ("msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"))
+    examples, unseen, wanted = [], {tuple(ids) for _, ids in read_tsv(ids_file, columns=2)}, path == ids_file
+    for number, (label, *ids, first, second) in read_tsv(corpus, columns=5):
         if number == 1:
             if label != "Quality":
-                refuse(path, 1, "needs the header Quality, #1 ID, #2 ID, #1 String, #2 String")
+                refuse(corpus, 1, "needs the header Quality, #1 ID, #2 ID, #1 String, #2 String")
             continue
         if not first or not second:
-            refuse(path, number, "a sentence is empty")
-        examples.append(Example(first, read_label(path, number, label, 2), pair=second))
+            refuse(corpus, number, "a sentence is empty")
+        example = Example(first, read_label(corpus, number, label, 2), pair=second)
+        examples += [example] if (tuple(ids) in unseen) == wanted else []
     return nonempty(path, examples)
 
 
@@ -262,15 +284,64 @@ def read_piqa(path: str | Path) -> list[Example]:
 
 def read_multirc(path: str | Path) -> list[Example]:
     """MultiRC, label 1 = the answer is right: one example an answer, text the passage, pair question and answer."""
+    number = itertools.count()
 
     def read(item: dict) -> Iterator[Example]:
         for question in item["passage"]["questions"]:
+            which = next(number)
             for answer in question["answers"]:
                 pair = f"{question['question'].strip()} {answer['text'].strip()}"
-                yield Example(item["passage"]["text"], (0, 1).index(answer["label"]), pair=pair)
+                label = (0, 1).index(answer["label"])
+                yield Example(item["passage"]["text"], label, pair=pair, question=which)
 
     needed = '{"passage": {"text", "questions": [{"question", "answers": [{"text", "label": 0 or 1}]}]}}'
     return read_objects(path, read, needed)
+
+
+def read_questions(path: str | Path, read: Callable[[object], Iterator[Question]], needed: str) -> list[Question]:
+    """The questions of one JSON document. read may raise LookupError, TypeError, ValueError, AttributeError."""
+    questions = []
+    try:
+        for question in read(json.loads(Path(path).read_bytes())):
+            texts = (question.text, question.context, *question.answers)
+            if not question.answers or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError("an empty text, or no answer")
+            questions.append(question)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, after {len(questions)} questions: needs {needed}") from error
+    return nonempty(path, questions)
+
+
+def read_squad(path: str | Path) -> list[Question]:
+    """SQuAD 1.1: train-v1.1.json (one answer each), dev-v1.1.json (those of several people). Raises like read_sst2."""
+
+    def read(document: dict) -> Iterator[Question]:
+        for paragraph in (paragraph for article in document["data"] for paragraph in article["paragraphs"]):
+            for item in paragraph["qas"]:
+                answers = tuple(answer["text"] for answer in item["answers"])
+                yield Question(item["question"], paragraph["context"], answers)
+
+    form = '{"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text"}]}]}]}]}'
+    return read_questions(path, read, f"{form}; in version 2.0 some questions have no answer, take 1.1")
+
+
+def read_hotpotqa(path: str | Path) -> list[Question]:
+    """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json. Raises like read_sst2.
+
+    The context is the supporting sentences alone, each paragraph's after its title, as in M-SMoE's released code: ten
+    paragraphs do not fit. A few of the published facts name a sentence that its paragraph lacks; they are passed over.
+    """
+
+    def read(document: list) -> Iterator[Question]:
+        for item in document:
+            paragraphs, facts = dict(item["context"]), {}
+            for title, number in item["supporting_facts"]:
+                facts.setdefault(title, []).extend(paragraphs[title][number : number + 1])
+            context = " ".join(f"{title}: {' '.join(map(str.strip, found))}" for title, found in facts.items())
+            yield Question(item["question"], context, (item["answer"],))
+
+    form = '[{"question", "answer", "supporting_facts": [[title, sentence]], "context": [[title, [sentences]]]}]'
+    return read_questions(path, read, f"{form} (the test file hides the answers)")
 
 
 def read_math(path: str | Path) -> list[Problem]:
@@ -377,11 +448,13 @@ TASKS = {  # name: (reader, data set of data/download.py, training file, develop
     "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
     "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
     "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
-    "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"),
+    "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"),
     "copa": (read_copa, "copa", "COPA/train.jsonl", "COPA/val.jsonl"),
     "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
     "winogrande": (read_winogrande, "winogrande", "winogrande_1.1/train_l.jsonl", "winogrande_1.1/dev.jsonl"),
     "wikiqa": (read_wikiqa, "wikiqa", "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),
+    "squad": (read_squad, "squad", "train-v1.1.json", "dev-v1.1.json"),
+    "hotpotqa": (read_hotpotqa, "hotpotqa", "hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"),
     # The evaluation sets of AdaMoE's Table 1: development questions, for OpenBookQA the test questions.
     "arc-c": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{p}.jsonl" for p in ("Train", "Dev"))),
     "arc-e": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-{p}.jsonl" for p in ("Train", "Dev"))),
@@ -414,31 +487,81 @@ def load_task(name: str, data_dir: str | Path, fold: int = 0) -> tuple[list, lis
 
 
 class Prompt(NamedTuple):
-    """A task as text to text: what the model reads, and the one-word answer of each class."""
+    """A task as text to text: what the model reads, and what it answers."""
 
-    template: Callable[[Example], str]
-    words: tuple[str, ...]
+    template: Callable[[Example | Question], str]
+    words: tuple[str, ...] = ()  # the one-word answer of each class; (): a Question's own answer
+    metrics: tuple[str, ...] = ("accuracy",)  # shares; the first is the one that papers quote
 
 
-PROMPTS = {
+SPANS = ("f1", "exact_match")
+PROMPTS = {  # what is short comes first: a prompt that is too long loses its end
     "sst2": Prompt(lambda e: f"sst2 sentence: {e.text}", ("negative", "positive")),
     "mrpc": Prompt(lambda e: f"mrpc sentence1: {e.text} sentence2: {e.pair}", ("no", "yes")),
     "copa": Prompt(
         lambda e: f"copa premise: {e.text} question: {e.pair} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")
     ),
-    "multirc": Prompt(lambda e: f"multirc question and answer: {e.pair} paragraph: {e.text}", ("no", "yes")),
+    "multirc": Prompt(
+        lambda e: f"multirc question and answer: {e.pair} paragraph: {e.text}",
+        ("no", "yes"),
+        ("f1", "exact_match", "accuracy"),
+    ),
     "winogrande": Prompt(lambda e: f"winogrande sentence: {e.text} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")),
     "wikiqa": Prompt(lambda e: f"wikiqa question: {e.text} sentence: {e.pair}", ("no", "yes")),
+    "squad": Prompt(lambda q: f"squad question: {q.text} context: {q.context}", metrics=SPANS),
+    "hotpotqa": Prompt(lambda q: f"hotpotqa question: {q.text} context: {q.context}", metrics=SPANS),
 }
 
 
-def load_prompts(name: str, data_dir: str | Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Training and development examples of a task in PROMPTS as (text, class). Raises like load_task."""
+def load_prompts(name: str, data_dir: str | Path) -> tuple[list, list]:
+    """Training and development examples of a task in PROMPTS. Raises like load_task."""
     if name not in PROMPTS:
-        raise ValueError(f"task is {name!r}; with answers of one word there are {', '.join(PROMPTS)}")
-    template = PROMPTS[name].template
-    train, dev = ([(template(e), e.label) for e in part] for part in load_task(name, data_dir))
-    return train, dev
+        raise ValueError(f"task is {name!r}; as text to text there are {', '.join(PROMPTS)}")
+    return load_task(name, data_dir)
+
+
+def scores(name: str, examples: Sequence[Example | Question], answers: Sequence) -> dict[str, float]:
+    """The metrics of a task in PROMPTS, shares of 1. answers: a class for each example, or for each question a text.
+
+    An answer that is no class (None) is wrong; MultiRC's F1 counts it as a "no".
+    """
+    if not PROMPTS[name].words:
+        found = [best_match(answer, q.answers, name == "hotpotqa") for answer, q in zip(answers, examples)]
+        return dict(zip(SPANS, (sum(values) / len(found) for values in zip(*found))))
+    right = [answer == e.label for answer, e in zip(answers, examples)]
+    if name != "multirc":
+        return {"accuracy": sum(right) / len(right)}
+    agreed = sum(answer == 1 == e.label for answer, e in zip(answers, examples))
+    claimed = sum(answer == 1 for answer in answers) + sum(e.label for e in examples)
+    questions = {e.question: True for e in examples}
+    for e, is_right in zip(examples, right):
+        questions[e.question] &= is_right
+    return {
+        "f1": 2 * agreed / claimed if claimed else 1.0,  # F1a: over all answers of all questions
+        "exact_match": sum(questions.values()) / len(questions),  # questions with every answer judged right
+        "accuracy": sum(right) / len(right),
+    }
+
+
+def normal_form(answer: str) -> list[str]:
+    """The words that SQuAD compares: small letters, without punctuation and articles."""
+    letters = "".join(char for char in answer.lower() if char not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
+
+
+def best_match(answer: str, references: Sequence[str], yes_no: bool = False) -> tuple[float, float]:
+    """(F1 of the words, exact match) with the nearest reference, each its own maximum.
+
+    yes_no: as HotpotQA's script has it, a "yes", "no" or "noanswer" shares nothing with any other answer.
+    """
+    given, best = normal_form(answer), (0.0, 0.0)
+    for reference in map(normal_form, references):
+        shared = (Counter(given) & Counter(reference)).total()
+        if yes_no and given != reference and {"yes", "no", "noanswer"} & {" ".join(given), " ".join(reference)}:
+            shared = 0
+        f1 = 2 * shared / (len(given) + len(reference)) if shared else 0.0
+        best = (max(best[0], f1), max(best[1], float(given == reference)))
+    return best
 
 
 LETTERS = "ABCDE"
@@ -478,20 +601,34 @@ def epoch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
 class PromptBatches:
     """A task of PROMPTS for a text-to-text model and its tokenizer (of transformers).
 
-    A batch is {"input_ids", "attention_mask": [batch, tokens], "labels": [batch, 2]}, padded on the right, prompts cut
-    at max_tokens; labels are the token of the answer, then the end of text.
+    A batch is {"input_ids", "attention_mask": [batch, tokens], "labels": [batch, answer]}, padded on the right, prompts
+    cut at max_tokens; labels are the answer's tokens (one, or up to MAX_ANSWER), the end of text, -100 for padding.
     """
+
+    MAX_ANSWER = 63  # tokens; with the end of text the 64 that one expert of Switch serves in a sequence
 
     def __init__(self, name: str, data_dir: str | Path, tokenizer, max_tokens: int):
         self.train, self.dev = load_prompts(name, data_dir)
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.name, self.tokenizer, self.max_tokens = name, tokenizer, max_tokens
         self.words = word_ids(tokenizer, PROMPTS[name].words)
 
-    def encode(self, examples: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+    def encode(self, examples: Sequence[Example | Question]) -> dict[str, Tensor]:
         options = {"truncation": True, "max_length": self.max_tokens, "padding": True, "return_tensors": "pt"}
-        batch = self.tokenizer([text for text, _ in examples], **options)
-        labels = torch.tensor([[self.words[label], self.tokenizer.eos_token_id] for _, label in examples])
+        batch = self.tokenizer([PROMPTS[self.name].template(example) for example in examples], **options)
+        if self.words:
+            answers = [[self.words[example.label]] for example in examples]
+        else:
+            texts = [question.answers[0] for question in examples]
+            answers = [ids[: self.MAX_ANSWER] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        rows = [torch.tensor([*ids, self.tokenizer.eos_token_id]) for ids in answers]
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    def read_answers(self, ids: Tensor) -> list[int | None] | list[str]:
+        """From generated tokens [batch, time]: the class, None where it is no word of the task; or the text."""
+        if self.words:
+            return [self.words.index(first) if first in self.words else None for first in ids[:, 0].tolist()]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def train_batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
         """Batch number `step` of the endless sequence of epochs, each in an order of its own."""

@@ -124,6 +124,16 @@ def test_the_order_of_neurons_does_not_matter_and_alignment_finds_it(kind):
 
 
 @KINDS
+def test_gain_is_the_inner_product_of_all_that_belongs_to_a_neuron(kind):
+    one, other = an_expert(**kind), an_expert(seed=1, **kind)
+    both = []
+    for w1, w2, b1, _, gate in (one, other):
+        parts = [w1.T, w2, *([] if b1 is None else [b1[:, None]]), *([] if gate is None else [gate.T])]
+        both.append(torch.cat(parts, dim=1))  # [d_ff, weights of a neuron]
+    torch.testing.assert_close(mcsmoe.neuron_gain(one, other), both[0] @ both[1].T)
+
+
+@KINDS
 def test_alignment_never_moves_experts_apart(kind):
     def distance(one, other):
         return sum(float((a - b).square().sum()) for a, b in zip(one, other) if a is not None)
@@ -160,6 +170,8 @@ def test_grouping_by_cosine_of_logit_columns():
     assert mcsmoe.group_experts(logits, dominant).tolist() == [0, 0, 1, 1]
     twins = torch.tensor([True, True, True, False])  # 0 and 1 have cosine 1, and still stay apart
     assert mcsmoe.group_experts(logits, twins).tolist() == [0, 1, 2, 2]
+    lengths = matrix([10, 0], [1, 1], [1, 0.9]).T  # the angle counts, not the length
+    assert mcsmoe.group_experts(lengths, torch.tensor([True, True, False])).tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match="none of the 4"):
         mcsmoe.group_experts(logits, torch.zeros(4, dtype=torch.bool))
 
@@ -195,14 +207,65 @@ def test_merge_worked_example():
         merge(0, 2, 2)
 
 
-def test_selection_does_not_leak_into_the_merge():
-    """Selection treats each layer's first expert as used always; the mean does not."""
-    layer = a_layer(3)
-    logits = logits_for([0] * 6 + [1] * 3 + [2], 3)
-    seen = mcsmoe.Seen(random(10, 5), logits, logits.topk(1).indices, mcsmoe.usage_frequency(logits))
-    merged = mcsmoe.merge_layer(layer, torch.zeros(3, dtype=torch.long), seen, "none", "frequency")
-    expected = torch.einsum("e,eio->io", seen.frequency, layer.experts.w1)
+def seen_with(picks, n, d_model=5):
+    logits = logits_for(picks, n)
+    return mcsmoe.Seen(random(len(picks), d_model), logits, logits.topk(1).indices, mcsmoe.usage_frequency(logits))
+
+
+@pytest.mark.parametrize(
+    "merge, shares", [("frequency", [0.3, 0.6, 0.1]), ("uniform", [1 / 3, 1 / 3, 1 / 3]), ("redirect", [0.0, 1.0, 0.0])]
+)
+def test_whose_share_counts_in_a_merge(merge, shares):
+    """By use: its own, though selection treats each layer's first expert as used always."""
+    layer, seen = a_layer(3), seen_with([1] * 6 + [0] * 3 + [2], 3)
+    merged = mcsmoe.merge_layer(layer, torch.zeros(3, dtype=torch.long), seen, "none", merge)
+    expected = torch.einsum("e,eio->io", torch.tensor(shares, dtype=F64), layer.experts.w1)
     torch.testing.assert_close(merged.experts.w1[0], expected)
+
+
+@pytest.mark.parametrize("align", ["dominant", "first", "activation"])
+@pytest.mark.parametrize("merge", ["frequency", "fisher"])
+def test_each_member_is_lined_up_with_its_reference_and_so_are_its_weights(align, merge):
+    layer, seen, groups = a_layer(3), seen_with([2] * 9 + [1] * 3, 3), torch.tensor([0, 1, 1])
+    experts, fisher = layer.experts.stacked(), stack(*[an_expert(seed=50 + i).each(torch.square) for i in range(3)])
+    merged = mcsmoe.merge_layer(layer, groups, seen, align, merge, fisher if merge == "fisher" else None)
+    one, other = experts.at(2), experts.at(1)
+    if align == "activation":
+        perms = {1: mcsmoe.linear_assignment(mcsmoe.activation_gain(one, other, seen.inputs)), 2: range(7)}
+    elif align == "dominant":
+        perms = {1: mcsmoe.linear_assignment(mcsmoe.neuron_gain(one, other)), 2: range(7)}
+    else:  # with expert 0 of the layer, which is in another group
+        perms = {i: mcsmoe.linear_assignment(mcsmoe.neuron_gain(experts.at(0), experts.at(i))) for i in (1, 2)}
+    assert align == "first" or list(perms[1]) != list(range(7))
+    w1, f1 = ({i: t.w1[i][:, list(perms[i])] for i in (1, 2)} for t in (experts, fisher))
+    share = {1: f1[1], 2: f1[2]} if merge == "fisher" else {1: 0.25, 2: 0.75}
+    expected = (share[1] * w1[1] + share[2] * w1[2]) / (share[1] + share[2])
+    torch.testing.assert_close(merged.experts.w1[1], expected)
+    assert torch.equal(merged.experts.w1[0], experts.w1[0])
+
+
+def test_tokens_routed_to_any_of_the_experts():
+    seen = seen_with([0, 1, 2, 3], 4)
+    seen = seen._replace(picks=torch.tensor([[0, 1], [1, 2], [2, 3], [3, 1]]))
+    assert torch.equal(seen.routed_to(0, 2), seen.inputs[:3]) and torch.equal(seen.routed_to(3), seen.inputs[2:])
+
+
+def test_by_what_experts_are_compared():
+    layer, seen = a_layer(3, bias=True), seen_with([0, 1, 2, 2], 3)
+    assert torch.equal(mcsmoe.expert_features(layer, seen, "logits"), seen.logits.T)
+    weights, experts = mcsmoe.expert_features(layer, seen, "weight"), layer.experts.stacked()
+    assert torch.equal(weights[1], torch.cat([w[1].flatten() for w in experts if w is not None]))
+    outputs = mcsmoe.expert_features(layer, seen, "output")
+    torch.testing.assert_close(outputs[2], experts.at(2).forward(seen.inputs).mean(0))
+
+
+def test_stable_ranks_are_of_groups_that_merged():
+    before, after = a_layer(4), a_layer(2, seed=3)
+    kept, groups = torch.tensor([True, False, True, False]), torch.tensor([0, 0, 1, 0])
+    ranks = mcsmoe.stable_ranks(before, after, kept, groups)
+    expected = [float(mcsmoe.stable_rank(layer.experts.w2[0].detach())) for layer in (before, after)]
+    assert ranks["stable_rank_w2"] == pytest.approx(expected) and set(ranks) == {"stable_rank_w1", "stable_rank_w2"}
+    assert mcsmoe.stable_ranks(before, before, kept | True, torch.arange(4)) == {}
 
 
 def permuted_copies(n=4, **kind):
@@ -248,6 +311,21 @@ def test_scores_can_be_normalised_over_the_picks():
     assert normal.with_experts(plain.experts, plain.remap).normalize
     with pytest.raises(ValueError, match="top_k is 5; 1 to 4"):
         a_layer(4, top_k=5)
+
+
+def test_balance_loss_by_hand():
+    router = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], dtype=F64)
+    layer = SparseMoE(router, a_layer(3, d_model=2).experts, balance=0.5)
+    x = torch.tensor([[2.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1.0, 0.0]], dtype=F64)
+    layer.eval()(x)
+    assert layer.aux_loss is None
+    layer.train()(x)
+    share, probs = torch.tensor([0.75, 0.25, 0.0], dtype=F64), (x @ router.T).softmax(-1).mean(0)
+    torch.testing.assert_close(layer.aux_loss, 0.5 * 3 * (share * probs).sum())
+    assert layer.router.weight.requires_grad
+    even = SparseMoE(torch.zeros(3, 2, dtype=F64), layer.experts, top_k=2, balance=0.5)
+    even.train()(x)
+    torch.testing.assert_close(even.aux_loss, torch.tensor(0.5, dtype=F64))  # balance itself when use is even
 
 
 def test_capacity_is_per_sequence_first_come_first_served():
@@ -469,6 +547,42 @@ def test_random_groups_are_never_empty_and_random_members_keep_the_dominant():
     assert all(m[dominant].tolist() == [0, 1, 2] for m in members) and len({int(m[0]) for m in members}) == 3
 
 
+def test_a_cut_of_task_specific_pruning():
+    usage, alive = torch.tensor([0.5, 0.02, 0.3, 0.1, 0.02, 0.06]), torch.ones(6, dtype=torch.bool)
+    cut = lambda usage, alive, kept, last=False: (
+        mcsmoe.surviving_experts(usage, alive, kept, last).nonzero()[:, 0].tolist()
+    )
+    assert cut(usage, alive, 2) == [0, 1, 2, 3, 4, 5]  # 0.1 / 6 = 0.0167 lies below all shares
+    assert cut(usage, alive, 2, last=True) == [0, 2]
+    fewer = torch.tensor([True, False, True, True, True, False])
+    assert cut(usage, fewer, 2) == [0, 2, 3]  # the shares of those alive: .54, .33, .11 and .0217 < 0.1 / 4 = .025
+    half = torch.tensor([0.3, 0.5, 0.1, 0.08, 0.02, 0.0])  # .02 of the .5 of those alive: a share of .04
+    assert cut(half, fewer, 2) == [0, 2, 3, 4]
+    assert cut(usage, fewer, 4) == [0, 2, 3, 4]  # never fewer than are to be kept
+    assert cut(torch.tensor([0.9, 0.0, 0.0, 0.0, 0.1, 0.0]), fewer, 3) == [0, 2, 4]  # of the unused, those alive
+
+
+def test_task_specific_pruning_cuts_in_the_first_half_of_its_steps(tmp_path):
+    config = replace(TINY, recover_steps=20)
+    task, model = mcsmoe.make_task(config, a_run(tmp_path), 0, 3), tiny_model()
+    on_step = mcsmoe.prune_by_usage(model, task, config)
+    layers, usage, alive = list(mcsmoe.moe_layers(model).values()), torch.zeros(4, dtype=F64), []
+    for step in range(12):
+        before = layers[1].alive.clone()
+        x = []
+        hook = layers[1].register_forward_pre_hook(lambda _, args, x=x: x.append(args[0]))
+        task.outputs(model, task.train_batch(step))
+        hook.remove()
+        logits = layers[1].router(x[0].flatten(0, 1)).masked_fill(~before, -math.inf)
+        usage = 0.6 * usage + 0.4 * torch.bincount(logits.argmax(-1), minlength=4) / len(logits)
+        on_step(step)
+        torch.testing.assert_close(layers[1].usage, usage)
+        expected = mcsmoe.surviving_experts(usage, before, 2, step == 9) if step in (1, 3, 5, 7, 9) else before
+        assert torch.equal(layers[1].alive, expected)
+        alive.append(int(layers[1].alive.sum()))
+    assert layers[0].alive.all() and alive[0] == 4 and alive[9:] == [2, 2, 2]
+
+
 def test_activation_gain_is_the_correlation():
     one, other, x = an_expert(d_ff=3), an_expert(d_ff=3, seed=1), random(200, 5)
     hidden = torch.cat([one.hidden(x), other.hidden(x)], dim=1)
@@ -539,6 +653,20 @@ def test_statistics_of_the_calibration_data(tmp_path):
     )
 
 
+def test_evaluation_by_blocks_of_the_validation_data(tmp_path):
+    run, model = a_run(tmp_path, config := replace(TINY, eval_sequences=40)), tiny_model()
+    task = mcsmoe.make_task(config, run, 0, 1)
+    found = mcsmoe.evaluate(model, task, run)
+    with torch.no_grad():
+        windows = torch.cat(task.validation)
+        hits = (model(windows[:, :-1]).argmax(-1) == windows[:, 1:]).double().mean(1)
+        losses = common.lm_loss(model, windows).mean(1)
+    for name, values in (("loss", losses), ("accuracy", hits)):
+        assert found[name] == pytest.approx(float(values.mean()))
+        assert found[f"{name}_blocks"] == pytest.approx([float(part.mean()) for part in values.tensor_split(16)])
+    assert len(set(found["loss_blocks"])) == 16 and len(set(found["accuracy_blocks"])) > 1
+
+
 @pytest.mark.parametrize("arm", mcsmoe.RECIPES | mcsmoe.RECIPES_ABLATE)
 def test_every_recipe_has_equal_memory_keeps_the_router_and_leaves_the_first_layer_alone(arm, tmp_path):
     task, model = mcsmoe.make_task(TINY, a_run(tmp_path), 0, 1), tiny_model()
@@ -558,6 +686,17 @@ def test_every_recipe_has_equal_memory_keeps_the_router_and_leaves_the_first_lay
     if arm == "redirect":
         kept = report[0]["dominant"]
         assert torch.equal(layers["blocks.1.ffn"].experts.w1, before["blocks.1.ffn"].experts.w1[kept])
+
+
+def test_one_budget_for_all_layers_or_the_same_for_each(tmp_path):
+    config = replace(TINY, skip=0)
+    task, model = mcsmoe.make_task(config, a_run(tmp_path, config), 0, 1), tiny_model()
+    seen = mcsmoe.calibrate(model, task)
+    for name, frequency in (("blocks.0.ffn", [0.97, 0.01, 0.01, 0.01]), ("blocks.1.ffn", [0.25] * 4)):
+        seen[name] = seen[name]._replace(frequency=torch.tensor(frequency, dtype=F64))
+    for budget, kept in (("adaptive", [[0], [0, 1, 2]]), ("uniform", [[0, 1], [0, 1]])):
+        _, report = mcsmoe.merge_model(model, mcsmoe.Recipe(budget=budget), config, seen, task, None)
+        assert [layer["dominant"] for layer in report] == kept
 
 
 def test_merging_into_all_experts_changes_nothing(tmp_path):
@@ -638,6 +777,51 @@ def test_the_ledger_of_switch_base_32():
     assert sizes["full"] - sizes["M-SMoE"] == 11 * 24 * 4_718_592
 
 
+def test_training_is_as_in_the_appendix(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "train", lambda *args, **options: given.update(options))
+    given, model = {}, tiny_model()
+    mcsmoe.fit(model, None, 100, 1e-3, batches=None)
+    for group in given["optimizer"].param_groups:
+        assert group["lr"] == 1e-3 and group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6
+    assert {group["weight_decay"] for group in given["optimizer"].param_groups} == {0.01, 0.0}
+    assert [given["schedule"](step) for step in (0, 15, 16, 99)] == [1 / 16, 1, 1, 0]
+
+
+def test_what_each_arm_starts_from_who_teaches_it_and_how_it_is_pruned(tmp_path, monkeypatch):
+    run, loaded, scheduled = a_run(tmp_path), [], []
+    mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
+    load, density = mcsmoe.load_model, mcsmoe.cubic_density
+    monkeypatch.setattr(mcsmoe, "load_model", lambda *a: loaded.append(a[2]) or load(*a))
+    monkeypatch.setattr(mcsmoe, "cubic_density", lambda *a: scheduled.append(a) or density(*a))
+    observe, observed = LowRankSparseLinear.observe, []
+    monkeypatch.setattr(LowRankSparseLinear, "observe", lambda linear: observed.append(linear) or observe(linear))
+
+    def loads(train_arm, arm):
+        loaded.clear(), train_arm(TINY, arm, 0, run)
+        return list(loaded)
+
+    assert loads(mcsmoe.finetune_arm, "full") == ["pretrained"]
+    for arm in ("msmoe", "msmoe_all"):
+        assert loads(mcsmoe.merge_arm, arm) == ["full"]
+        assert loads(mcsmoe.recover_arm, f"{arm}+kd") == [arm, "full"]
+    assert loads(mcsmoe.recover_arm, "msmoe+steps") == ["msmoe"]
+    assert loads(mcsmoe.recover_arm, "full+steps@0.1") == loads(mcsmoe.recover_arm, "full+steps") == ["full"]
+    assert loads(mcsmoe.recover_arm, "task_specific+kd") == ["full", "full"]
+    for arm in ("c_equal_rank", "c_equal_size", "c_equal_size_low"):
+        assert loads(mcsmoe.compress_arm, arm) == ["full+steps", "full", arm]
+    assert loads(mcsmoe.compress_arm, "mc_all@0.1") == ["msmoe_all+kd", "full", "mc_all@0.1"]
+    kinds = common.load_arrays(run.path("mc_all@0.1", 0, ".npz"))[1]["layers"]
+    assert [layer["experts"] for layer in kinds.values()] == ["low_rank", "low_rank"]
+    scheduled.clear(), observed.clear()
+    assert loads(mcsmoe.compress_arm, "mc") == ["msmoe+kd", "full", "mc"]
+    assert scheduled == [(step, 8, 0, 1, 0.1) for step in range(8)]  # 4 and 16 % of 8 steps
+    assert len(observed) == 2 * 8  # both matrices of the one merged layer
+    lines = [json.loads(line) for line in run.path("msmoe+kd", 0, ".jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.2 * line["distillation"])
+
+
 def test_routers_stay_frozen_and_the_teacher_untouched(tmp_path):
     run = a_run(tmp_path)
     mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
@@ -645,11 +829,13 @@ def test_routers_stay_frozen_and_the_teacher_untouched(tmp_path):
     mcsmoe.merge_arm(TINY, "msmoe", 0, run)
     mcsmoe.recover_arm(TINY, "msmoe+kd", 0, run)
     mcsmoe.recover_arm(TINY, "full+steps", 0, run)
+    pruned = mcsmoe.recover_arm(TINY, "task_specific+kd", 0, run)
+    assert pruned["parameters"] == mcsmoe.recover_arm(TINY, "msmoe+kd", 0, run)["parameters"]
     teacher_file = run.path("full", 0, ".npz").read_bytes()
     mc = mcsmoe.compress_arm(TINY, "mc", 0, run)
     routers = [
         [layer.router.weight for layer in mcsmoe.moe_layers(mcsmoe.load_model(TINY, run, arm, 0)).values()]
-        for arm in ("pretrained", "full", "msmoe", "msmoe+kd", "mc")
+        for arm in ("pretrained", "full", "msmoe", "msmoe+kd", "task_specific+kd", "mc")
     ]
     assert all(torch.equal(a, b) for other in routers[1:] for a, b in zip(routers[0], other))
     assert run.path("full", 0, ".npz").read_bytes() == teacher_file
@@ -751,7 +937,7 @@ def test_script_end_to_end_with_every_arm_and_resume(command_line, tmp_path):
     assert all(claim["holds"] in (True, False) for claim in report["claims"])
     arms = report["results"]["arms"]
     assert {*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE, "mc", "mc_all", "c_equal_size", "c_equal_rank"} <= set(arms)
-    assert {f"{arm}+kd" for arm in [*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE]} <= set(arms)
+    assert {f"{arm}+kd" for arm in [*mcsmoe.RECIPES, *mcsmoe.RECIPES_ABLATE, "task_specific"]} <= set(arms)
     assert arms["averaging"][0]["loss"] == pytest.approx(np.mean(arms["averaging"][0]["loss_by_draw"]))
     assert arms["msmoe"][0]["flops"] == arms["full"][0]["flops"] > arms["mc"][0]["flops"]
     assert "2<-" in done.stdout or "<-" in done.stdout
@@ -761,23 +947,25 @@ def test_script_end_to_end_with_every_arm_and_resume(command_line, tmp_path):
     assert again.returncode == 0 and results_of(tmp_path / "out")["results"]["arms"]["mc"] == arms["mc"]
 
 
-def test_an_interrupted_compression_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
-    """Importance scores and pruned neurons travel in the checkpoint."""
-    run = a_run(tmp_path)
-    mcsmoe.pretrain_arm(TINY, "pretrained", 0, run)
-    mcsmoe.finetune_arm(TINY, "full", 0, run)
-    mcsmoe.recover_arm(TINY, "full+steps", 0, run)
-    whole = mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run)
-    run.path("c_equal_rank", 0, ".ckpt").unlink(missing_ok=True)
-    run.path("c_equal_rank", 0, ".npz").unlink()
+@pytest.mark.parametrize("arm", ["c_equal_rank", "task_specific+kd"])
+def test_an_interrupted_pruning_goes_on_to_the_same_numbers(arm, tmp_path, monkeypatch):
+    """Importance, use, and what was pruned travel in the checkpoint."""
+    run, config = a_run(tmp_path), replace(TINY, recover_steps=8)
+    train_arm = mcsmoe.compress_arm if arm == "c_equal_rank" else mcsmoe.recover_arm
+    mcsmoe.pretrain_arm(config, "pretrained", 0, run)
+    mcsmoe.finetune_arm(config, "full", 0, run)
+    mcsmoe.recover_arm(config, "full+steps", 0, run)
+    whole = train_arm(config, arm, 0, run)
+    run.path(arm, 0, ".ckpt").unlink(missing_ok=True)
+    run.path(arm, 0, ".npz").unlink()
     train = common.train
-    monkeypatch.setattr(common, "train", lambda *a, **k: train(*a, **{**k, "stop_step": 5, "checkpoint_seconds": 0.0}))
+    monkeypatch.setattr(common, "train", lambda *a, **k: train(*a, **{**k, "stop_step": 3, "checkpoint_seconds": 0.0}))
     with pytest.MonkeyPatch.context() as inner:
         inner.setattr(mcsmoe, "export_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run)
+            train_arm(config, arm, 0, run)
     monkeypatch.setattr(common, "train", train)
-    assert mcsmoe.compress_arm(TINY, "c_equal_rank", 0, run) == whole
+    assert train_arm(config, arm, 0, run) == whole
 
 
 def test_the_learning_rate_grid(command_line, tmp_path):
@@ -816,13 +1004,22 @@ def test_the_learning_rate_grid(command_line, tmp_path):
         (["--target", "novels"], "target is 'novels'"),
         (["--batch-size", "2"], "batch_size is 2"),
         (["--recover-steps", "0"], "recover_steps is 0"),
-        (["--task", "squad"], "task is 'squad'"),
-        (["--full", "--task", "squad"], "task is 'squad'"),
+        (["--task", "squad"], "task is 'squad', which needs a checkpoint: add --full"),
+        (["--full", "--task", "mnli"], "task is 'mnli'; allowed: sst2, mrpc, multirc, copa"),
+        (["--arms", "mc,best"], "arms: there is no best; allowed: full, msmoe, pruning"),
     ],
 )
 def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(command_line, tmp_path, flags, expected):
     done = command_line(mcsmoe, *flags)
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--tune"], ["--arms", "full+steps"]])
+def test_a_plot_that_would_be_empty_is_refused(command_line, tmp_path, flags):
+    pytest.importorskip("matplotlib", reason="only --plot needs it")
+    done = command_line(mcsmoe, *flags, "--plot")
+    assert done.returncode == 2 and "--plot draws M-SMoE beside the others" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

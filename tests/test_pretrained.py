@@ -49,6 +49,12 @@ def data_dir(tmp_path):
     rows = ["a gorgeous film\t1\n", "dull and long\t0\n", "the film was gorgeous and long\t1\n", "it was dull\t0\n"]
     for name, times in (("train.tsv", 12), ("dev.tsv", 5)):
         (folder / name).write_text("sentence\tlabel\n" + "".join(rows * times))
+    (tmp_path / "data" / "squad").mkdir()
+    qas = [{"question": "the film it was ?", "answers": [{"text": "gorgeous and long"}, {"text": "long"}]}]
+    qas += [{"question": "it was ?", "answers": [{"text": "dull"}]}]
+    for name, times in (("train-v1.1.json", 8), ("dev-v1.1.json", 3)):
+        document = {"data": [{"paragraphs": [{"context": "a gorgeous and long film", "qas": qas * times}]}]}
+        (tmp_path / "data" / "squad" / name).write_text(json.dumps(document))
     return tmp_path / "data"
 
 
@@ -129,11 +135,109 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
     assert mcsmoe.evaluate(loaded, task, run)["loss"] == arms["mc"][0]["loss"]
 
 
-def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):
-    (tmp_path / "out" / "arms").mkdir(parents=True)
-    config = mcsmoe.replace(mcsmoe.FULL, model=str(checkpoint), batch_size=10, calibration=20)
+def test_answers_in_words_are_generated_and_scored(command_line, checkpoint, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.PromptBatches, "MAX_ANSWER", 4)  # to be quick
+    flags = [*FLAGS, "--task", "squad", "--arms", "mc,redirect+kd", "--model", checkpoint, "--data-dir", data_dir]
+    done = command_line(mcsmoe, *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs" / "mcsmoe-full" / "results.json").read_text())
+    arms = report["results"]["arms"]
+    expected = ["full", "msmoe", "redirect", "msmoe+kd", "redirect+kd", "mc"]  # and what those start from
+    assert list(arms) == expected
+    assert all(claim["holds"] is None for claim in report["claims"])
+    header, first = (report["results"]["tables"][1][key] for key in ("header", "rows"))
+    assert header[1:4] == ["nats", "f1 %", "exact match %"] and len(first[0]) == len(header)
+    assert len(arms["mc"][0]["f1_blocks"]) == 6 and 0 <= arms["mc"][0]["exact_match"] <= arms["mc"][0]["f1"] <= 1
+
+
+def prompts(checkpoint, data_dir, tmp_path, name, **options):
+    (tmp_path / "out" / "arms").mkdir(parents=True, exist_ok=True)
+    config = mcsmoe.replace(mcsmoe.FULL, model=str(checkpoint), task=name, **options)
     run = common.Run("mcsmoe", "full", "cpu", torch.float32, [0], tmp_path / "out", data_dir=data_dir)
-    task = mcsmoe.make_task(config, run, 0, 1)
+    return mcsmoe.make_task(config, run, 0, 1), run
+
+
+@torch.no_grad()
+def outspoken(checkpoint):
+    """A model whose answers differ."""
+    model, generator = pretrained.load_switch(checkpoint, mcsmoe.switch_layer), torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_generation_is_greedy_and_sees_no_label(checkpoint, data_dir, tmp_path):
+    model = outspoken(checkpoint)
+    with torch.no_grad():
+        batch = a_batch()
+        ids = torch.zeros(5, 1, dtype=torch.long)
+        for _ in range(6):
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            ids = torch.cat([ids, model(**inputs, decoder_input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        found = pretrained.generate(model, batch, 6)
+    ended = (ids[:, 1:] == 1).cumsum(1).cumsum(1) > 1  # after the first end of text
+    assert torch.equal(found, ids[:, 1:].masked_fill(ended, 0)[:, : found.shape[1]]) and len(found.unique(dim=0)) > 1
+
+
+def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
+    task, run = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
+    batch, tokenizer = task.validation[0], pretrained.load_tokenizer(checkpoint)
+    assert tokenizer.batch_decode(batch["labels"].clamp(min=0)[:2]) == [
+        "gorgeous and long </s>",
+        "dull </s> <pad> <pad>",
+    ]
+    assert batch["labels"][1].tolist()[1:] == [1, -100, -100]
+    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    seen = mcsmoe.calibrate(model, task)
+    answers = sum(int((batch["labels"] >= 0).sum()) for batch in task.calibration)
+    assert len(seen["decoder.block.1.layer.2.mlp"].inputs) == answers < 8 * 4  # without padding
+    with torch.no_grad():
+        logits, labels = task.outputs(model, batch)
+        own = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).logits
+        torch.testing.assert_close(logits, own)  # as the library shifts labels, start token first
+        changed = {**batch, "labels": torch.where(labels < 0, 5, labels)}  # padding is seen by no answer before it
+        torch.testing.assert_close(task.outputs(model, changed)[0][labels >= 0], logits[labels >= 0])
+        log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        loss = -torch.stack([row[label >= 0].mean() for row, label in zip(log_probs, labels)]).mean()
+    assert mcsmoe.evaluate(model, task, run)["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert task.scores(["Gorgeous, and long!", "the dull film"], slice(2)) == {
+        "f1": pytest.approx(5 / 6),
+        "exact_match": 0.5,
+    }
+
+
+def test_answers_come_from_the_model_alone(checkpoint, data_dir, tmp_path):
+    model = outspoken(checkpoint)
+    data = pretrained.TextToText("squad", data_dir, checkpoint, 64, "cpu")
+    batch = data.encode(data.dev[:2])
+    logits = torch.zeros(2, 4, 40)  # of the right answer, token by token: not to be looked at
+    with torch.no_grad():
+        expected = data.tokenizer.batch_decode(pretrained.generate(model, batch, 64), skip_special_tokens=True)
+    assert data.answers(model, batch, logits) == expected and any(expected)
+    long = data.encode([data.dev[0]._replace(answers=("long " * 99,))])["labels"]
+    assert long.shape == (1, 64) and long[0, -1] == 1  # what fits a decoder's experts, the end included
+    words = pretrained.TextToText("sst2", data_dir, checkpoint, 64, "cpu")
+    for first, expected in ((words.words[1], 1), (words.words[0], 0), (3, None)):
+        logits = torch.zeros(1, 2, 40)
+        logits[0, 0, first], logits[0, 1, words.words[1]] = 2.0, 3.0
+        assert words.answers(model, batch, logits) == [expected]
+
+
+def test_distillation_leaves_padding_out(checkpoint, data_dir, tmp_path):
+    task, run = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
+    model, teacher = (pretrained.load_switch(checkpoint, mcsmoe.switch_layer) for _ in range(2))
+    with torch.no_grad():
+        teacher.shared.weight.mul_(1.5)
+        (ours, labels), (wanted, _) = (task.outputs(m, task.train_batch(0)) for m in (model, teacher))
+        expected = mcsmoe.distillation_loss(ours[labels >= 0], wanted[labels >= 0], 2.0)
+        assert (labels < 0).any() and expected > 1e-4
+    mcsmoe.tune(model, task, mcsmoe.FULL, 1, 1e-3, teacher, metrics=tmp_path / "steps.jsonl")
+    line = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert line["distillation"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):
+    task, _ = prompts(checkpoint, data_dir, tmp_path, "sst2", batch_size=10, calibration=20)
     rows = torch.cat([F_pad(task.train_batch(step)["input_ids"]) for step in range(24)])  # five epochs of 48
     _, counts = rows.unique(dim=0, return_counts=True)
     assert counts.tolist() == [60] * 4
@@ -196,7 +300,7 @@ def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(transformers, 
 
 def test_answers_must_be_one_token(checkpoint):
     tokenizer = pretrained.load_tokenizer(checkpoint)
-    for prompt in tasks.PROMPTS.values():
+    for prompt in filter(lambda prompt: prompt.words, tasks.PROMPTS.values()):
         assert len(set(tasks.word_ids(tokenizer, prompt.words))) == 2
     for words, expected in {("yes", "unheard"): "'unheard' is not one token", ("yes no",): "not one token"}.items():
         with pytest.raises(ValueError, match=expected):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from data import tasks
-from data.tasks import Example, Problem
+from data.tasks import Example, Problem, Question
 
 MATH = """Question,Numbers,Equation,Answer,Type
 ann has number0 pens and number1 cups . how many things ?,3 4.0,+ number0 number1,7.0,Addition
@@ -182,8 +182,10 @@ def lines(*items):
 
 
 def test_two_sentences(write):
-    expected = [Example('He said "no" .', 1, "He refused ."), Example("One .", 0, "Two .")]
-    assert tasks.read_mrpc(write("\ufeff" + MRPC)) == expected
+    ids = write("9\t10\n", "mrpc_dev_ids.tsv")
+    corpus = write("\ufeff" + MRPC, "msr_paraphrase_train.txt")
+    assert tasks.read_mrpc(corpus) == [Example('He said "no" .', 1, "He refused .")]
+    assert tasks.read_mrpc(ids) == [Example("One .", 0, "Two .")]
     read = tasks.read_wikiqa(write(WIKIQA))
     assert read == [Example("how are glacier caves formed?", 1, "Ice melts ."), Example("how ?", 0, "No .")]
 
@@ -193,15 +195,131 @@ def test_objects(write):
     assert tasks.read_winogrande(write(lines(GAP))) == [Example(GAP["sentence"], 1, choices=("Ann", "Eve"))]
     read = tasks.read_multirc(write(lines(PASSAGE)))
     assert read == [Example("A fox ran.", 1, "Who ran? a fox"), Example("A fox ran.", 0, "Who ran? a dog")]
+    assert [e.question for e in tasks.read_multirc(write(lines(PASSAGE, PASSAGE)))] == [0, 0, 1, 1]
+
+
+FOX = {"context": "A fox ran. It was red.", "qas": [
+    {"id": "1", "question": "Who ran?", "answers": [{"answer_start": 0, "text": "A fox"}, {"text": "fox"}]},
+    {"id": "2", "question": "Which colour?", "answers": [{"answer_start": 18, "text": "red"}]},
+]}  # fmt: skip
+SQUAD = {"version": "1.1", "data": [{"title": "Fox", "paragraphs": [FOX]}, {"title": "Empty", "paragraphs": []}]}
+HOTPOTQA = {
+    "_id": "5a", "type": "bridge", "level": "hard", "question": "Which colour was what ran?", "answer": "red",
+    "supporting_facts": [["Fox", 0], ["Colour", 1], ["Fox", 2], ["Colour", 9]],
+    "context": [["Dog", ["It slept."]], ["Fox", ["A fox ran.", " Sat.", " It was old."]], ["Colour", ["x", " Red."]]],
+}  # fmt: skip
+
+
+def test_questions_with_answers_in_words(write):
+    found = tasks.read_squad(write(json.dumps(SQUAD)))
+    assert found == [
+        Question("Who ran?", FOX["context"], ("A fox", "fox")),
+        Question("Which colour?", FOX["context"], ("red",)),
+    ]
+    found = tasks.read_hotpotqa(
+        write(json.dumps([HOTPOTQA]))
+    )  # the supporting sentences; the tenth of two is passed over
+    assert found == [Question(HOTPOTQA["question"], "Fox: A fox ran. It was old. Colour: Red.", ("red",))]
+
+
+def changed(document, *path, to):
+    """A copy with one value replaced."""
+    document = json.loads(json.dumps(document))
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = to
+    return json.dumps(document)
+
+
+QAS = ("data", 0, "paragraphs", 0, "qas", 1)
 
 
 @pytest.mark.parametrize(
     "reader, content, expected",
     [
-        (tasks.read_mrpc, MRPC.split("\n", 1)[1], "line 1: needs the header Quality"),
-        (tasks.read_mrpc, MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
-        (tasks.read_mrpc, MRPC + "1\t1\t2\ta\n", "line 4: 4 tab-separated columns, not 5"),
-        (tasks.read_mrpc, MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
+        (tasks.read_squad, "{", "after 0 questions: needs"),
+        (tasks.read_squad, b"\xff{}", "after 0 questions: needs"),
+        (tasks.read_squad, json.dumps([SQUAD]), "after 0 questions: needs"),
+        (tasks.read_squad, changed(SQUAD, *QAS, "answers", to=[]), "after 1 questions: .* version 2.0"),
+        (tasks.read_squad, changed(SQUAD, *QAS, "question", to=" "), "after 1 questions"),
+        (tasks.read_squad, changed(SQUAD, *QAS, "answers", 0, "text", to=7), "after 1 questions"),
+        (tasks.read_squad, json.dumps({"data": []}), "no examples"),
+        (tasks.read_hotpotqa, json.dumps({"data": [HOTPOTQA]}), "after 0 questions: needs"),
+        (tasks.read_hotpotqa, changed([HOTPOTQA], 0, "supporting_facts", 0, to=["Cat", 0]), "after 0 questions"),
+        (tasks.read_hotpotqa, changed([HOTPOTQA, HOTPOTQA], 1, "supporting_facts", to=[]), "after 1 questions"),
+        (tasks.read_hotpotqa, json.dumps([{k: v for k, v in HOTPOTQA.items() if k != "answer"}]), "hides the answers"),
+    ],
+)
+def test_documents_that_are_not_understood_are_refused(write, reader, content, expected):
+    path = write(content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        reader(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer, references, f1, exact",
+    [
+        ("The Broncos!", ["Denver Broncos", "Broncos"], 1, 1),  # case, article and punctuation do not count
+        ("the big  old-dog", ["a big dog", "olddog"], 2 / 3, 0),  # a hyphen is dropped, not a space: big olddog
+        ("dog dog", ["dog"], 2 / 3, 0),  # every word counts once
+        ("theatre", ["the atre"], 0, 0),  # only whole articles go
+        ("big dog cat", ["dog", "cat big"], 0.8, 0),
+        ("dog", ["dog", "cat", "big cat"], 1, 1),  # the best of them, wherever it stands
+        ("cat", ["dog"], 0, 0),
+        ("The", ["a"], 0, 1),  # nothing is left of either: equal, and no word in common
+    ],
+)
+def test_exact_match_and_f1_of_squad(answer, references, f1, exact):
+    assert tasks.best_match(answer, references) == (pytest.approx(f1), exact)
+
+
+def test_a_yes_shares_nothing_with_longer_answers_in_hotpotqa():
+    for pair in (("yes", "yes it is"), ("it is not no", "no"), ("no answer", "noanswer")):
+        assert tasks.best_match(*pair[:1], pair[1:], yes_no=True) == (0, 0)
+    assert tasks.best_match("yes", ["yes it is"])[0] == 0.5
+    assert tasks.best_match("Yes.", ["yes"], yes_no=True) == (1, 1)
+    assert tasks.best_match("yes it is", ["yes it was"], yes_no=True)[0] == pytest.approx(2 / 3)
+
+
+def test_scores_by_hand():
+    questions = [Question("?", "c", ("red fox", "fox")), Question("?", "c", ("yes",))]
+    assert tasks.scores("squad", questions, ["a fox", "yes sir"]) == {"f1": pytest.approx(5 / 6), "exact_match": 0.5}
+    assert tasks.scores("hotpotqa", questions, ["a fox", "yes sir"]) == {"f1": 0.5, "exact_match": 0.5}
+    pairs = [Example("a", 1), Example("b", 0), Example("c", 1)]
+    assert tasks.scores("mrpc", pairs, [1, None, 0]) == {"accuracy": pytest.approx(1 / 3)}
+    # MultiRC: three questions with 2, 2 and 1 answers. Said to be right 0, 1, 3, 4; right are 1, 3.
+    labels, numbers = [0, 1, 0, 1, 0], [0, 0, 1, 1, 2]
+    answers = [Example("p", label, question=number) for label, number in zip(labels, numbers)]
+    found = tasks.scores("multirc", answers, [1, 1, 0, 1, 1])
+    assert found == {"f1": pytest.approx(2 * 2 / (4 + 2)), "exact_match": pytest.approx(1 / 3), "accuracy": 0.6}
+    assert tasks.scores("multirc", answers, [None, 0, 0, 0, 0])["f1"] == 0
+    assert tasks.scores("multirc", [answers[0]], [0]) == {"f1": 1.0, "exact_match": 1.0, "accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("msr_paraphrase_train.txt", MRPC.split("\n", 1)[1], "line 1: needs the header Quality"),
+        ("msr_paraphrase_train.txt", MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
+        ("msr_paraphrase_train.txt", MRPC + "1\t1\t2\ta\n", "line 4: 4 tab-separated columns, not 5"),
+        ("msr_paraphrase_train.txt", MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
+        ("mrpc_dev_ids.tsv", "9 10\n", "line 1: 1 tab-separated columns, not 2"),
+        ("mrpc_dev_ids.tsv", "9\t11\n", "no examples"),
+    ],
+)
+def test_mrpc_refuses(write, name, content, expected):
+    write(MRPC, "msr_paraphrase_train.txt"), write("9\t10\n", "mrpc_dev_ids.tsv")
+    path = write(content, name)
+    with pytest.raises(ValueError, match=expected) as caught:
+        tasks.read_mrpc(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "reader, content, expected",
+    [
         (tasks.read_wikiqa, WIKIQA.replace("Label", "Answer"), "line 1: the header lacks Label"),
         (tasks.read_wikiqa, WIKIQA + "Q1\tx\n", "line 4: 2 tab-separated columns, not 7"),
         (tasks.read_wikiqa, WIKIQA + "Q1\t\tD\tT\tS\tyes\t1\n", "line 4: the question or the sentence is empty"),
@@ -225,15 +343,18 @@ def test_the_readers_refuse(write, reader, content, expected):
 def test_prompts_show_all_parts_of_an_example(tmp_path):
     example = Example("first part", 1, "second part", ("left choice", "right choice"))
     for name, prompt in tasks.PROMPTS.items():
+        assert name in tasks.TASKS
+        if not prompt.words:
+            assert prompt.template(Question("who?", "a context", ("x",))) == f"{name} question: who? context: a context"
+            continue
         text = prompt.template(example)
         parts = ["first part"] + ([] if name in ("sst2", "winogrande") else ["second part"])
         parts += ["left choice", "right choice"] if name in ("copa", "winogrande") else []
         assert all(part in text for part in parts) and text.startswith(name) and len(prompt.words) == 2
-        assert name in tasks.TASKS
-    for name in ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt"):
-        (tmp_path / "mrpc").mkdir(exist_ok=True)
-        (tmp_path / name).write_text(MRPC)
+    (tmp_path / "mrpc").mkdir()
+    (tmp_path / "mrpc" / "msr_paraphrase_train.txt").write_text(MRPC)
+    (tmp_path / "mrpc" / "mrpc_dev_ids.tsv").write_text("9\t10\n")
     train, dev = tasks.load_prompts("mrpc", tmp_path)
-    assert train == dev and train[1] == ("mrpc sentence1: One . sentence2: Two .", 0)
-    with pytest.raises(ValueError, match="task is 'svamp'; with answers of one word there are sst2"):
+    assert (len(train), len(dev)) == (1, 1) and dev == [Example("One .", 0, "Two .")]
+    with pytest.raises(ValueError, match="task is 'svamp'; as text to text there are sst2"):
         tasks.load_prompts("svamp", tmp_path)
