@@ -915,6 +915,8 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
     start = time.monotonic()
     result = train_arm(config, arm, seed, run)
     seconds = round(time.monotonic() - start, 2)
+    if run.device == "cuda":
+        torch.cuda.empty_cache()  # this worker waits for its next arm, and others may need the memory
     _barrier()
     if processes()[0] == 0:
         write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
