@@ -25,6 +25,7 @@ import adamoe, btm, common, home, mcsmoe, mowst  # noqa: E401, E402, I001
 from data import behavior, graphs, text  # noqa: E402
 
 CONFIGS = {script.__name__: script.SMALL for script in (adamoe, btm, home, mcsmoe, mowst)}
+TURN_SECONDS = 0.02  # that a turn lasts at least
 Pair = tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]  # ours, the alternative; the tensors must agree
 
 
@@ -150,7 +151,7 @@ def agree(ours: list[Tensor], other: list[Tensor]) -> bool:
 
 def compare(pair: Pair, turns: int) -> dict:
     """Ratio of the times, median and quartiles over the turns; medians of the milliseconds of one call."""
-    repeats = {job: math.ceil(0.04 / timeit(job, number=2)) for job in pair}  # a turn of each: about 20 ms
+    repeats = {job: math.ceil(2 * TURN_SECONDS / timeit(job, number=2)) for job in pair}
     found = {job: [] for job in pair}
     for turn in range(turns):
         for job in pair[:: 1 if turn % 2 else -1]:

@@ -1,7 +1,7 @@
 """Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
 
-A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`) and `<!-- end -->`; a test checks that both
-files are what this command makes of them.
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- speed -->`) and `<!-- end -->`; a test
+checks that both files are what this command makes of them.
 """
 
 import json
@@ -62,12 +62,21 @@ def papers_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    lines = ["| what | alternative | times its speed | quartiles | ms | alternative, ms |", "|---|---|---|---|---|---|"]
+    for row in report("speed")["rows"]:
+        cells = "{what} | {alternative} | {ratio:.3g} | {low:.3g} to {high:.3g} | {ours_ms:.3g} | {other_ms:.3g}"
+        lines.append(f"| {cells.format(**row)} |")
+    return "\n".join(lines)
+
+
 def updated(page: str) -> str:
     def table(match: re.Match) -> str:
-        made = papers_table() if match[2] == "papers" else claims_table(match[2].removeprefix("claims: "))
+        kind, _, method = match[2].partition(": ")
+        made = {"papers": papers_table, "speed": speed_table}[kind]() if not method else claims_table(method)
         return f"{match[1]}\n{made}\n{match[4]}"
 
-    return re.sub(r"(<!-- (papers|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- (papers|speed|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
