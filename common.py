@@ -754,9 +754,9 @@ class Run:
     actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     begun: bool = False
-    pool: ProcessPoolExecutor | None = None  # the workers, from the first arms that run side by side to the end
     claims: list[Claim] = field(default_factory=list)
     tables: list[dict] = field(default_factory=list)
+    pool: ProcessPoolExecutor | None = None  # the workers, from the first arms that run side by side to the end
 
     def __getstate__(self) -> dict:
         return vars(self) | {"pool": None}  # a worker has no workers
@@ -891,8 +891,9 @@ class Run:
             for rank in range(self.workers):
                 ranks.put(rank)
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self, ranks, context.RLock()))
+        pool = self.pool
         try:
-            submit = lambda job: self.pool.submit(_run_job, self, train_arm, *job)
+            submit = lambda job: pool.submit(_run_job, self, train_arm, *job)
             waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
             running = {submit(job) for job in itertools.islice(waiting, workers)}
             while running:

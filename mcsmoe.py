@@ -1447,7 +1447,7 @@ def main(config: Config, run: Run) -> dict:
     if run.dry_run:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
-    seconds = common.median_seconds(step, run.device) * work * len(run.seeds) / run.workers
+    seconds = common.measure_step(step, run.device)["seconds"] * work * len(run.seeds) / run.workers
     run.header(" ".join(["data", *run.data.values()]), seconds)
     del model, step  # at full scale the arms need the memory
 

@@ -1,7 +1,7 @@
 """Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
 
-A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- speed -->`) and `<!-- end -->`; a test
-checks that both files are what this command makes of them.
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`) and `<!-- end -->`; a test checks that both
+files are what this command makes of them.
 """
 
 import json
@@ -45,6 +45,14 @@ def claims_table(method: str) -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    lines = ["| what | alternative | times its speed | quartiles | ms | alternative, ms |", "|---|---|---|---|---|---|"]
+    for row in report("speed")["rows"]:
+        cells = "{what} | {alternative} | {ratio:.3g} | {low:.3g} to {high:.3g} | {ours_ms:.3g} | {other_ms:.3g}"
+        lines.append(f"| {cells.format(**row)} |")
+    return "\n".join(lines)
+
+
 def papers_table() -> str:
     lines = ["| script | paper | idea in one line | time | required claims that hold | open claims that hold |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -59,14 +67,6 @@ def papers_table() -> str:
             cells.append(text)
         seconds = f"{report(method + '-default')['wall_seconds']:.0f} s"  # python NAME.py on two cores
         lines.append(f"| [{method}.py]({method}.py) | {paper} | {idea} | {seconds} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def speed_table() -> str:
-    lines = ["| what | alternative | times its speed | quartiles | ms | alternative, ms |", "|---|---|---|---|---|---|"]
-    for row in report("speed")["rows"]:
-        cells = "{what} | {alternative} | {ratio:.3g} | {low:.3g} to {high:.3g} | {ours_ms:.3g} | {other_ms:.3g}"
-        lines.append(f"| {cells.format(**row)} |")
     return "\n".join(lines)
 
 
