@@ -603,23 +603,28 @@ def _mm_flops(a: Tensor, b: Tensor, *_: object, **__: object) -> int:
 _mm_flops._get_raw = True  # so that torch passes tensors, not their shapes
 
 
-def measure_step(step: Callable[[], object], device: str, repeats: int = 3) -> dict[str, float]:
-    """Seconds (median of `repeats` after a warm-up), FLOPs and peak memory in bytes of one call of step()."""
-    on_cuda, seconds = device.startswith("cuda"), []
-    flops = count_flops(step)["Global"]
+def median_seconds(step: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Seconds of one call of step(), after a warm-up."""
+    step()
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         step()
-        if on_cuda:
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    if on_cuda:
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # not on Windows
+    return sorted(seconds)[repeats // 2]
 
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": sorted(seconds)[repeats // 2], "flops": flops, "memory": memory}
+
+def measure_step(step: Callable[[], object], device: str) -> dict[str, float]:
+    """Median seconds, FLOPs and peak memory in bytes of one call of step()."""
+    cost = {"seconds": median_seconds(step, device), "flops": count_flops(step)["Global"]}
+    if device.startswith("cuda"):
+        return cost | {"memory": torch.cuda.max_memory_allocated()}
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return cost | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -753,6 +758,10 @@ class Run:
     begun: bool = False
     claims: list[Claim] = field(default_factory=list)
     tables: list[dict] = field(default_factory=list)
+    pool: ProcessPoolExecutor | None = None  # the workers, from the first arms that run side by side to the end
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"pool": None}  # a worker has no workers
 
     @property
     def seed(self) -> int:
@@ -885,15 +894,17 @@ class Run:
         return {arm: [next(found) for _ in self.seeds] for arm in arms}
 
     def _map_in_workers(self, train_arm: Callable, todo: Sequence[tuple], workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        ranks = context.Queue()
-        for rank in range(workers):
-            ranks.put(rank)
         # OpenMP reads its environment once, while a worker imports torch.
         limits = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         before = {name: os.environ.get(name) for name in limits}
         os.environ.update(limits)
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (self, ranks, context.RLock()))
+        if self.pool is None:  # starting workers takes seconds, so they stay for the next call
+            context = multiprocessing.get_context("spawn")
+            ranks = context.Queue()
+            for rank in range(self.workers):
+                ranks.put(rank)
+            self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self, ranks, context.RLock()))
+        pool = self.pool
         try:
             submit = lambda job: pool.submit(_run_job, self, train_arm, *job)
             waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
@@ -910,7 +921,6 @@ class Run:
                 process.terminate()
             raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -919,6 +929,8 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
     start = time.monotonic()
     result = train_arm(config, arm, seed, run)
     seconds = round(time.monotonic() - start, 2)
+    if run.device == "cuda":
+        torch.cuda.empty_cache()  # this worker waits for its next arm, and others may need the memory
     _barrier()
     if processes()[0] == 0:
         write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
@@ -1104,6 +1116,8 @@ def _run(
         print(f"\n{program}: stopped before the first step", file=sys.stderr)
         return 130
     finally:
+        if run.pool is not None:
+            run.pool.shutdown(wait=True, cancel_futures=True)
         wall_seconds = round(earlier + time.monotonic() - start, 1)
         if run.begun and processes()[0] == 0:
             write_json(mark, run.record(wall_seconds))

@@ -883,7 +883,7 @@ def main(config: Config, run: Run) -> dict:
     if config.teacher_file:
         run.data["teacher"] = common.sha256(config.teacher_file)[:12]
     each = (lambda: teacher(x).sum().backward(), student_step)
-    cost = [common.measure_step(step, run.device)["seconds"] for step in each]
+    cost = [common.median_seconds(step, run.device) for step in each]
     rounds = [math.ceil(n / run.workers) for n in (len(seeds), len(unique) * len(run.seeds))]  # jobs in turn
     seconds = 1.3 * steps * (rounds[0] * cost[0] * (not config.teacher_file) + rounds[1] * cost[1])
     run.header(f"{data.name} {data.digest}, {config.pair}, {steps} steps", seconds)

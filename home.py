@@ -861,7 +861,7 @@ def main(config: Config, run: Run) -> dict:
         run.estimate(model, step, len(arms) * len(run.seeds) * steps, behavior.download_size(config.data, run.data_dir))
         return {}
     rounds = math.ceil(len(arms) * len(run.seeds) / run.workers)
-    seconds = 0.8 * rounds * steps * common.measure_step(step, run.device)["seconds"]  # the other arms are cheaper
+    seconds = 0.8 * rounds * steps * common.median_seconds(step, run.device)  # the other arms are cheaper
     run.header(f"{data.name} {data.digest}: {len(data.train.labels):,} + {len(data.test.labels):,} rows", seconds)
     print(data.note) if data.note else None
 

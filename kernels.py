@@ -405,9 +405,13 @@ def _block_rows(slot: Tensor, offsets: Tensor) -> int:
     return 128 if per_expert >= 128 else 64 if per_expert >= 48 else 32 if per_expert > 16 else 16
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace this switch; it reads it once
 def _fp32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+# torch.compile cannot trace this switch; it reads it once. This is torch.compiler.assume_constant_result, which would
+# load the whole compiler: a second for everybody who imports this file.
+_fp32_precision._dynamo_marked_constant = True
 
 
 def _config(kernel: str, rows: tuple, x: Tensor) -> dict:

@@ -1185,7 +1185,7 @@ def main(config: Config, run: Run) -> dict:
         common.say(task.graph.name)
         run.estimate(build_mixture("mowst", config, task, 0.0), step, epochs, size)
         return {}
-    seconds = common.measure_step(step, run.device)["seconds"] * epochs / run.workers
+    seconds = common.median_seconds(step, run.device) * epochs / run.workers
     num_edges = task.adjacency.edge_index.shape[1]
     title = f"{config.dataset or f'{config.graphs} generated graphs'} {task.digest or task.graph.digest}"
     run.header(f"{title}: {len(task.x):,} nodes, {num_edges:,} edges, {task.graph.num_classes} classes", seconds)

@@ -930,7 +930,7 @@ def main(config: Config, run: Run) -> dict:
         run.estimate(model, step, len(run.seeds) * steps, size, parts)
         return {}
     rounds = -(-len(run.seeds) * len(arms) // run.workers)  # arms that one worker trains in turn
-    seconds = 1.4 * rounds * config.steps * common.measure_step(step, run.device)["seconds"]  # measuring takes the rest
+    seconds = 1.4 * rounds * config.steps * common.median_seconds(step, run.device)  # measuring takes the rest
     run.header(f"text {corpus.name} {corpus.digest}", seconds)
     if corpus.note:
         print(corpus.note)

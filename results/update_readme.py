@@ -45,6 +45,14 @@ def claims_table(method: str) -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    lines = ["| what | alternative | times its speed | quartiles | ms | alternative, ms |", "|---|---|---|---|---|---|"]
+    for row in report("speed")["rows"]:
+        cells = "{what} | {alternative} | {ratio:.3g} | {low:.3g} to {high:.3g} | {ours_ms:.3g} | {other_ms:.3g}"
+        lines.append(f"| {cells.format(**row)} |")
+    return "\n".join(lines)
+
+
 def papers_table() -> str:
     lines = ["| script | paper | idea in one line | time | required claims that hold | open claims that hold |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -79,11 +87,12 @@ def kernels_table() -> str:
 
 def updated(page: str) -> str:
     def table(match: re.Match) -> str:
-        made = {"papers": papers_table, "kernels": kernels_table}.get(match[2])
-        made = made() if made else claims_table(match[2].removeprefix("claims: "))
+        kind, _, method = match[2].partition(": ")
+        tables = {"papers": papers_table, "speed": speed_table, "kernels": kernels_table}
+        made = claims_table(method) if method else tables[kind]()
         return f"{match[1]}\n{made}\n{match[4]}"
 
-    return re.sub(r"(<!-- (papers|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- (papers|speed|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

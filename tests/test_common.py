@@ -356,6 +356,11 @@ def test_flops_are_counted_from_what_ran_forward_and_backward():
     assert common.count_flops(lambda: model(x).sum().backward())["Global"] == 3 * 2 * 10 * 4 * 6
 
 
+def test_the_cost_of_a_step_is_measured_not_guessed():
+    cost = common.measure_step(lambda: [torch.ones(8, 8) @ torch.ones(8, 8), time.sleep(0.01)], "cpu")
+    assert cost["seconds"] >= 0.01 and cost["flops"] == 2 * 8**3 and cost["memory"] > 2**20
+
+
 def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
     model, x = common.TransformerLM(8, 1, 4, 1, 5, lambda layer: nn.Linear(4, 4)), torch.zeros(2, 5, dtype=torch.long)
     graphs = []
@@ -407,11 +412,12 @@ def test_results_json_has_the_agreed_shape(command_line, tmp_path):
     assert "DOES NOT HOLD" in done.stdout and "not measured" in done.stdout
 
 
-def test_the_number_of_workers_never_changes_a_number(script, tmp_path):
+def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(script, tmp_path):
     for workers in (1, 3):
-        done = script(TOY, "--workers", workers, "--seeds", 2, "--out", tmp_path / str(workers))
+        done = script(TOY, "--workers", workers, "--seeds", 2, "--ablate", "--out", tmp_path / str(workers))
         assert done.returncode == 0, done.stderr
     assert report(tmp_path / "1")["results"]["arms"] == report(tmp_path / "3")["results"]["arms"]
+    assert len({path.read_text() for path in tmp_path.glob("3/arms/*.pid")}) <= 3  # of two calls of map_arms
 
 
 def test_flags_come_from_the_config(command_line, tmp_path):
