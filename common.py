@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -104,7 +105,12 @@ def write_json(path: str | Path, content: object) -> None:
         file.write("\n")
 
 
-KINDS = {"identity": dict, "result": dict, "wall_seconds": (int, float)}  # of what the files of a run hold
+KINDS = {
+    "identity": dict,
+    "result": dict,
+    "sha256": dict,
+    "wall_seconds": (int, float),
+}  # of what the files of a run hold
 
 
 def read_json(path: str | Path, *keys: str) -> dict:
@@ -123,7 +129,10 @@ def read_json(path: str | Path, *keys: str) -> dict:
 def save(path: str | Path, state: object) -> None:
     """A checkpoint of tensors, numbers, strings, lists and dicts."""
     with atomic_file(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # on a full disk torch also fails to close the file, and says only that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load(path: str | Path, map_location: object = "cpu") -> Any:
@@ -138,16 +147,6 @@ def load(path: str | Path, map_location: object = "cpu") -> Any:
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:160]
         raise UsageError(f"{path} is not a readable checkpoint ({reason}); {_afresh(path)}") from error
-
-
-def load_weights(model: nn.Module, path: str | Path, map_location: object = "cpu") -> None:
-    """Put a state that `save` wrote into a model. Raises UsageError when it is missing, damaged, or another one's."""
-    try:
-        model.load_state_dict(load(path, map_location))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing; {_afresh(path)}") from None
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} holds the weights of something else; {_afresh(path)}") from error
 
 
 def _afresh(path: str | Path) -> str:
@@ -896,16 +895,23 @@ class Run:
         return [self._finished(arm, seed) for _, arm, seed in jobs]
 
     def _finished(self, arm: str, seed: int) -> dict | None:
-        """The result of an arm, None if it has none yet. Raises UsageError when it is not what was written."""
+        """The result of an arm, None if it has none yet. Raises UsageError when it or its weights were changed."""
         path = self.path(arm, seed, ".json")
         if not path.exists():
             return None
-        found = read_json(path, "result")
-        if found.get("sha256") != _digest(found["result"]):
+        found, now = read_json(path, "result", "sha256"), self.digests(arm, seed)
+        changed = [name for name, digest in found["sha256"].items() if digest != now.get(name, digest)]
+        if changed or found["sha256"].get("result") != _digest(found["result"]):
+            what = path.with_name(changed[0]) if changed else path
             raise UsageError(
-                f"{path} is damaged: its SHA-256 is wrong; {_afresh(path)}, or start anew with --overwrite"
+                f"{what} is damaged, its SHA-256 is another; {_afresh(path)} or start anew with --overwrite"
             )
         return found["result"]
+
+    def digests(self, arm: str, seed: int) -> dict[str, str]:
+        """{file: SHA-256} of the weights that an arm left."""
+        left = self.path(arm, seed, "").parent.glob(f"{glob.escape(arm)}-seed{seed}[.-]*")
+        return {path.name: sha256(path) for path in left if path.suffix in (".pt", ".npz")}
 
     def identity(self) -> dict:
         """What all arms of a folder must have in common."""
@@ -1011,7 +1017,8 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
     seconds = round(time.monotonic() - start, 2)
     _barrier()
     if processes()[0] == 0:
-        found = {"arm": arm, "seed": seed, "seconds": seconds, "result": result, "sha256": _digest(result)}
+        found = {"arm": arm, "seed": seed, "seconds": seconds, "result": result}
+        found["sha256"] = {"result": _digest(result), **run.digests(arm, seed)}
         write_json(run.path(arm, seed, ".json"), found)
         run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
         tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
