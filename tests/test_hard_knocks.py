@@ -38,7 +38,6 @@ import common
 from data import behavior, download, graphs, images, tasks, text
 
 resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
-DOMAINS = tuple(text.DOMAINS)
 TOY = "tests/toy.py"
 FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "30")}
 MULTIPROCESSING = threading.Lock()  # multiprocessing keeps its lists of children for one thread
