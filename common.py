@@ -460,8 +460,8 @@ def train(
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     last: dict[str, float] = {}
+    first_step = start_step
     if checkpoint is not None and checkpoint.exists():
-        first_step = start_step
         state = load(checkpoint, map_location=device)
         try:
             start_step, last = _restore(state, model, optimizer, device)
@@ -471,7 +471,7 @@ def train(
             raise UsageError(f"{checkpoint} is a checkpoint of something else; {_afresh(checkpoint)}") from error
     metrics = metrics if rank == 0 else None
     if metrics is not None and metrics.exists():
-        _forget_steps(metrics, start_step)
+        _forget_steps(metrics, first_step, start_step)
     pending: list[tuple[int, Tensor, dict]] = []
 
     def fail(what: str) -> NoReturn:
@@ -577,13 +577,13 @@ def _is_finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in own)
 
 
-def _forget_steps(metrics: Path, start_step: int) -> None:
+def _forget_steps(metrics: Path, first_step: int, start_step: int) -> None:
     """Drop the lines of steps that run again, and a torn last one. Raises UsageError when others are not there."""
     try:
         whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
-        steps = [json.loads(line)["step"] for line in whole]
-        kept = [line for line, step in zip(whole, steps) if step < start_step]
-        if kept and steps[: len(kept)] != list(range(start_step - len(kept), start_step)):
+        kept = [line for line in whole if json.loads(line)["step"] < start_step]
+        steps = [json.loads(line)["step"] for line in kept]
+        if steps != list(range(min([first_step, *steps]), start_step)):
             raise ValueError("steps are missing")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{metrics} is damaged ({error}); {_afresh(metrics)}") from error

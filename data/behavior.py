@@ -20,8 +20,9 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -270,9 +271,19 @@ def _positions(header: Sequence[str], wanted: Sequence[str], path: Path) -> list
     return [header.index(name) for name in wanted]
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    """A CSV file as text. Bytes that are no text, and quotes that never end, are the file's fault."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            yield file
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
+
+
 def _rows(path: Path, wanted: Sequence[str]) -> Iterator[list[list[str]]]:
     """Chunks of the wanted cells; quotes and commas inside them are csv's business."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with _open(path) as file:
         reader = csv.reader(file)
         header = next(reader, [])
         positions = _positions(header, wanted, path)
@@ -294,7 +305,7 @@ def _numbers(rows: Sequence[Sequence[str]], names: Sequence[str], path: Path) ->
 
 def _log_chunks(path: Path, bar: tqdm) -> Iterator[dict[str, np.ndarray]]:
     """The log in chunks of {column: [rows] float64}: NumPy's own parser, or csv where a cell is empty."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with _open(path) as file:
         header = file.readline().strip().split(",")
         positions = _positions(header, LOG_COLUMNS, path)
         while lines := list(itertools.islice(file, CHUNK)):

@@ -55,6 +55,7 @@ BY_HAND = {  # no address that a program can fetch
         "drive.google.com/file/d/1dNs5E7BrWJbgcHeQ_zuy5Ozp2tRCWG0y and /1ZhpAiyTNc0cE_hhgyiqxnkKREHK7MK-_ (LINKX)",
     ),
 }
+MOST_BYTES = 16 << 30  # that compressed arrays may unpack to: a small file must not fill the memory
 
 
 class Graph(NamedTuple):
@@ -438,6 +439,11 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         if path.exists() and not zipfile.is_zipfile(path):  # np.load would take it for a pickle
             raise ValueError("no zip archive of arrays")
+        if path.exists():
+            with zipfile.ZipFile(path) as archive:
+                packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+            if (size := sum(member.file_size for member in packed)) > MOST_BYTES:
+                raise ValueError(f"its arrays unpack to {size:,} bytes, more than {MOST_BYTES:,}; use np.savez")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:

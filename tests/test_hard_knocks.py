@@ -221,3 +221,402 @@ def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, cut, whole):
     assert numbers(folder / "cut") == numbers(left)
     files = lambda run: {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files(folder / "cut") == files(left)  # nothing half-written, no checkpoint is left over
+
+
+# --- folders -------------------------------------------------------------------------------------------------
+
+
+def hold(folder, held, release):
+    """Another run in this folder: what common.Run does before it trains."""
+    common.Run("toy", "small", "cpu", torch.float32, [0], folder, resume=True).keep_others_out()
+    held.set()
+    release.wait(120)
+
+
+def change_weights(folder):
+    """A hand-edited file of weights; returns its name, None where a script leaves none."""
+    for path in sorted(folder.glob("arms/*-seed0.*")):
+        if path.suffix == ".pt":
+            common.save(path, {"embedding.weight": torch.ones(3, 3)})
+            return path.name
+        if path.suffix == ".npz":
+            common.save_arrays(path, {"embedding.weight": torch.ones(3, 3)})
+            return path.name
+
+
+def refusals(fork, name, folder, whole):
+    """A folder that is held by another run, changed, or cannot be written: [(case, exit code, stderr)]."""
+    told, flags, run = [], [*FLAGS[name], "--workers", "1", "--out"], folder / "held"
+    shutil.copytree(whole.folder, run)
+    content = lambda: {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def ask(case, *more, prepare=()):
+        process = fork(name, *flags, *more, folder=folder, prepare=prepare)
+        told.append((case, ended(process), (folder / "err").read_text()))
+
+    context, before = multiprocessing.get_context("forkserver"), content()
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(run, held, release))
+    with MULTIPROCESSING:
+        holder.start()
+    assert held.wait(60)
+    ask("held", "held", "--resume")
+    ask("held", "held", "--overwrite")
+    assert content() == before
+    os.kill(holder.pid, signal.SIGKILL)  # which releases the folder
+    ended(holder)
+    what = change_weights(run)
+    ask("changed weights" if what else "nothing to change", "held", "--resume")
+    assert not what or f"{what} is damaged" in told[-1][2]
+    (folder / "closed").mkdir()
+    (folder / "file").write_text("")
+    ask("below a file", "file/out")
+    (folder / "closed").chmod(0o500)
+    ask("read-only", "closed/out", prepare=(give_up_rights,))
+    (folder / "closed").chmod(0o700)
+    assert list((folder / "closed").iterdir()) == []
+    return told
+
+
+@pytest.fixture(scope="module")
+def refused(request, fork, pool, whole, tmp_path_factory):
+    names = names_of(request, "test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line")
+    runs = {name: whole(name) for name in names}
+    later = lambda name, folder: refusals(fork, name, folder, runs[name].result())
+    return {name: pool.submit(later, name, tmp_path_factory.mktemp("refused")) for name in names}
+
+
+@pytest.mark.parametrize("name", tiny.SCRIPTS)
+def test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line(name, refused):
+    expected = {
+        "held": "is in use by another run (process ",
+        "changed weights": "and go on with --resume",
+        "below a file": "--out file/out cannot be written: Not a directory",
+        "read-only": "--out closed/out cannot be written: Permission denied",
+    }
+    told = refused[name].result()
+    for case, code, err in told:
+        if case == "nothing to change":
+            assert code == 0
+        elif case == "read-only" and code == 0:
+            pytest.skip("here permission bits bind nobody")
+        else:
+            assert code == 2 and expected[case] in err and err.count("\n") == 1, (case, code, err)
+    assert len(told) == 5
+
+
+def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
+    flags = ("--workers", "1", "--pause", "0.02", "--out", tmp_path / "out")
+    begun = [fork(TOY, *flags, folder=tmp_path / str(i)) for i in range(4)]
+    codes = [ended(process) for process in begun]
+    told = [(tmp_path / str(i) / "err").read_text() for i in range(4)]
+    assert sorted(codes) == [0, 2, 2, 2], told
+    for code, err in zip(codes, told):
+        assert code == 0 or (err.count("\n") == 1 and ("in use by another run" in err or "holds a run" in err)), err
+    again = fork(TOY, *flags, "--resume", folder=tmp_path / "again")
+    assert ended(again) == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arms"]
+
+
+def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
+    """The terminal sends it to all processes of the run."""
+    import subprocess
+
+    command = [sys.executable, ROOT / TOY, "--workers", "2", "--pause", "0.1", "--out", "out"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "arms").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # Python has started in them, torch has not
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
+    assert not list(tmp_path.glob("out/arms/*.pid"))
+
+
+# --- damage --------------------------------------------------------------------------------------------------
+
+
+def mangled(content, random):
+    """Bytes flipped, cut off, inserted or doubled."""
+    raw, at = bytearray(content), int(random.integers(len(content)))
+    length = int(random.integers(1, 40))
+    match random.integers(4):
+        case 0:
+            for place in random.integers(0, len(raw), random.integers(1, 4)):
+                raw[place] ^= int(random.integers(1, 256))
+        case 1:
+            del raw[at:]
+        case 2:
+            raw[at:at] = random.integers(0, 256, length, dtype=np.uint8).tobytes()
+        case 3:
+            raw[at:at] = raw[at : at + length]
+    return bytes(raw)
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds):
+    """A reader that hangs fails: not by an error that it could take for damage."""
+
+    def hangs(*_):
+        pytest.fail(f"it has taken {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def survive(path, read, trials, seed=0, names=None):
+    """read() succeeds or raises ValueError in one line that names the file. Returns what was read after each damage."""
+    content, random, found = path.read_bytes(), np.random.default_rng(seed), []
+    with no_longer_than(60):
+        for _ in range(trials):
+            path.write_bytes(mangled(content, random))
+            try:
+                found.append(read())
+            except ValueError as error:
+                assert (names or path.name) in str(error) and "\n" not in str(error), error
+    path.write_bytes(content)
+    assert len(found) < trials  # some damage is noticed
+    return found
+
+
+def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, monkeypatch):
+    flags, out, random = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out", np.random.default_rng(0)
+    assert command_line(toy, *flags).returncode == 0
+    whole = json.loads((out / "results.json").read_text())["results"]["arms"]
+
+    def stop(step):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy.time, "sleep", lambda pause: None)
+    (out / "arms" / "two-seed0.json").unlink()
+    train = common.train
+    eager = lambda *args, **options: train(*args, **options | {"on_step": stop, "checkpoint_seconds": 0.0})
+    monkeypatch.setattr(common, "train", eager)
+    assert command_line(toy, *flags, "--resume").returncode == 130
+    monkeypatch.setattr(common, "train", train)
+    shutil.copytree(out, tmp_path / "kept")
+    codes = []
+    with no_longer_than(100):
+        for name in ("run.json", "arms/one-seed0.json", "arms/two-seed0.jsonl", "arms/two-seed0.ckpt"):
+            for _ in range(20):
+                shutil.rmtree(out)
+                shutil.copytree(tmp_path / "kept", out)
+                (out / name).write_bytes(mangled((out / name).read_bytes(), random))
+                done = command_line(toy, *flags, "--resume")
+                codes.append(done.returncode)
+                if done.returncode == 0:
+                    assert json.loads((out / "results.json").read_text())["results"]["arms"] == whole
+                    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+                    assert steps == [0, 1, 2, 3] * 2
+                else:
+                    last = done.stderr.splitlines()[-1]
+                    assert done.returncode == 2 and last.startswith("toy.py: ") and "Traceback" not in done.stderr
+                    assert Path(name).name in last or "--resume: out was run with" in last, last
+    assert {0, 2} == set(codes)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", {"identity": []}),
+        ("run.json", {"identity": {}, "wall_seconds": "long"}),
+        ("arms/one-seed0.json", {"result": {"loss": 0.0}}),
+        ("arms/one-seed0.json", "[" * 100_000),
+        ("arms/two-seed0.jsonl", '{"arm": "two-seed0"}\n'),
+        ("arms/two-seed0.jsonl", '{"arm": "two-seed0", "step": 0}\n{"arm": "two-seed0", "step": 0}\n'),
+        ("arms/two-seed0.ckpt", {"step": 3}),
+        ("arms/two-seed0.ckpt", {"step": 99}),
+        ("arms/two-seed0.ckpt", {"step": "3"}),
+        ("arms/two-seed0.ckpt", {"last": None}),
+        ("arms/two-seed0.ckpt", {"rng": torch.ones(3)}),
+        ("arms/two-seed0.ckpt", {"model": {"weight": torch.ones(2, 2)}}),
+        ("arms/two-seed0.ckpt", {"model": {"weight": torch.full((1, 4), torch.nan), "bias": torch.zeros(1)}}),
+        ("arms/two-seed0.ckpt", {"optimizer": {"state": {0: {"exp_avg": torch.ones(7, 7)}}}}),
+    ],
+)
+def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_path, name, content):
+    """Sound files, with a content that no run has written."""
+    flags, out, random = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out", torch.get_rng_state()
+    assert command_line(toy, *flags).returncode == 0
+    (out / "arms" / "two-seed0.json").unlink()
+    model = torch.nn.Linear(4, 1)
+    good = {"model": model.state_dict(), "optimizer": common.adamw(model, 0.1).state_dict(), "step": 2}
+    common.save(out / "arms" / "two-seed0.ckpt", {**good, "last": {"loss": 1.0}, "rng": random})
+    if name.endswith(".ckpt"):
+        common.save(out / name, {**common.load(out / name), **content} if content != {"step": 3} else content)
+    else:
+        (out / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    done = command_line(toy, *flags, "--resume")
+    assert done.returncode == 2 and Path(name).name in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    torch.set_rng_state(random)
+
+
+def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.ckpt"
+    state = {"model": {"w": torch.arange(400.0)}, "last": {"loss": 1.0}, "step": 3}
+    common.save(path, state)
+    for found in survive(path, lambda: common.load(path), 300):
+        assert torch.equal(found["model"]["w"], state["model"]["w"]) and {**found, "model": 0} == {**state, "model": 0}
+
+
+def recompressed(path):
+    """The same zip archive with compressed members."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def test_files_that_would_unpack_to_any_size_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.ckpt"
+    common.save(path, {"w": torch.zeros(1_000_000)})
+    recompressed(path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(common.UsageError, match="bomb.ckpt is not a readable checkpoint .*compressed"):
+        common.load(path)
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, node_features=np.zeros((1000, 1000)), node_labels=np.zeros(1000), edges=np.zeros((9, 2)))
+    monkeypatch.setattr(graphs, "MOST_BYTES", 8_000_000)
+    with pytest.raises(ValueError, match="bomb.npz: .*unpack to 8,0.* bytes, more than 8,000,000"):
+        graphs.load(path)
+
+
+def test_damaged_files_of_data_are_read_or_refused_by_name(tmp_path):
+    """What the readers of data/ do with files of every format that a user, or a download without checksum, brings."""
+    random = np.random.default_rng(1)
+    graph = tmp_path / "graph.npz"
+    features, labels, edges = random.normal(size=(9, 3)), np.arange(9) % 3, random.integers(0, 9, (20, 2))
+    np.savez_compressed(graph, node_features=features, node_labels=labels, edges=edges)
+    for found in survive(graph, lambda: graphs.load(graph), 150):
+        assert torch.isfinite(found.x).all() and int(found.edge_index.max()) < len(found.x)
+
+    for kind, (label_bytes, train_files, test_file) in images.FILES.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name in (*train_files, test_file):
+            record = random.integers(0, 256, (4, label_bytes + images.PIXELS), dtype=np.uint8)
+            record[:, label_bytes - 1] = [0, 1, 2, 1]
+            (folder / name).write_bytes(record.tobytes())
+        for found in survive(folder / test_file, lambda folder=folder: images.read_folder(folder), 60, names=kind):
+            assert int(found.test_y.max()) < found.num_classes
+
+    import test_behavior
+    import test_graphs
+    import test_tasks
+
+    logs = test_behavior.write_kuairand(tmp_path, rows=60)
+    for path in sorted(logs.glob("*.csv")):
+        survive(path, lambda: behavior.load("kuairand-1k", tmp_path, hash_bits=8), 12, names="kuairand")
+    test_behavior.write_census(tmp_path)
+    survive(
+        tmp_path / "census" / "census-income.data.gz", lambda: behavior.load("census", tmp_path), 20, names="census"
+    )
+
+    folder = test_graphs.ogb_folder(tmp_path / "ogb")
+    for path in (folder / "raw" / "edge.csv.gz", folder / "split" / "time" / "test.csv.gz"):
+        survive(path, lambda: (folder / "parsed.npz").unlink(missing_ok=True) or graphs.load(folder), 40, names="ogb")
+
+    (tmp_path / "math.csv").write_text(test_tasks.MATH)
+    survive(tmp_path / "math.csv", lambda: tasks.read_math(tmp_path / "math.csv"), 150)
+    (tmp_path / "domain").mkdir()
+    for name in ("train", "dev", "test"):
+        (tmp_path / "domain" / f"{name}.jsonl").write_text('{"text": "some words"}\n' * 5)
+    survive(tmp_path / "domain" / "dev.jsonl", lambda: text.load_split(tmp_path / "domain"), 60)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_damaged_archives_unpack_inside_or_not_at_all(name, tmp_path):
+    buffer, folder, random = io.BytesIO(), tmp_path / "folder", np.random.default_rng(2)
+    files = {"x/one": b"1" * 50, "two": bytes(range(256)) * 8, "../three": b"", "/four": b"4"}
+    if name == "a.zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for inside, content in list(files.items())[:2]:
+                archive.writestr(inside, content)
+    else:
+        with tarfile.open(
+            fileobj=buffer, mode="w:gz" if name.endswith("gz") else "w", format=tarfile.PAX_FORMAT
+        ) as archive:
+            for inside, content in list(files.items())[:2]:
+                info = tarfile.TarInfo(inside)
+                info.size, info.pax_headers = len(content), {"comment": "x" * 50}
+                archive.addfile(info, io.BytesIO(content))
+    file = download.File(f"http://127.0.0.1:9/{name}", unpack="zip" if name == "a.zip" else "tar", limit=10_000)
+    with no_longer_than(60):
+        for _ in range(60):
+            folder.mkdir()
+            (folder / name).write_bytes(mangled(buffer.getvalue(), random))
+            try:
+                download._unpack(file, folder / name, folder)
+            except OSError as error:  # fetch makes one line of it
+                assert [path.name for path in folder.iterdir()] == [name], error
+            assert {path.name for path in tmp_path.iterdir()} == {"folder"}
+            assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000
+            shutil.rmtree(folder)
+
+
+# --- downloads -----------------------------------------------------------------------------------------------
+
+FULL = {  # script: (flags that ask for a data set, its name)
+    "dual_head_kd.py": (("--data", "cifar100"), "cifar100"),
+    "home.py": (("--data", "census"), "census"),
+    "mowst.py": (("--dataset", "chameleon_filtered"), "chameleon_filtered"),
+    "smoe_dropout.py": (("--full",), "enwik8"),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_download_that_fails_is_one_line_of_the_script(name, command_line, tmp_path, monkeypatch):
+    """Offline, half of it, another size, other bytes: one line that says what to put where, and exit code 1."""
+    import importlib
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    flags, dataset = FULL[name]
+    first = download.DATASETS[dataset].files[0]
+    body, faults = b"x" * (first.size if first.size and first.size < 100_000 else 1000), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) + (faults[-1] == "other size")))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if faults[-1] == "half" else body)
+
+        def log_message(self, *arguments):
+            """Quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(sys, "argv", [name])
+    address = f"http://127.0.0.1:{server.server_address[1]}/file"
+    told = {}
+    try:
+        for fault in ("half", "other size", "other bytes", "offline"):
+            faults.append(fault)
+            if fault == "offline":
+                server.shutdown()
+                server.server_close()
+            row = download.File(address, len(body), "sha256:" + "0" * 64, first.unpack, first.members, save_as="file")
+            monkeypatch.setitem(download.DATASETS, dataset, download.Dataset(dataset, (row,), "", ""))
+            out = tmp_path / fault
+            done = command_line(importlib.import_module(name[:-3]), *flags, "--data-dir", out, "--out", "out")
+            told[fault] = done.stderr
+            assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+            assert done.stderr.count("\n") == 1 and f"put {address} at {out / dataset / 'file'} by hand" in done.stderr
+    finally:
+        server.server_close()
+        server.shutdown()
+        thread.join()
+    words = {"half": "ended after", "other size": "announces", "other bytes": "has sha256", "offline": "no connection"}
+    assert all(words[fault] in err for fault, err in told.items()), told
+    assert not (tmp_path / "out").exists()
