@@ -18,6 +18,7 @@ import pickletools
 import sys
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -474,7 +475,7 @@ def _table(path: Path, dtype: type, **options: object) -> np.ndarray:
         return np.loadtxt(path, dtype=dtype, delimiter=",", ndmin=2, **options)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
