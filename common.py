@@ -1181,7 +1181,7 @@ def _train_and_report(main: Callable, run: Run, strict: bool, program: str) -> i
     try:
         results = main(run.config, run) or {}
     except KeyboardInterrupt:
-        if run.begun:
+        if run.begun or run.resume:
             raise
         print(f"\n{program}: stopped before the first step", file=sys.stderr)
         return 130

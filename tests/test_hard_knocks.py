@@ -39,7 +39,7 @@ from data import behavior, download, graphs, images, tasks, text
 
 resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
 TOY = "tests/toy.py"
-FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "30")}
+FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "60", "--pause", "0.02")}
 MULTIPROCESSING = threading.Lock()  # multiprocessing keeps its lists of children for one thread
 
 
@@ -137,25 +137,27 @@ def numbers(folder):
 def mishaps(fork, name, folder, whole):
     """The same run through NaN, full disk, kill -9 and Ctrl-C at random moments: [(mishap, exit code, stderr)]."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    flags, told = [*FLAGS[name], "--workers", "1", "--out", "cut"], []
+    flags, told, latest = [*FLAGS[name], "--workers", "1", "--out", "cut"], [], 0.12 if name == TOY else 0.4
 
     def go_on(mishap, *prepare, stop=None):
         again = ["--resume"] if (folder / "cut" / "run.json").exists() else []
         process = fork(name, *flags, *again, folder=folder, prepare=prepare)
-        if stop == signal.SIGINT:
+        if stop in (signal.SIGINT, signal.SIGTERM):
             while not (folder / "out").exists() or not (folder / "out").stat().st_size:  # common.run has taken over
                 time.sleep(0.002)
                 if ended(process, 0) is not None:
                     break
-        if stop is not None and ended(process, random.uniform(0, 0.6 * whole.seconds)) is None:
+        if stop is not None and ended(process, random.uniform(0, latest * whole.seconds)) is None:
             os.kill(process.pid, stop)
         told.append((mishap, ended(process), (folder / "err").read_text()))
 
     largest = max(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file())
-    go_on("NaN", partial(poison, int(random.integers(1, whole.steps))))
+    go_on("NaN", partial(poison, int(random.integers(1, 1 + whole.steps // 3))))
     go_on("full disk", partial(limit_files, int(random.uniform(0.1, 0.9) * largest)))
     go_on("kill", stop=signal.SIGKILL)
     go_on("interrupt", stop=signal.SIGINT)
+    if name == TOY:  # to common.run one is as good as the other
+        go_on("terminate", stop=signal.SIGTERM)
     go_on("end")
     return told
 
@@ -215,9 +217,10 @@ def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, cut, whole):
                 assert code in (-signal.SIGKILL, 0), err
             case "interrupt":
                 assert code == 0 or (code == 130 and ("--resume" in last or "before the first step" in last)), err
+            case "terminate":
+                assert code == 0 or (code == 143 and "--resume" in last), err
             case "end":
                 assert code == 0, err
-    assert [mishap for mishap, *_ in told] == ["NaN", "full disk", "kill", "interrupt", "end"]
     assert numbers(folder / "cut") == numbers(left)
     files = lambda run: {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files(folder / "cut") == files(left)  # nothing half-written, no checkpoint is left over
@@ -466,6 +469,16 @@ def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
     common.save(path, state)
     for found in survive(path, lambda: common.load(path), 300):
         assert torch.equal(found["model"]["w"], state["model"]["w"]) and {**found, "model": 0} == {**state, "model": 0}
+
+
+def test_what_a_killed_run_left_half_done_is_put_in_order(command_line, tmp_path):
+    flags, out = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out"
+    assert command_line(toy, *flags).returncode == 0
+    whole = numbers(out)
+    shutil.rmtree(out / "arms")  # killed between run.json and the folder of the arms
+    (out / ".results.json.123.tmp").write_text("half")
+    assert command_line(toy, *flags, "--resume").returncode == 0
+    assert numbers(out) == whole and not list(out.rglob("*.tmp"))
 
 
 def recompressed(path):
