@@ -433,11 +433,13 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
         ("run.json", {"identity": {}, "wall_seconds": "long"}),
         ("arms/one-seed0.json", {"result": {"loss": 0.0}}),
         ("arms/one-seed0.json", "[" * 100_000),
+        ("arms/one-seed0.json", lambda text: text.replace('"loss": 3', '"loss": 4')),
         ("arms/two-seed0.jsonl", '{"arm": "two-seed0"}\n'),
         ("arms/two-seed0.jsonl", '{"arm": "two-seed0", "step": 0}\n{"arm": "two-seed0", "step": 0}\n'),
         ("arms/two-seed0.ckpt", {"step": 3}),
         ("arms/two-seed0.ckpt", {"step": 99}),
         ("arms/two-seed0.ckpt", {"step": "3"}),
+        ("arms/two-seed0.ckpt", {"step": 2.5}),
         ("arms/two-seed0.ckpt", {"last": None}),
         ("arms/two-seed0.ckpt", {"rng": torch.ones(3)}),
         ("arms/two-seed0.ckpt", {"model": {"weight": torch.ones(2, 2)}}),
@@ -456,7 +458,10 @@ def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_pa
     if name.endswith(".ckpt"):
         common.save(out / name, {**common.load(out / name), **content} if content != {"step": 3} else content)
     else:
-        (out / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        before = (out / name).read_text()
+        text = content(before) if callable(content) else content if isinstance(content, str) else json.dumps(content)
+        assert text != before
+        (out / name).write_text(text)
     done = command_line(toy, *flags, "--resume")
     assert done.returncode == 2 and Path(name).name in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
@@ -550,16 +555,16 @@ def test_damaged_files_of_data_are_read_or_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_damaged_archives_unpack_inside_or_not_at_all(name, tmp_path):
     buffer, folder, random = io.BytesIO(), tmp_path / "folder", np.random.default_rng(2)
-    files = {"x/one": b"1" * 50, "two": bytes(range(256)) * 8, "../three": b"", "/four": b"4"}
+    files = {"x/one": b"1" * 50, "two": bytes(range(256)) * 8}
     if name == "a.zip":
         with zipfile.ZipFile(buffer, "w") as archive:
-            for inside, content in list(files.items())[:2]:
+            for inside, content in files.items():
                 archive.writestr(inside, content)
     else:
         with tarfile.open(
             fileobj=buffer, mode="w:gz" if name.endswith("gz") else "w", format=tarfile.PAX_FORMAT
         ) as archive:
-            for inside, content in list(files.items())[:2]:
+            for inside, content in files.items():
                 info = tarfile.TarInfo(inside)
                 info.size, info.pax_headers = len(content), {"comment": "x" * 50}
                 archive.addfile(info, io.BytesIO(content))
