@@ -963,7 +963,7 @@ def load_trained(path: str | Path) -> nn.Module:
             load_null_experts(path, model)
             return model
         lora = config.setting == "lora"
-        arms = {"base": Arm(0, 2)} | (lora_arms if lora else trained_arms)(config, ablate=True)
+        arms = {"base": Arm(0, 2)} | trained_arms(config, ablate=True)
         model = build(config, arms[arm], torch.Generator())
         if lora and arm != "base":
             sizes = (config.lora_experts, arms[arm].num_null, arms[arm].top_k, config.lora_rank, config.lora_alpha)

@@ -17,6 +17,8 @@ in its own file, which is all that `--resume` needs.
 import argparse
 import dataclasses
 import difflib
+import errno
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -40,7 +42,7 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +56,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UsageError(ValueError):
@@ -85,6 +92,10 @@ def atomic_file(path: str | Path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -95,27 +106,42 @@ def write_json(path: str | Path, content: object) -> None:
         file.write("\n")
 
 
+KINDS = {
+    "identity": dict,
+    "result": dict,
+    "sha256": dict,
+    "wall_seconds": (int, float),
+}  # of what the files of a run hold
+
+
 def read_json(path: str | Path, *keys: str) -> dict:
     """An object with at least these keys. Raises UsageError when the file is damaged."""
     try:
         content = json.loads(Path(path).read_text())
-        missing = [key for key in keys if key not in content]
-    except (ValueError, TypeError) as error:
-        missing = [error]
-    if missing or not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged ({missing or 'not an object'}); start anew with --overwrite")
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        if missing := [key for key in keys if not isinstance(content.get(key), KINDS.get(key, object))]:
+            raise ValueError(f"no {', '.join(missing)}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged ({error}); start anew with --overwrite") from error
     return content
 
 
 def save(path: str | Path, state: object) -> None:
     """A checkpoint of tensors, numbers, strings, lists and dicts."""
     with atomic_file(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # on a full disk torch also fails to close the file, and says only that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load(path: str | Path, map_location: object = "cpu") -> Any:
     """Read what `save` wrote; never executes anything. Raises UsageError when the file is damaged or hostile."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums, and would unpack to any size
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()) or archive.testzip():
+                raise ValueError("its checksums are wrong, or its members compressed")
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
@@ -435,22 +461,18 @@ def train(
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     last: dict[str, float] = {}
+    first_step = start_step
     if checkpoint is not None and checkpoint.exists():
         state = load(checkpoint, map_location=device)
         try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start_step, last = state["step"], state["last"]
-            torch.set_rng_state(state["rng"].cpu())
+            start_step, last = _restore(state, model, optimizer, device)
+            if not first_step <= start_step <= stop_step:
+                raise ValueError(f"step {start_step}")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{checkpoint} is a checkpoint of something else; {_afresh(checkpoint)}") from error
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
     metrics = metrics if rank == 0 else None
-    if metrics is not None and metrics.exists():  # forget the metrics of steps that run again, and a torn last line
-        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
-        with atomic_file(metrics, "w") as file:
-            file.writelines(line for line in whole if json.loads(line)["step"] < start_step)
+    if metrics is not None and metrics.exists():
+        _forget_steps(metrics, first_step, start_step)
     pending: list[tuple[int, Tensor, dict]] = []
 
     def fail(what: str) -> NoReturn:
@@ -473,8 +495,6 @@ def train(
             bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
 
     def keep(step: int) -> None:
-        if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-            fail(f"a weight is not finite after step {step - 1}")
         if checkpoint is not None and rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "last": last}
             state["rng"] = torch.get_rng_state()
@@ -522,9 +542,12 @@ def train(
                 stop = int(heard)
             pending.append((step, total, values))
             due = time.monotonic() - saved >= checkpoint_seconds
-            if due or stop or len(pending) >= log_every or step + 1 == stop_step:
+            ends = step + 1 == stop_step
+            if due or stop or ends or len(pending) >= log_every:
                 flush(bar)
-            if due or stop:  # after flush: a model that has seen NaN must not replace the last good checkpoint
+            if (due or stop or ends) and not _is_finite(model):
+                fail(f"a weight is not finite after step {step}")
+            if due or stop:  # after these: a model that has seen NaN must not replace the last good checkpoint
                 keep(step + 1)
                 saved = time.monotonic()
             if stop:
@@ -532,6 +555,42 @@ def train(
             bar.update()
     _barrier()  # every process finds the metrics whole
     return last
+
+
+def _restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, dict]:
+    """Put a checkpoint where it belongs: (its step, its metrics). Raises any error when it does not fit."""
+    model.load_state_dict(state["model"])
+    settings = optimizer.state_dict()["param_groups"]  # the script's: no file chooses a learning rate
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    for parameter, found in optimizer.state.items():
+        if any(value.shape != parameter.shape for value in found.values() if isinstance(value, Tensor) and value.dim()):
+            raise ValueError("the optimizer's state has another shape")
+    step, last = state["step"], state["last"]
+    if type(step) is not int or not _is_finite(model) or not all(isinstance(v, (int, float)) for v in last.values()):
+        raise ValueError("no numbers")
+    torch.set_rng_state(state["rng"].cpu())
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    return step, last
+
+
+def _is_finite(model: nn.Module) -> bool:
+    own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters())
+    return all(bool(torch.isfinite(parameter).all()) for parameter in own)
+
+
+def _forget_steps(metrics: Path, first_step: int, start_step: int) -> None:
+    """Drop the lines of steps that run again, and a torn last one. Raises UsageError when others are not there."""
+    try:
+        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
+        kept = [line for line in whole if json.loads(line)["step"] < start_step]
+        steps = [json.loads(line)["step"] for line in kept]
+        if steps != list(range(min([first_step, *steps]), start_step)):
+            raise ValueError("steps are missing")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{metrics} is damaged ({error}); {_afresh(metrics)}") from error
+    with atomic_file(metrics, "w") as file:
+        file.writelines(kept)
 
 
 def _parts(batch: Any, count: int) -> Sequence[tuple[Any, float]]:
@@ -756,6 +815,7 @@ class Run:
     actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     begun: bool = False
+    lock: int | None = None  # file descriptor, in the process that holds it
     claims: list[Claim] = field(default_factory=list)
     tables: list[dict] = field(default_factory=list)
     pool: ProcessPoolExecutor | None = None  # the workers, from the first arms that run side by side to the end
@@ -841,14 +901,33 @@ class Run:
         --resume, finished arms are read back. The number of workers never changes a number.
         """
         self._begin()
-        todo = [job for job in jobs if not self.path(job[1], job[2], ".json").exists()]
+        todo = [job for job in jobs if self._finished(job[1], job[2]) is None]
         workers = min(self.workers, len(todo))
         if workers > 1 and processes()[1] == 1:
             self._map_in_workers(train_arm, todo, workers)
         else:
             for job in todo:
                 _run_job(self, train_arm, *job)
-        return [read_json(self.path(arm, seed, ".json"), "result")["result"] for _, arm, seed in jobs]
+        return [self._finished(arm, seed) for _, arm, seed in jobs]
+
+    def _finished(self, arm: str, seed: int) -> dict | None:
+        """The result of an arm, None if it has none yet. Raises UsageError when it or its weights were changed."""
+        path = self.path(arm, seed, ".json")
+        if not path.exists():
+            return None
+        found, now = read_json(path, "result", "sha256"), self.digests(arm, seed)
+        changed = [name for name, digest in found["sha256"].items() if digest != now.get(name, digest)]
+        if changed or found["sha256"].get("result") != _digest(found["result"]):
+            what = path.with_name(changed[0]) if changed else path
+            raise UsageError(
+                f"{what} is damaged, its SHA-256 is another; {_afresh(path)} or start anew with --overwrite"
+            )
+        return found["result"]
+
+    def digests(self, arm: str, seed: int) -> dict[str, str]:
+        """{file: SHA-256} of the weights that an arm left."""
+        left = self.path(arm, seed, "").parent.glob(f"{glob.escape(arm)}-seed{seed}[.-]*")
+        return {path.name: sha256(path) for path in left if path.suffix in (".pt", ".npz")}
 
     def identity(self) -> dict:
         """What all arms of a folder must have in common."""
@@ -867,9 +946,34 @@ class Run:
         if self.begun:
             return
         if processes()[0] == 0:
+            self.keep_others_out()
             self._claim_folder()
         self.begun = True
         _barrier()
+
+    def keep_others_out(self) -> None:
+        """Lock the folder until this process ends, in whatever way. A file system without locks is trusted."""
+        if self.lock is not None or fcntl is None:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                who = os.pread(self.lock, 100, 0).decode(errors="replace").strip()
+                raise UsageError(
+                    f"{self.out} is in use by another run ({who}); wait for it or choose another --out"
+                ) from None
+        os.truncate(self.lock, 0)
+        os.pwrite(self.lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        if not (self.resume or self.overwrite):
+            _refuse_a_second_run(self.out)  # one may have begun since the flags were read
+        for path in self.out.rglob(".*.tmp"):  # half-written by a run that was killed
+            path.unlink()
 
     def _claim_folder(self) -> None:
         mark, arms = self.out / "run.json", self.out / "arms"
@@ -878,6 +982,7 @@ class Run:
             for key, now in self.identity().items():
                 if before.get(key) != now:
                     raise UsageError(f"--resume: {self.out} was run with {key} = {before.get(key)}, not {now}")
+            arms.mkdir(exist_ok=True)
         else:
             try:
                 if self.overwrite:
@@ -906,7 +1011,11 @@ class Run:
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self, ranks, context.RLock()))
         pool = self.pool
         try:
-            submit = lambda job: pool.submit(_run_job, self, train_arm, *job)
+
+            def submit(job: tuple) -> Future:
+                with _held_back(signal.SIGINT):  # else Ctrl-C meets a new worker while it imports torch: a traceback
+                    return pool.submit(_run_job, self, train_arm, *job)
+
             waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
             running = {submit(job) for job in itertools.islice(waiting, workers)}
             while running:
@@ -933,13 +1042,34 @@ def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int)
         torch.cuda.empty_cache()  # this worker waits for its next arm, and others may need the memory
     _barrier()
     if processes()[0] == 0:
-        write_json(run.path(arm, seed, ".json"), {"arm": arm, "seed": seed, "seconds": seconds, "result": result})
+        found = {"arm": arm, "seed": seed, "seconds": seconds, "result": result}
+        found["sha256"] = {"result": _digest(result), **run.digests(arm, seed)}
+        write_json(run.path(arm, seed, ".json"), found)
         run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
         tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
     _barrier()
 
 
+def _digest(result: dict) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+
+@contextmanager
+def _held_back(number: int):
+    """A signal that comes meanwhile waits; a process started inside begins with it held back."""
+    has_masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number}) if has_masks else None
+    try:
+        yield
+    finally:
+        if has_masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(run: Run, ranks: multiprocessing.Queue, bar_lock: object) -> None:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # one that was held back
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -1106,12 +1236,22 @@ def _run(
     if run.dry_run or run.actions:
         main(run.config, run)
         return 0
+    try:
+        if (run.resume or run.overwrite) and run.out.is_dir() and processes()[0] == 0:
+            run.keep_others_out()
+        return _train_and_report(main, run, options["strict"], program)
+    finally:
+        if run.lock is not None:
+            os.close(run.lock)
+
+
+def _train_and_report(main: Callable, run: Run, strict: bool, program: str) -> int:
     mark, start = run.out / "run.json", time.monotonic()
     earlier = read_json(mark, "wall_seconds")["wall_seconds"] if run.resume else 0.0
     try:
         results = main(run.config, run) or {}
     except KeyboardInterrupt:
-        if run.begun:
+        if run.begun or run.resume:
             raise
         print(f"\n{program}: stopped before the first step", file=sys.stderr)
         return 130
@@ -1138,14 +1278,14 @@ def _run(
         "data": run.data,
         "wall_seconds": wall_seconds,
         "results": {**results, "tables": run.tables},
-        "claims": [dataclasses.asdict(claim) for claim in claims],
+        "claims": [dataclasses.asdict(claim) for claim in run.claims],
     }
     write_json(run.out / "results.json", report)
-    if claims:
-        say(f"\nclaims of the paper\n{format_claims(claims)}")
+    if run.claims:
+        say(f"\nclaims of the paper\n{format_claims(run.claims)}")
     say(f"\nwrote {run.out / 'results.json'} ({wall_seconds:.0f} s)")
-    failed = [claim.id for claim in claims if claim.required and claim.holds is not True]
-    if options["strict"] and failed:
+    failed = [claim.id for claim in run.claims if claim.required and claim.holds is not True]
+    if strict and failed:
         print(f"{program}: required claims that do not hold: {', '.join(failed)}", file=sys.stderr)
         return 1
     return 0
@@ -1163,8 +1303,7 @@ def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) ->
     if options["resume"] and not given and not (out / "run.json").exists():
         raise UsageError(f"--resume: there is no run in {out}")
     if not (options["resume"] or options["overwrite"] or options["dry_run"] or given):
-        if (out / "run.json").exists() or (out / "arms").exists():
-            raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
+        _refuse_a_second_run(out)
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install -r requirements-full.txt")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -1188,6 +1327,11 @@ def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) ->
         actions=given,
         **{name: options[name] for name in ("resume", "overwrite", "ablate", "dry_run", "compile")},
     )
+
+
+def _refuse_a_second_run(out: Path) -> None:
+    if (out / "run.json").exists() or (out / "arms").exists():
+        raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
 
 
 class _Parser(argparse.ArgumentParser):

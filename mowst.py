@@ -632,7 +632,9 @@ def fit(
             optimizer.step()
             loss, found = float(loss.detach()), score()
             if not math.isfinite(loss) or not math.isfinite(found):
-                raise common.NonFiniteLoss(f"{label}: loss {loss}, validation {found} at epoch {epoch}; lower --lr")
+                kept = keeper.path if keeper.path and keeper.path.exists() else "none yet"
+                what = f"loss {loss}, validation {found} at epoch {epoch}; last good checkpoint: {kept}"
+                raise common.NonFiniteLoss(f"{label}: {what}; lower --lr")
             since += 1
             if found < best:
                 since, best, best_state = 0, found, copy_state(module)

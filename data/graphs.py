@@ -18,6 +18,7 @@ import pickletools
 import sys
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +56,7 @@ BY_HAND = {  # no address that a program can fetch
         "drive.google.com/file/d/1dNs5E7BrWJbgcHeQ_zuy5Ozp2tRCWG0y and /1ZhpAiyTNc0cE_hhgyiqxnkKREHK7MK-_ (LINKX)",
     ),
 }
+MOST_BYTES = 16 << 30  # that compressed arrays may unpack to: a small file must not fill the memory
 
 
 class Graph(NamedTuple):
@@ -443,6 +445,11 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         if path.exists() and not zipfile.is_zipfile(path):  # np.load would take it for a pickle
             raise ValueError("no zip archive of arrays")
+        if path.exists():
+            with zipfile.ZipFile(path) as archive:
+                packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+            if (size := sum(member.file_size for member in packed)) > MOST_BYTES:
+                raise ValueError(f"its arrays unpack to {size:,} bytes, more than {MOST_BYTES:,}; use np.savez")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
@@ -473,7 +480,7 @@ def _table(path: Path, dtype: type, **options: object) -> np.ndarray:
         return np.loadtxt(path, dtype=dtype, delimiter=",", ndmin=2, **options)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -412,9 +413,9 @@ def test_results_json_has_the_agreed_shape(command_line, tmp_path):
     assert "DOES NOT HOLD" in done.stdout and "not measured" in done.stdout
 
 
-def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(script, tmp_path):
-    for workers in (1, 3):
-        done = script(TOY, "--workers", workers, "--seeds", 2, "--ablate", "--out", tmp_path / str(workers))
+def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(script, command_line, tmp_path):
+    for start, workers in ((partial(command_line, toy), 1), (partial(script, TOY), 3)):
+        done = start("--workers", workers, "--seeds", 2, "--ablate", "--out", tmp_path / str(workers))
         assert done.returncode == 0, done.stderr
     assert report(tmp_path / "1")["results"]["arms"] == report(tmp_path / "3")["results"]["arms"]
     assert len({path.read_text() for path in tmp_path.glob("3/arms/*.pid")}) <= 3  # of two calls of map_arms
@@ -545,37 +546,35 @@ def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_nan_in_training_is_one_line_and_exit_code_1(script, tmp_path, workers):
-    done = script(TOY, "--nan-at", 5, "--workers", workers)
+def test_nan_in_a_worker_is_one_line_and_exit_code_1(script, tmp_path):
+    done = script(TOY, "--nan-at", 5, "--workers", 2)
     assert done.returncode == 1 and "the loss is nan at step 5" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "runs" / "toy-small" / "results.json").exists()
 
 
-@pytest.mark.parametrize("workers, number, code", [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
-def test_interrupt_then_resume_gives_the_uninterrupted_numbers(script, tmp_path, workers, number, code):
-    flags = ["--steps", "40", "--workers", str(workers), "--out", "cut"]
+def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(script, command_line, tmp_path):
+    flags = ["--steps", "60", "--workers", "2", "--out", "cut"]
     slow = [sys.executable, TOY, *flags, "--pause", "0.05"]
     process = subprocess.Popen(slow, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cut/arms/*.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == code, message
+    assert process.returncode == 130, message
     assert "--resume" in message and "Traceback" not in message
     assert list(tmp_path.glob("cut/arms/*.ckpt"))
     assert not list(tmp_path.glob("cut/arms/.*"))  # no half-written file
     resumed = script(TOY, *flags, "--pause", "0.05", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert script(TOY, "--steps", 40, "--out", "whole", "--workers", 1).returncode == 0
+    assert command_line(toy, "--steps", 60, "--out", "whole", "--workers", 1).returncode == 0
     assert report(tmp_path / "cut")["results"]["arms"] == report(tmp_path / "whole")["results"]["arms"]
     lines = [sorted((tmp_path / name / "metrics.jsonl").read_text().splitlines()) for name in ("cut", "whole")]
     assert lines[0] == lines[1]
 
 
 def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
-    flags = [sys.executable, TOY, "--workers", "2", "--steps", "40", "--pause", "0.1"]
+    flags = [sys.executable, TOY, "--workers", "2", "--steps", "40", "--pause", "0.05"]
     process = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("runs/toy-small/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
@@ -587,11 +586,11 @@ def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
 
 
 def test_an_interrupt_starts_no_further_arm_and_a_killed_run_leaves_no_worker(tmp_path):
-    flags = [sys.executable, TOY, "--ablate", "--seeds", "3", "--workers", "2", "--steps", "200", "--pause", "0.05"]
+    flags = [sys.executable, TOY, "--ablate", "--seeds", "3", "--workers", "2", "--steps", "2000", "--pause", "0.05"]
     for number in (signal.SIGINT, signal.SIGKILL):
         folder = tmp_path / str(number)
         process = subprocess.Popen([*flags, "--out", folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(list(folder.glob("arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
@@ -615,19 +614,6 @@ def test_a_reader_that_leaves_early_loses_no_result(tmp_path):
     command = f"{sys.executable} {TOY} --workers 1 --out out | head -c 1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (tmp_path / "out" / "results.json").exists() and "Broken" not in done.stderr, done.stderr
-
-
-def test_a_full_disk_is_one_line_and_exit_code_1(script, tmp_path):
-    """A file-size limit stands in for the full disk."""
-    import resource
-
-    limit = lambda: (
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)),
-    )
-    done = script(TOY, "--workers", 1, preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("toy.py: ")
-    assert "Traceback" not in done.stderr and "--resume" in done.stderr and not list(tmp_path.glob("**/.*tmp"))
 
 
 def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):

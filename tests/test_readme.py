@@ -12,7 +12,6 @@ from conftest import ROOT
 from tiny import ADAMOE
 
 import adamoe
-
 import common
 
 sys.path.insert(0, str(ROOT / "results"))

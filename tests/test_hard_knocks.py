@@ -1,0 +1,654 @@
+"""What a run has to live through: NaN, a full disk, kill -9, Ctrl-C, a second run beside it, damaged and hostile files.
+
+Every script of tests/tiny.py goes through the same mishaps one after the other and must end with the numbers of a run
+that was left in peace. A script runs in a process of its own, as a person starts it, but forked from one that has
+imported torch already (tests/forked.py); as many at a time as there are cores.
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import threading
+import time
+import types
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import toy
+from conftest import ROOT
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import common
+from data import behavior, download, graphs, images, tasks, text
+
+resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
+TOY = "tests/toy.py"
+FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "60", "--pause", "0.02")}
+MULTIPROCESSING = threading.Lock()  # multiprocessing keeps its lists of children for one thread
+
+
+# --- processes -----------------------------------------------------------------------------------------------
+
+
+def play(script, flags, folder, prepare):
+    """In the forked process: what `python script flags` would do in this folder."""
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), number)
+    torch.set_num_threads(1)
+    train = common.train  # checkpoints come so often that there is always one to go on from
+    common.train = lambda *args, **options: train(*args, **{**options, "checkpoint_seconds": 0.05})
+    for action in prepare:
+        action()
+    sys.argv = [str(ROOT / script), *map(str, flags)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # as `ulimit -f` does
+
+
+def give_up_rights():
+    """Root passes by permission bits; without its capabilities it is a user like any other."""
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+
+def poison(after):
+    """A weight becomes NaN after so many optimizer steps of this process."""
+    seen = iter(range(1, 1 << 30))
+
+    def hook(optimizer, *_):
+        if next(seen) == after:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    register_optimizer_step_post_hook(hook)
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """fork(script, *flags, folder=...) -> a running process. Its exit code: ended(process)."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "forked"])
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+    def start(script, *flags, folder, prepare=()):
+        folder.mkdir(parents=True, exist_ok=True)
+        process = context.Process(target=play, args=(script, flags, folder, prepare))
+        with MULTIPROCESSING:
+            process.start()
+        return process
+
+    return start
+
+
+def ended(process, within=120.0):
+    """Wait for the process, at most so many seconds: its exit code, None if it still runs."""
+    deadline = time.monotonic() + within
+    while True:
+        with MULTIPROCESSING:
+            code = process.exitcode
+        if code is not None or time.monotonic() > deadline:
+            return code
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(common._cores()) as executor:
+        yield executor
+
+
+def numbers(folder):
+    """What a run found, and its metrics, without anything measured in seconds."""
+
+    def timeless(thing):
+        if isinstance(thing, dict):
+            return {key: timeless(value) for key, value in thing.items() if not key.startswith("seconds")}
+        return [timeless(item) for item in thing] if isinstance(thing, list) else thing
+
+    results = json.loads((folder / "results.json").read_text())["results"]
+    del results["tables"]  # for people; they show seconds, too
+    return json.dumps(timeless(results)), (folder / "metrics.jsonl").read_text()
+
+
+def mishaps(fork, name, folder, whole):
+    """The same run through NaN, full disk, kill -9 and Ctrl-C at random moments: [(mishap, exit code, stderr)]."""
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    flags, told, latest = [*FLAGS[name], "--workers", "1", "--out", "cut"], [], 0.12 if name == TOY else 0.4
+
+    def go_on(mishap, *prepare, stop=None):
+        again = ["--resume"] if (folder / "cut" / "run.json").exists() else []
+        process = fork(name, *flags, *again, folder=folder, prepare=prepare)
+        if stop in (signal.SIGINT, signal.SIGTERM):
+            while not (folder / "out").exists() or not (folder / "out").stat().st_size:  # common.run has taken over
+                time.sleep(0.002)
+                if ended(process, 0) is not None:
+                    break
+        if stop is not None and ended(process, random.uniform(0, latest * whole.seconds)) is None:
+            os.kill(process.pid, stop)
+        told.append((mishap, ended(process), (folder / "err").read_text()))
+
+    largest = max(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file())
+    go_on("NaN", partial(poison, int(random.integers(1, 1 + whole.steps // 3))))
+    go_on("full disk", partial(limit_files, int(random.uniform(0.1, 0.9) * largest)))
+    go_on("kill", stop=signal.SIGKILL)
+    go_on("interrupt", stop=signal.SIGINT)
+    if name == TOY:  # to common.run one is as good as the other
+        go_on("terminate", stop=signal.SIGTERM)
+    go_on("end")
+    return told
+
+
+def names_of(request, test):
+    """The scripts for which this test is going to run."""
+    chosen = [item for item in request.session.items if getattr(item, "originalname", "") == test]
+    return [item.callspec.params["name"] for item in chosen]
+
+
+@pytest.fixture(scope="module")
+def whole(fork, pool, tmp_path_factory):
+    """name -> a run that nothing happened to, made when first asked for."""
+    found, lock = {}, threading.Lock()
+
+    def run(name, folder):
+        began = time.monotonic()
+        code = ended(fork(name, *FLAGS[name], "--workers", "1", "--out", "whole", folder=folder))
+        seconds = time.monotonic() - began
+        assert code == 0, (folder / "err").read_text()
+        steps = (folder / "whole" / "metrics.jsonl").read_text().count("\n")
+        return types.SimpleNamespace(folder=folder / "whole", seconds=seconds, steps=steps)
+
+    def ask(name):
+        with lock:
+            if name not in found:
+                found[name] = pool.submit(run, name, tmp_path_factory.mktemp("whole"))
+        return found[name]
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def cut(request, fork, pool, whole, tmp_path_factory):
+    names = names_of(request, "test_after_any_mishap_a_run_goes_on_to_the_same_numbers")
+    runs = {name: whole(name) for name in names}
+    later = lambda name, folder: mishaps(fork, name, folder, runs[name].result())
+    folders = {name: tmp_path_factory.mktemp("cut") for name in names}
+    return {name: (folders[name], pool.submit(later, name, folders[name])) for name in names}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, cut, whole):
+    folder, told = cut[name][0], cut[name][1].result()
+    left = whole(name).result().folder
+    print(*told, sep="\n")
+    for mishap, code, err in told:
+        assert "Traceback" not in err, f"{mishap}: {err}"
+        last = (err.strip().splitlines() or [""])[-1]
+        match mishap:
+            case "NaN":
+                assert code == 1 and " at step " in last or " after step " in last or " at epoch " in last, last
+                assert "last good checkpoint: " in last
+            case "full disk":
+                assert code == 1 and "File too large: 'cut" in last and "--resume" in last, last
+            case "kill":
+                assert code in (-signal.SIGKILL, 0), err
+            case "interrupt":
+                assert code == 0 or (code == 130 and ("--resume" in last or "before the first step" in last)), err
+            case "terminate":
+                assert code == 0 or (code == 143 and "--resume" in last), err
+            case "end":
+                assert code == 0, err
+    assert numbers(folder / "cut") == numbers(left)
+    files = lambda run: {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert files(folder / "cut") == files(left)  # nothing half-written, no checkpoint is left over
+
+
+# --- folders -------------------------------------------------------------------------------------------------
+
+
+def hold(folder, held, release):
+    """Another run in this folder: what common.Run does before it trains."""
+    common.Run("toy", "small", "cpu", torch.float32, [0], folder, resume=True).keep_others_out()
+    held.set()
+    release.wait(120)
+
+
+def change_weights(folder):
+    """A hand-edited file of weights; returns its name, None where a script leaves none."""
+    for path in sorted(folder.glob("arms/*-seed0.*")):
+        if path.suffix == ".pt":
+            common.save(path, {"embedding.weight": torch.ones(3, 3)})
+            return path.name
+        if path.suffix == ".npz":
+            common.save_arrays(path, {"embedding.weight": torch.ones(3, 3)})
+            return path.name
+
+
+def refusals(fork, name, folder, whole):
+    """A folder that is held by another run, changed, or cannot be written: [(case, exit code, stderr)]."""
+    told, flags, run = [], [*FLAGS[name], "--workers", "1", "--out"], folder / "held"
+    shutil.copytree(whole.folder, run)
+    content = lambda: {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def ask(case, *more, prepare=()):
+        process = fork(name, *flags, *more, folder=folder, prepare=prepare)
+        told.append((case, ended(process), (folder / "err").read_text()))
+
+    context, before = multiprocessing.get_context("forkserver"), content()
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(run, held, release))
+    with MULTIPROCESSING:
+        holder.start()
+    assert held.wait(60)
+    ask("held", "held", "--resume")
+    ask("held", "held", "--overwrite")
+    assert content() == before
+    os.kill(holder.pid, signal.SIGKILL)  # which releases the folder
+    ended(holder)
+    what = change_weights(run)
+    ask("changed weights" if what else "nothing to change", "held", "--resume")
+    assert not what or f"{what} is damaged" in told[-1][2]
+    (folder / "closed").mkdir()
+    (folder / "file").write_text("")
+    ask("below a file", "file/out")
+    (folder / "closed").chmod(0o500)
+    ask("read-only", "closed/out", prepare=(give_up_rights,))
+    (folder / "closed").chmod(0o700)
+    assert list((folder / "closed").iterdir()) == []
+    return told
+
+
+@pytest.fixture(scope="module")
+def refused(request, fork, pool, whole, tmp_path_factory):
+    names = names_of(request, "test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line")
+    runs = {name: whole(name) for name in names}
+    later = lambda name, folder: refusals(fork, name, folder, runs[name].result())
+    return {name: pool.submit(later, name, tmp_path_factory.mktemp("refused")) for name in names}
+
+
+@pytest.mark.parametrize("name", tiny.SCRIPTS)
+def test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line(name, refused):
+    expected = {
+        "held": "is in use by another run (process ",
+        "changed weights": "and go on with --resume",
+        "below a file": "--out file/out cannot be written: Not a directory",
+        "read-only": "--out closed/out cannot be written: Permission denied",
+    }
+    told = refused[name].result()
+    for case, code, err in told:
+        if case == "nothing to change":
+            assert code == 0
+        elif case == "read-only" and code == 0:
+            pytest.skip("here permission bits bind nobody")
+        else:
+            assert code == 2 and expected[case] in err and err.count("\n") == 1, (case, code, err)
+    assert len(told) == 5
+
+
+def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
+    flags = ("--workers", "1", "--pause", "0.02", "--out", tmp_path / "out")
+    begun = [fork(TOY, *flags, folder=tmp_path / str(i)) for i in range(4)]
+    codes = [ended(process) for process in begun]
+    told = [(tmp_path / str(i) / "err").read_text() for i in range(4)]
+    assert sorted(codes) == [0, 2, 2, 2], told
+    for code, err in zip(codes, told):
+        assert code == 0 or (err.count("\n") == 1 and ("in use by another run" in err or "holds a run" in err)), err
+    again = fork(TOY, *flags, "--resume", folder=tmp_path / "again")
+    assert ended(again) == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arms"]
+
+
+def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
+    """The terminal sends it to all processes of the run."""
+    import subprocess
+
+    command = [sys.executable, ROOT / TOY, "--workers", "2", "--pause", "0.1", "--out", "out"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    deadline = time.monotonic() + 60
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not tell which processes a run has started")
+
+    def imports_torch(pid):
+        try:
+            return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+        except OSError:  # it has ended
+            return False
+
+    while not any(map(imports_torch, children.read_text().split())) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
+    assert not list(tmp_path.glob("out/arms/*.pid"))
+
+
+# --- damage --------------------------------------------------------------------------------------------------
+
+
+def mangled(content, random):
+    """Bytes flipped, cut off, inserted or doubled."""
+    raw, at = bytearray(content), int(random.integers(len(content)))
+    length = int(random.integers(1, 40))
+    match random.integers(4):
+        case 0:
+            for place in random.integers(0, len(raw), random.integers(1, 4)):
+                raw[place] ^= int(random.integers(1, 256))
+        case 1:
+            del raw[at:]
+        case 2:
+            raw[at:at] = random.integers(0, 256, length, dtype=np.uint8).tobytes()
+        case 3:
+            raw[at:at] = raw[at : at + length]
+    return bytes(raw)
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds):
+    """A reader that hangs fails: not by an error that it could take for damage."""
+
+    def hangs(*_):
+        pytest.fail(f"it has taken {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def survive(path, read, trials, seed=0, names=None):
+    """read() succeeds or raises ValueError in one line that names the file. Returns what was read after each damage."""
+    content, random, found = path.read_bytes(), np.random.default_rng(seed), []
+    read()  # sound, as it is
+    with no_longer_than(60):
+        for _ in range(trials):
+            path.write_bytes(mangled(content, random))
+            try:
+                found.append(read())
+            except ValueError as error:
+                assert (names or path.name) in str(error) and "\n" not in str(error), error
+    path.write_bytes(content)
+    assert len(found) < trials  # some damage is noticed
+    return found
+
+
+MOMENTS = {"step": torch.tensor(2.0), "exp_avg": torch.ones(7, 7), "exp_avg_sq": torch.ones(7, 7)}
+
+
+def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, monkeypatch):
+    flags, out, random = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out", np.random.default_rng(0)
+    assert command_line(toy, *flags).returncode == 0
+    whole = json.loads((out / "results.json").read_text())["results"]["arms"]
+
+    def stop(step):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy.time, "sleep", lambda pause: None)
+    (out / "arms" / "two-seed0.json").unlink()
+    train = common.train
+    eager = lambda *args, **options: train(*args, **options | {"on_step": stop, "checkpoint_seconds": 0.0})
+    monkeypatch.setattr(common, "train", eager)
+    assert command_line(toy, *flags, "--resume").returncode == 130
+    monkeypatch.setattr(common, "train", train)
+    shutil.copytree(out, tmp_path / "kept")
+    codes = []
+    with no_longer_than(100):
+        for name in ("run.json", "arms/one-seed0.json", "arms/two-seed0.jsonl", "arms/two-seed0.ckpt"):
+            for _ in range(20):
+                shutil.rmtree(out)
+                shutil.copytree(tmp_path / "kept", out)
+                (out / name).write_bytes(mangled((out / name).read_bytes(), random))
+                done = command_line(toy, *flags, "--resume")
+                codes.append(done.returncode)
+                if done.returncode == 0:
+                    assert json.loads((out / "results.json").read_text())["results"]["arms"] == whole
+                    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+                    assert steps == [0, 1, 2, 3] * 2
+                else:
+                    last = done.stderr.splitlines()[-1]
+                    assert done.returncode == 2 and last.startswith("toy.py: ") and "Traceback" not in done.stderr
+                    assert Path(name).name in last or "--resume: out was run with" in last, last
+    assert {0, 2} == set(codes)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", {"identity": []}),
+        ("run.json", {"identity": {}, "wall_seconds": "long"}),
+        ("arms/one-seed0.json", {"result": {"loss": 0.0}}),
+        ("arms/one-seed0.json", "[" * 100_000),
+        ("arms/one-seed0.json", lambda text: text.replace('"loss": 3', '"loss": 4')),
+        ("arms/two-seed0.jsonl", '{"arm": "two-seed0"}\n'),
+        ("arms/two-seed0.jsonl", '{"arm": "two-seed0", "step": 0}\n{"arm": "two-seed0", "step": 0}\n'),
+        ("arms/two-seed0.ckpt", {"step": 3}),
+        ("arms/two-seed0.ckpt", {"step": 99}),
+        ("arms/two-seed0.ckpt", {"step": "3"}),
+        ("arms/two-seed0.ckpt", {"step": 2.5}),
+        ("arms/two-seed0.ckpt", {"last": None}),
+        ("arms/two-seed0.ckpt", {"rng": torch.ones(3)}),
+        ("arms/two-seed0.ckpt", {"model": {"weight": torch.ones(2, 2)}}),
+        ("arms/two-seed0.ckpt", {"model": {"weight": torch.full((1, 4), torch.nan), "bias": torch.zeros(1)}}),
+        ("arms/two-seed0.ckpt", {"optimizer": {"state": {0: MOMENTS}}}),
+    ],
+)
+def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_path, name, content):
+    """Sound files, with a content that no run has written."""
+    flags, out, random = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out", torch.get_rng_state()
+    assert command_line(toy, *flags).returncode == 0
+    (out / "arms" / "two-seed0.json").unlink()
+    model = torch.nn.Linear(4, 1)
+    good = {"model": model.state_dict(), "optimizer": common.adamw(model, 0.1).state_dict(), "step": 2}
+    common.save(out / "arms" / "two-seed0.ckpt", {**good, "last": {"loss": 1.0}, "rng": random})
+    if name.endswith(".ckpt"):
+        common.save(out / name, {**common.load(out / name), **content} if content != {"step": 3} else content)
+    else:
+        before = (out / name).read_text()
+        text = content(before) if callable(content) else content if isinstance(content, str) else json.dumps(content)
+        assert text != before
+        (out / name).write_text(text)
+    done = command_line(toy, *flags, "--resume")
+    assert done.returncode == 2 and Path(name).name in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    torch.set_rng_state(random)
+
+
+def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.ckpt"
+    state = {"model": {"w": torch.arange(400.0)}, "last": {"loss": 1.0}, "step": 3}
+    common.save(path, state)
+    for found in survive(path, lambda: common.load(path), 300):
+        assert torch.equal(found["model"]["w"], state["model"]["w"]) and {**found, "model": 0} == {**state, "model": 0}
+
+
+def test_what_a_killed_run_left_half_done_is_put_in_order(command_line, tmp_path):
+    flags, out = ("--workers", 1, "--steps", 4, "--out", "out"), tmp_path / "out"
+    assert command_line(toy, *flags).returncode == 0
+    whole = numbers(out)
+    shutil.rmtree(out / "arms")  # killed between run.json and the folder of the arms
+    (out / ".results.json.123.tmp").write_text("half")
+    assert command_line(toy, *flags, "--resume").returncode == 0
+    assert numbers(out) == whole and not list(out.rglob("*.tmp"))
+
+
+def recompressed(path):
+    """The same zip archive with compressed members."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def test_files_that_would_unpack_to_any_size_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.ckpt"
+    common.save(path, {"w": torch.zeros(1_000_000)})
+    recompressed(path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(common.UsageError, match="bomb.ckpt is not a readable checkpoint .*compressed"):
+        common.load(path)
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, node_features=np.zeros((1000, 1000)), node_labels=np.zeros(1000), edges=np.zeros((9, 2)))
+    monkeypatch.setattr(graphs, "MOST_BYTES", 8_000_000)
+    with pytest.raises(ValueError, match="bomb.npz: .*unpack to 8,0.* bytes, more than 8,000,000"):
+        graphs.load(path)
+
+
+def test_damaged_files_of_data_are_read_or_refused_by_name(tmp_path):
+    """What the readers of data/ do with files of every format that a user, or a download without checksum, brings."""
+    random = np.random.default_rng(1)
+    graph = tmp_path / "graph.npz"
+    features, labels, edges = random.normal(size=(9, 3)), np.arange(9) % 3, random.integers(0, 9, (20, 2))
+    np.savez_compressed(graph, node_features=features, node_labels=labels, edges=edges)
+    for found in survive(graph, lambda: graphs.load(graph), 150):
+        assert torch.isfinite(found.x).all() and int(found.edge_index.max()) < len(found.x)
+
+    for kind, (label_bytes, train_files, test_file) in images.FILES.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name in (*train_files, test_file):
+            record = random.integers(0, 256, (4, label_bytes + images.PIXELS), dtype=np.uint8)
+            record[:, label_bytes - 1] = [0, 1, 2, 1]
+            (folder / name).write_bytes(record.tobytes())
+        for found in survive(folder / test_file, lambda folder=folder: images.read_folder(folder), 60, names=kind):
+            assert int(found.test_y.max()) < found.num_classes
+
+    import test_behavior
+    import test_graphs
+    import test_tasks
+
+    logs = test_behavior.write_kuairand(tmp_path)
+    for path in sorted(logs.glob("*.csv")):
+        survive(path, lambda: behavior.load("kuairand-1k", tmp_path, hash_bits=8), 12, names="kuairand")
+    test_behavior.write_census(tmp_path)
+    survive(
+        tmp_path / "census" / "census-income.data.gz", lambda: behavior.load("census", tmp_path), 20, names="census"
+    )
+
+    folder = test_graphs.ogb_folder(tmp_path / "ogb")
+    for path in (folder / "raw" / "edge.csv.gz", folder / "split" / "time" / "test.csv.gz"):
+        survive(path, lambda: (folder / "parsed.npz").unlink(missing_ok=True) or graphs.load(folder), 40, names="ogb")
+
+    (tmp_path / "math.csv").write_text(test_tasks.MATH)
+    survive(tmp_path / "math.csv", lambda: tasks.read_math(tmp_path / "math.csv"), 150)
+    (tmp_path / "domain").mkdir()
+    for name in ("train", "dev", "test"):
+        (tmp_path / "domain" / f"{name}.jsonl").write_text('{"text": "some words"}\n' * 5)
+    survive(tmp_path / "domain" / "dev.jsonl", lambda: text.load_split(tmp_path / "domain"), 60)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_damaged_archives_unpack_inside_or_not_at_all(name, tmp_path):
+    buffer, folder, random = io.BytesIO(), tmp_path / "folder", np.random.default_rng(2)
+    files = {"x/one": b"1" * 50, "two": bytes(range(256)) * 8}
+    if name == "a.zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for inside, content in files.items():
+                archive.writestr(inside, content)
+    else:
+        with tarfile.open(
+            fileobj=buffer, mode="w:gz" if name.endswith("gz") else "w", format=tarfile.PAX_FORMAT
+        ) as archive:
+            for inside, content in files.items():
+                info = tarfile.TarInfo(inside)
+                info.size, info.pax_headers = len(content), {"comment": "x" * 50}
+                archive.addfile(info, io.BytesIO(content))
+    file = download.File(f"http://127.0.0.1:9/{name}", unpack="zip" if name == "a.zip" else "tar", limit=10_000)
+    with no_longer_than(60):
+        for _ in range(60):
+            folder.mkdir()
+            (folder / name).write_bytes(mangled(buffer.getvalue(), random))
+            try:
+                download._unpack(file, folder / name, folder)
+            except OSError as error:  # fetch makes one line of it
+                assert [path.name for path in folder.iterdir()] == [name], error
+            assert {path.name for path in tmp_path.iterdir()} == {"folder"}
+            assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000
+            shutil.rmtree(folder)
+
+
+# --- downloads -----------------------------------------------------------------------------------------------
+
+FULL = {  # script: (flags that ask for a data set, its name)
+    "dual_head_kd.py": (("--data", "cifar100"), "cifar100"),
+    "home.py": (("--data", "census"), "census"),
+    "mowst.py": (("--dataset", "chameleon_filtered"), "chameleon_filtered"),
+    "smoe_dropout.py": (("--full",), "enwik8"),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_download_that_fails_is_one_line_of_the_script(name, command_line, tmp_path, monkeypatch):
+    """Offline, half of it, another size, other bytes: one line that says what to put where, and exit code 1."""
+    import importlib
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    flags, dataset = FULL[name]
+    first = download.DATASETS[dataset].files[0]
+    body, faults = b"x" * (first.size if first.size and first.size < 100_000 else 1000), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) + (faults[-1] == "other size")))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if faults[-1] == "half" else body)
+
+        def log_message(self, *arguments):
+            """Quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(sys, "argv", [name])
+    address = f"http://127.0.0.1:{server.server_address[1]}/file"
+    told = {}
+    try:
+        for fault in ("half", "other size", "other bytes", "offline"):
+            faults.append(fault)
+            if fault == "offline":
+                server.shutdown()
+                server.server_close()
+            row = download.File(address, len(body), "sha256:" + "0" * 64, first.unpack, first.members, save_as="file")
+            monkeypatch.setitem(download.DATASETS, dataset, download.Dataset(dataset, (row,), "", ""))
+            out = tmp_path / fault
+            done = command_line(importlib.import_module(name[:-3]), *flags, "--data-dir", out, "--out", "out")
+            told[fault] = done.stderr
+            assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+            assert done.stderr.count("\n") == 1 and f"put {address} at {out / dataset / 'file'} by hand" in done.stderr
+    finally:
+        server.server_close()
+        server.shutdown()
+        thread.join()
+    words = {"half": "ended after", "other size": "announces", "other bytes": "has sha256", "offline": "no connection"}
+    assert all(words[fault] in err for fault, err in told.items()), told
+    assert not (tmp_path / "out").exists()
