@@ -1190,7 +1190,8 @@ def run(
     except KeyboardInterrupt as stop:
         again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
         command = shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
-        print(f"\n{program}: stopped; what is done is kept. Go on with: {command}", file=sys.stderr)
+        kept = "" if "--dry-run" in argv else f"; what is done is kept. Go on with: {command}"
+        print(f"\n{program}: stopped{kept}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (ValueError, OSError, NonFiniteLoss, BrokenProcessPool, torch.OutOfMemoryError) as error:
         if "--traceback" in argv:

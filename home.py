@@ -511,13 +511,12 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
     batches = behavior.batch_maker(data.train.each(lambda t: t.to(run.device)), config.batch_size, seed)
-    steps = config.epochs * (len(data.train.labels) // config.batch_size)
+    steps = config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
 
     def loss_fn(batch: behavior.Part, step: int) -> tuple[Tensor, dict]:
         loss, each = multitask_loss(model(batch.ids, batch.dense), batch.labels, weights)
         return loss, dict(zip(data.tasks, each.detach()))
 
-    steps = config.steps or steps
     optimizer = torch.optim.Adam(model.parameters(), lr=float(rate) if rate else config.lr or LR[name])
     options, schedule = run.train_options(arm, seed), common.cosine(steps, final=0.1)
     common.train(model, loss_fn, steps, batches=batches, optimizer=optimizer, schedule=schedule, clip=None, **options)
