@@ -525,7 +525,7 @@ def random_arms(config: Config) -> list[str]:
 
 
 def demix_experts(config: Config) -> list[str]:
-    return [f"demix-{name}" for name in config.domains]
+    return [f"demix:{name}" for name in config.domains]
 
 
 def fewer_domains(config: Config) -> dict[int, str]:
@@ -719,13 +719,19 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         for ffn in model.ffns() if arm == "demix" else ():
             ffn.domain = i
         kept = {f"{part} {name}": score(model, part, name, config, run) for part, name in keys}
-        common.save_arrays(run.path(expert, seed, ".npz"), kept)
+        common.save_arrays(said_path(run, expert, seed), kept)
     return cost
+
+
+def said_path(run: Run, arm: str, seed: int) -> Path:
+    """Where log-probabilities are kept; of ARM:PART, one of several that an arm leaves, under the name of the arm."""
+    arm, _, part = arm.partition(":")
+    return run.path(arm, seed, f"-{part}.npz" if part else ".npz")
 
 
 def reader(run: Run, seed: int) -> Callable[[str, str, Sequence[str]], Tensor]:
     """said(part, domain, arms) -> log p [E, N, T]: what the models of these arms said of a part of a domain."""
-    load = functools.cache(lambda arm: common.load_arrays(run.path(arm, seed, ".npz"))[0])
+    load = functools.cache(lambda arm: common.load_arrays(said_path(run, arm, seed))[0])
     return lambda part, name, arms: torch.stack([load(arm)[f"{part} {name}"] for arm in arms])
 
 
@@ -739,7 +745,7 @@ def score_averages(config: Config, system: str, seed: int, run: Run) -> dict:
             average = filled(config, average_parameters(states, weights), run)
             kept[kind][f"test {name}"] = score(average, "test", name, config, run)
     for kind in kept:
-        common.save_arrays(run.path(f"average-{kind}{system}", seed, ".npz"), kept[kind])
+        common.save_arrays(said_path(run, f"average{system}:{kind}", seed), kept[kind])
     return {}
 
 
@@ -783,7 +789,7 @@ def measure(config: Config, plan: dict, seed: int, run: Run) -> Rows:
                 found |= mix(experts)
             if system in AVERAGED:
                 found |= {
-                    f"average, {kind}": alone(f"average-{kind}{system}", name) for kind in ("uniform", "posterior")
+                    f"average, {kind}": alone(f"average{system}:{kind}", name) for kind in ("uniform", "posterior")
                 }
             if system == "":
                 found["average, argmax"] = found["BTM, top-1"]  # the same model

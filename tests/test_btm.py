@@ -438,7 +438,7 @@ def test_ensembles_learn_their_domains_end_to_end(tmp_path):
     loss = lambda arm, name: float(-said("test", name, [arm]).mean())
     for name, other in (("sums", "numerals"), ("numerals", "sums")):
         assert loss(f"expert-{name}", name) < loss("seed", name) < loss(f"expert-{other}", name)
-        assert loss("average-posterior", name) < loss("average-uniform", name)
+        assert loss("average:posterior", name) < loss("average:uniform", name)
         test = said("test", name, btm.expert_arms(config))
         _, weights = btm.ensemble_nll(test, torch.zeros(2))
         assert weights[config.domains.index(name), :, -1].mean() > 0.99

@@ -551,7 +551,7 @@ def test_fit_restores_the_best_state_with_the_gate_and_undoes_a_turn_without_one
 
 def test_a_nan_loss_stops_with_one_line():
     module = torch.nn.Linear(1, 1)
-    with pytest.raises(common.NonFiniteLoss, match="loss nan.*epoch 0; lower --lr"):
+    with pytest.raises(common.NonFiniteLoss, match="loss nan.*epoch 0; last good checkpoint: none yet; lower --lr"):
         mowst.fit(module, lambda: module.weight.sum() * math.nan, lambda: torch.tensor(1.0), 5, 5, mowst.Keeper(), "x")
 
 
