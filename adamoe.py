@@ -899,7 +899,7 @@ def cost(model: nn.Module, dev: Questions, letters: Tensor, config: Config, run:
             loss.backward()
             model.zero_grad()
 
-        found["forward_seconds"].append(common.measure_step(forward, run.device)["seconds"] / num_tokens)
+        found["forward_seconds"].append(common.median_seconds(forward, run.device) / num_tokens)
         if not layers:  # the library's own layers may compute with operators that the counter does not know
             continue
         model.train()
@@ -1363,7 +1363,7 @@ def main(config: Config, run: Run) -> dict:
         return {}
     rounds = [math.ceil(len(run.seeds) * n / run.workers) for n in (1, len(arms))]  # jobs one worker does in turn
     steps = rounds[0] * config.pretrain_steps + rounds[1] * config.steps
-    seconds = 1.3 * steps * common.measure_step(step, run.device)["seconds"]  # evaluation takes the rest
+    seconds = 1.3 * steps * common.median_seconds(step, run.device)  # evaluation takes the rest
     run.header("text " + ", ".join(map(" ".join, run.data.items())), seconds)
     for note in filter(None, {python.note, downstream.note}):
         common.say(note)

@@ -739,10 +739,11 @@ def score_averages(config: Config, system: str, seed: int, run: Run) -> dict:
     """The experts collapsed into one model: with equal weights, and by the cached prior of each target domain."""
     forest, said, kept = Forest(forest_path(run, seed, system)), reader(run, seed), {"uniform": {}, "posterior": {}}
     states = [forest.load(name)[0] for name in config.domains]
+    uniform = filled(config, average_parameters(states, [1 / len(states)] * len(states)), run)
     for name in (*config.domains, *config.novel):
         prior = cached_prior(said("dev", name, expert_arms(config, system)), blocks=config.dev_blocks)
-        for kind, weights in (("uniform", torch.full_like(prior, 1 / len(prior))), ("posterior", prior)):
-            average = filled(config, average_parameters(states, weights), run)
+        posterior = filled(config, average_parameters(states, prior), run)
+        for kind, average in (("uniform", uniform), ("posterior", posterior)):
             kept[kind][f"test {name}"] = score(average, "test", name, config, run)
     for kind in kept:
         common.save_arrays(said_path(run, f"average{system}:{kind}", seed), kept[kind])

@@ -106,12 +106,8 @@ def write_json(path: str | Path, content: object) -> None:
         file.write("\n")
 
 
-KINDS = {
-    "identity": dict,
-    "result": dict,
-    "sha256": dict,
-    "wall_seconds": (int, float),
-}  # of what the files of a run hold
+# What the files of a run hold.
+KINDS = {"identity": dict, "result": dict, "sha256": dict, "wall_seconds": (int, float)}
 
 
 def read_json(path: str | Path, *keys: str) -> dict:
@@ -901,14 +897,15 @@ class Run:
         --resume, finished arms are read back. The number of workers never changes a number.
         """
         self._begin()
-        todo = [job for job in jobs if self._finished(job[1], job[2]) is None]
+        found = [self._finished(arm, seed) for _, arm, seed in jobs]  # hashes weights, so no arm is asked twice
+        todo = [job for job, result in zip(jobs, found) if result is None]
         workers = min(self.workers, len(todo))
         if workers > 1 and processes()[1] == 1:
             self._map_in_workers(train_arm, todo, workers)
         else:
             for job in todo:
                 _run_job(self, train_arm, *job)
-        return [self._finished(arm, seed) for _, arm, seed in jobs]
+        return [self._finished(*job[1:]) if result is None else result for job, result in zip(jobs, found)]
 
     def _finished(self, arm: str, seed: int) -> dict | None:
         """The result of an arm, None if it has none yet. Raises UsageError when it or its weights were changed."""

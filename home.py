@@ -504,6 +504,11 @@ def load_data(config: Config, seed: int, run: Run) -> behavior.Behavior:
     return read_once(config.data, run.data_dir, seed, config.hash_bits, **generated)
 
 
+def num_steps(config: Config, data: behavior.Behavior) -> int:
+    """What fills no batch at the end of an epoch is left out."""
+    return config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
+
+
 def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """Train one arm for its epochs and measure it; arm@rate trains at another learning rate."""
     name, _, rate = arm.partition("@")
@@ -511,7 +516,7 @@ def train_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     model = run.prepare(Ranker(config, ARMS[name], data, seed))
     weights = torch.tensor(config.loss_weights, device=run.device) if config.loss_weights else None
     batches = behavior.batch_maker(data.train.each(lambda t: t.to(run.device)), config.batch_size, seed)
-    steps = config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
+    steps = num_steps(config, data)
 
     def loss_fn(batch: behavior.Part, step: int) -> tuple[Tensor, dict]:
         loss, each = multitask_loss(model(batch.ids, batch.dense), batch.labels, weights)
@@ -846,7 +851,7 @@ def main(config: Config, run: Run) -> dict:
     if config.loss_weights and len(config.loss_weights) != len(data.tasks):
         number, tasks = len(config.loss_weights), ", ".join(data.tasks)
         raise ValueError(f"{number} loss_weights; the {len(data.tasks)} tasks are {tasks}")
-    steps = config.steps or config.epochs * (len(data.train.labels) // config.batch_size)
+    steps = num_steps(config, data)
     if len(data.train.labels) < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}; there are {len(data.train.labels)} rows to train on")
     if config.grid:

@@ -1491,7 +1491,7 @@ def main(config: Config, run: Run) -> dict:
     if run.dry_run:
         run.estimate(model, step, round(work * len(run.seeds)))
         return {}
-    seconds = common.measure_step(step, run.device)["seconds"] * work * len(run.seeds) / run.workers
+    seconds = common.median_seconds(step, run.device) * work * len(run.seeds) / run.workers
     run.header(f"{'data' if config.task else 'text'} {', '.join(map(' '.join, run.data.items()))}", seconds)
     del model, step  # at full scale the arms need the memory
 

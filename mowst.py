@@ -917,8 +917,8 @@ def calibration_error(log_probs: Tensor, labels: Tensor, bins: int = 15) -> floa
 def cost(model: Mowst, confidence: Tensor, task: Task, layers: int, num_queries: int = 32) -> dict:
     """What sampled routing takes: for all nodes at once, and for test nodes asked one at a time.
 
-    Edges are counted in the subgraphs that the GNN runs on. Asked for all nodes, Mowst runs the GNN on the whole graph,
-    since its active nodes see (nearly) all of it through `layers` layers.
+    Edges are counted in the subgraphs that the GNN runs on; seconds are medians of nine. Asked for all nodes, Mowst
+    runs the GNN on the whole graph, since its active nodes see (nearly) all of it through `layers` layers.
     """
     draw = torch.rand(len(confidence), generator=torch.Generator().manual_seed(0)).to(confidence)
     active, queries = draw >= confidence, task.test[:num_queries].tolist()
@@ -932,9 +932,7 @@ def cost(model: Mowst, confidence: Tensor, task: Task, layers: int, num_queries:
         return part.edge_index.shape[1]
 
     def seconds(expert: nn.Module) -> float:
-        """The median of three medians of three."""
-        ask = lambda: expert(task.x, task.adjacency)
-        return sorted(common.measure_step(ask, task.x.device.type)["seconds"] for _ in range(3))[1]
+        return common.median_seconds(lambda: expert(task.x, task.adjacency), task.x.device.type, repeats=9)
 
     edges = np.array([ask_gnn(node) for node in queries])
     return {

@@ -190,13 +190,18 @@ def whole(fork, pool, tmp_path_factory):
     return ask
 
 
+def after_whole_runs(what, names, fork, pool, whole, tmp_path_factory):
+    """what(fork, name, folder, its whole run), side by side: {name: (folder, future)}."""
+    runs = {name: whole(name) for name in names}
+    later = lambda name, folder: what(fork, name, folder, runs[name].result())
+    folders = {name: tmp_path_factory.mktemp(what.__name__) for name in names}
+    return {name: (folders[name], pool.submit(later, name, folders[name])) for name in names}
+
+
 @pytest.fixture(scope="module")
 def cut(request, fork, pool, whole, tmp_path_factory):
-    names = names_of(request, "test_after_any_mishap_a_run_goes_on_to_the_same_numbers")
-    runs = {name: whole(name) for name in names}
-    later = lambda name, folder: mishaps(fork, name, folder, runs[name].result())
-    folders = {name: tmp_path_factory.mktemp("cut") for name in names}
-    return {name: (folders[name], pool.submit(later, name, folders[name])) for name in names}
+    test = "test_after_any_mishap_a_run_goes_on_to_the_same_numbers"
+    return after_whole_runs(mishaps, names_of(request, test), fork, pool, whole, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -283,10 +288,8 @@ def refusals(fork, name, folder, whole):
 
 @pytest.fixture(scope="module")
 def refused(request, fork, pool, whole, tmp_path_factory):
-    names = names_of(request, "test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line")
-    runs = {name: whole(name) for name in names}
-    later = lambda name, folder: refusals(fork, name, folder, runs[name].result())
-    return {name: pool.submit(later, name, tmp_path_factory.mktemp("refused")) for name in names}
+    test = "test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line"
+    return after_whole_runs(refusals, names_of(request, test), fork, pool, whole, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
@@ -297,7 +300,7 @@ def test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line(name,
         "below a file": "--out file/out cannot be written: Not a directory",
         "read-only": "--out closed/out cannot be written: Permission denied",
     }
-    told = refused[name].result()
+    told = refused[name][1].result()
     for case, code, err in told:
         if case == "nothing to change":
             assert code == 0

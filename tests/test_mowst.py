@@ -932,7 +932,7 @@ def test_a_lost_expert_is_one_clear_line_with_the_way_out(tmp_path):
 
 
 class Stop(Exception):
-    pass
+    """Raised by a test where a run is to end."""
 
 
 @pytest.mark.parametrize("arm, stop_at", [("gcn", 5), ("gcn", 30), ("mowst", 3), ("mowst", 50), ("mowst_star", 9)])

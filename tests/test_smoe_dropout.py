@@ -506,7 +506,7 @@ def test_arms_train_on_the_same_batches_at_their_own_rate(tmp_path, monkeypatch)
     config, seen = replace(TINY, lr_final=0.25, steps=5), {}
 
     class Caught(Exception):
-        pass
+        """The arguments of common.train are seen; nothing needs to be trained."""
 
     def caught(model, loss_fn, steps, *, batches, optimizer, schedule, label, **_):
         seen[label] = (optimizer.param_groups[0]["lr"], schedule(steps - 1), batches(3))
