@@ -1010,8 +1010,11 @@ class Run:
         try:
 
             def submit(job: tuple) -> Future:
-                with _held_back(signal.SIGINT):  # else Ctrl-C meets a new worker while it imports torch: a traceback
-                    return pool.submit(_run_job, self, train_arm, *job)
+                with deferred_signals() as received, _held_back(signal.SIGINT):
+                    future = pool.submit(_run_job, self, train_arm, *job)
+                if received:
+                    signal.raise_signal(received[-1])
+                return future
 
             waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
             running = {submit(job) for job in itertools.islice(waiting, workers)}
@@ -1053,7 +1056,10 @@ def _digest(result: dict) -> str:
 
 @contextmanager
 def _held_back(number: int):
-    """A signal that comes meanwhile waits; a process started inside begins with it held back."""
+    """A process started inside begins with the signal held back: Ctrl-C must not meet it while it imports torch.
+
+    This thread holds it back too, but another one may take it, so the caller needs `deferred_signals` as well.
+    """
     has_masks = hasattr(signal, "pthread_sigmask")  # not on Windows
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number}) if has_masks else None
     try:

@@ -434,15 +434,15 @@ def tiny_run(tmp_path, config=TINY, **options):
 
 
 def test_arms_share_batches_and_each_row_is_seen_once(tmp_path, monkeypatch):
-    seen, forward = {}, home.Ranker.forward
+    seen, forward = {"cgc": [], "home": []}, home.Ranker.forward
 
     def remember(model, ids, dense=None, trace=None):
         if model.training:
-            seen.setdefault(id(model), []).append(ids.clone())
+            seen[arm].append(ids.clone())
         return forward(model, ids, dense, trace)
 
     monkeypatch.setattr(home.Ranker, "forward", remember)
-    for arm in ("cgc", "home"):
+    for arm in seen:
         home.train_arm(TINY, arm, 0, tiny_run(tmp_path))
     one, other = seen.values()
     assert len(one) == len(other) == 25 and all(torch.equal(a, b) for a, b in zip(one, other))
