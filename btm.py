@@ -1157,12 +1157,18 @@ def check(config: Config, run: Run) -> Config:
             raise ValueError(f"{name} is {value}; at least {int(name not in ('conv', 'top_k'))} is needed")
     with torch.device("meta"):
         language_model(**{name: getattr(config, name) for name in SHAPE})  # refuses impossible shapes
-    splits = {name: load_domain(name, run.data_dir) for name in names}
+    try:
+        splits = {name: load_domain(name, run.data_dir) for name in names}
+    except FileNotFoundError as missing:
+        if not run.dry_run:
+            raise
+        say(f"{missing}; the cost below is that of a text of bytes")
+        splits = {}
     for name, split in splits.items():
         shortest = min(len(split.train) // len(config.domains), len(split.dev), len(split.test))
         if shortest <= config.context:
             raise ValueError(f"domain {name!r} is too short for sequences of {config.context}")
-    sizes = {split.vocab_size for split in splits.values()}
+    sizes = {split.vocab_size for split in splits.values()} or {config.vocab_size}
     if len(sizes) > 1:
         raise ValueError(f"vocabularies differ: {', '.join(f'{name} {s.vocab_size}' for name, s in splits.items())}")
     run.data = {name: split.digest for name, split in splits.items()}
@@ -1188,9 +1194,12 @@ def main(config: Config, run: Run) -> dict | None:
 
     updates = sum(work(few, arm) for few, arms in plan.values() for arm in ("seed", *arms))
     updates += config.branch_steps * len(grown)
-    model, part = run.prepare(build(config, f"{run.seed} seed")), mixed_batches(config, run.seed, run)(0)
-    part = part[: config.micro_batch].to(run.device)
-    num_parts = math.ceil(len(run.seeds) * updates * config.blocks_per_domain / len(part))
+    model = run.prepare(build(config, f"{run.seed} seed"))
+    micro_batch = min(config.micro_batch, len(config.domains) * config.blocks_per_domain)
+    num_parts = math.ceil(len(run.seeds) * updates * config.blocks_per_domain / micro_batch)
+    pieces = micro_batch if run.dry_run and run.scale == "full" and run.device == "cpu" else 1  # a whole one: minutes
+    part = torch.arange(micro_batch // pieces * (config.context + 1), device=run.device) % config.vocab_size
+    part = part.view(-1, config.context + 1)  # what a step costs does not depend on the text
 
     def step() -> None:
         with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
@@ -1198,7 +1207,7 @@ def main(config: Config, run: Run) -> dict | None:
         loss.backward()
 
     if run.dry_run:
-        return run.estimate(model, step, num_parts)
+        return run.estimate(model, step, num_parts, parts=pieces)
     cost = common.measure_step(step, run.device)
     seconds = 1.6 * cost["seconds"] * num_parts / run.workers  # batches of one domain, and evaluation, take the rest
     digest = hashlib.sha256(json.dumps(run.data).encode()).hexdigest()[:12]

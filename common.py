@@ -886,7 +886,7 @@ class Run:
                 f"peak memory of {'a step' if parts == 1 else f'1/{parts} of a step'}",
                 f"{cost['memory'] / 2**20:,.0f} MiB",
             ],
-            ["training time", f"{hours:.3f} hours, {self.workers} arms at a time"],
+            ["training time", f"{hours:.3f} hours, {self.workers} {'arms' if self.workers > 1 else 'arm'} at a time"],
         ]
         self.table(f"dry run: {steps:,} training steps in all arms and seeds", ["", "estimate"], rows)
 

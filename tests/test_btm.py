@@ -1148,5 +1148,9 @@ def test_a_forest_without_a_seed_says_what_comes_first(act, tmp_path):
 def test_dry_run_writes_nothing_and_diverging_training_is_one_line(act, tmp_path):
     done = act(*BTM, "--dry-run")
     assert done.returncode == 0 and "training FLOPs" in done.stdout and list(tmp_path.iterdir()) == []
+    tiny = ("--num-layers", 1, "--d-model", 16, "--num-heads", 2, "--context", 64)
+    done = act("--full", "--device", "cpu", *tiny, "--dry-run", "--data-dir", tmp_path)  # before --prepare
+    assert done.returncode == 0 and "web: no such folder; --prepare makes one" in done.stdout
+    assert "1/32 of a step" in done.stdout and list(tmp_path.iterdir()) == []
     done = act(*BTM, "--lr", "1e30", "--workers", 1)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].count("lower --lr") == 1
