@@ -1391,15 +1391,21 @@ def _as_typed(value: object) -> str:
 
 
 def _reader(hint: object) -> Callable[[str], object]:
-    """From a type hint to what reads it: int, float, str, tuple[int, ...] ("1,2,3"), or T | None ("none")."""
+    """From a type hint to what reads it: int, finite float, str, tuple[int, ...] ("1,2,3"), T | None ("none")."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     is_tuple = typing.get_origin(options[0]) is tuple
     element = typing.get_args(options[0])[0] if is_tuple else options[0]
 
+    def read_one(text: str) -> object:
+        value = element(text)
+        if element is float and not math.isfinite(value):
+            raise ValueError(f"{text} is no finite number")
+        return value
+
     def read(text: str) -> object:
         if text.lower() == "none" and type(None) in options:
             return None
-        return tuple(element(part) for part in text.split(",")) if is_tuple else element(text)
+        return tuple(map(read_one, text.split(","))) if is_tuple else read_one(text)
 
     read.__name__ = f"comma-separated {element.__name__}" if is_tuple else element.__name__
     return read

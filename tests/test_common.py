@@ -439,6 +439,8 @@ def test_flags_come_from_the_config(command_line, tmp_path):
         (["--epochs", "3"], "did you mean --steps?"),
         (["--batches", "3"], "did you mean --batch-size?"),
         (["--steps", "three"], "argument --steps: invalid int value: 'three'"),
+        (["--lr", "nan"], "argument --lr: invalid float value: 'nan'"),
+        (["--budget", "inf"], "argument --budget: invalid float value: 'inf'"),
         (["--widths", "1,x"], "comma-separated int"),
         (["--device", "tpu"], "--device"),
         (["--workers", "0"], "--workers is 0"),

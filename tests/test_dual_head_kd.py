@@ -629,7 +629,7 @@ def test_dry_run_of_the_paper_downloads_nothing(command_line, tmp_path):
         (["--arms", "ce,dkhd"], "the nearest is 'dkd'"),
         (["--clip", "0"], "clip is 0.0"),
         (["--epochs", "0"], "epochs is 0"),
-        (["--lr", "nan"], "lr is nan"),
+        (["--lr", "nan"], "invalid float value: 'nan'"),
         (["--batch-size", "1"], "batch_size is 1; a number of at least 2"),
         (["--batch-size", "5000"], "less than one batch"),
         (["--milestones", "0.5,2"], "milestones are"),

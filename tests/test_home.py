@@ -706,7 +706,7 @@ def test_resume_gives_the_same_numbers(command_line, tmp_path, monkeypatch):
         (["--rows", "3000", "--batch-size", "2500"], "batch_size is 2500; there are 2400 rows"),
         (["--width", "0"], "width is 0"),
         (["--lr", "-1"], "lr is -1"),
-        (["--lr", "nan"], "lr is nan"),
+        (["--lr", "nan"], "invalid float value: 'nan'"),
         (["--loss-weights", "1,2", "--rows", "2000"], "2 loss_weights; the 8 tasks are effective_view"),
         (["--loss-weights", "1,-2"], "none may be negative"),
         (["--rows", "40", "--batch-size", "2"], "cannot be learnt"),
