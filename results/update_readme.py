@@ -1,6 +1,6 @@
 """Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
 
-A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- kernels -->`) and `<!-- end -->`; a test
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- numbers -->`, ...) and `<!-- end -->`; a test
 checks that both files are what this command makes of them.
 """
 
@@ -11,23 +11,49 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 RESULTS, PAGES = FOLDER / "cpu-2-cores", (FOLDER.parent / "README.md", FOLDER / "README.md")
 WORDS = {True: "holds", False: "does not hold", None: "not measured"}
-PAPERS = {  # script: (paper, idea)
-    "adamoe": ("AdaMoE (Zeng et al. 2024)", "null experts let every token use a different number of true ones"),
+PAPERS = {  # script: (paper, problem, idea, the claim whose number the README quotes)
+    "adamoe": (
+        "AdaMoE (Zeng et al. 2024)",
+        "every token costs the same number of experts, easy or hard",
+        "null experts let every token use a different number of true ones",
+        "flops",
+    ),
     "smoe_dropout": (
         "SMoE-Dropout (Chen et al. 2023)",
+        "experts end up alike, and more of them than in training do not help",
         "a frozen random router and a growing k make a model that can be slimmed",
+        "compute",
     ),
     "mcsmoe": (
         "Merge, then Compress (Li et al. 2024)",
+        "sparse models fill memory with experts that are hardly used",
         "merge experts that are routed alike, then low rank plus sparse",
+        "memory",
     ),
-    "btm": ("Branch-Train-Merge (Li et al. 2022)", "expert language models trained apart, ensembled or averaged"),
-    "home": ("HoME (Wang et al. 2024)", "a hierarchy of multi-gate experts for multi-task ranking"),
+    "btm": (
+        "Branch-Train-Merge (Li et al. 2022)",
+        "one large language model keeps every machine in step with all others",
+        "expert language models trained apart, ensembled or averaged",
+        "in_domain",
+    ),
+    "home": (
+        "HoME (Wang et al. 2024)",
+        "with many tasks, shared experts collapse and rare tasks ignore their own",
+        "a hierarchy of multi-gate experts for multi-task ranking",
+        "collapse",
+    ),
     "dual_head_kd": (
         "Dual-Head Knowledge Distillation (Yang et al. 2024)",
+        "losses on logits and on probabilities pull one classifier apart",
         "a second classification head for the logit-level loss",
+        "two_heads_recover",
     ),
-    "mowst": ("Mowst (Zeng et al. 2024)", "a weak MLP answers what it is sure of, a strong GNN the rest"),
+    "mowst": (
+        "Mowst (Zeng et al. 2024)",
+        "a GNN spends neighbours on nodes that their own features tell",
+        "a weak MLP answers what it is sure of, a strong GNN the rest",
+        "beats_strong",
+    ),
 }
 
 
@@ -54,9 +80,9 @@ def speed_table() -> str:
 
 
 def papers_table() -> str:
-    lines = ["| script | paper | idea in one line | time | required claims that hold | open claims that hold |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for method, (paper, idea) in PAPERS.items():
+    lines = ["| script | paper | problem | idea | time | required claims that hold | open claims that hold |"]
+    lines += ["|---" * 7 + "|"]
+    for method, (paper, problem, idea, _) in PAPERS.items():
         cells = []
         for required in (True, False):
             found = [claim for claim in report(method)["claims"] if claim["required"] is required]
@@ -66,7 +92,17 @@ def papers_table() -> str:
             text += f"; not: {', '.join(failed)}" * bool(failed) + f"; {unknown} not measured" * bool(unknown)
             cells.append(text)
         seconds = f"{report(method + '-default')['wall_seconds']:.0f} s"  # python NAME.py on two cores
-        lines.append(f"| [{method}.py]({method}.py) | {paper} | {idea} | {seconds} | {cells[0]} | {cells[1]} |")
+        cells = [f"[{method}.py]({method}.py)", paper, problem, idea, seconds, *cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def numbers_table() -> str:
+    """One claim of each method: its number on seeds 0-2 beside the paper's."""
+    lines = ["| claim | this code, small scale, seeds 0-2 | the paper |", "|---|---|---|"]
+    for method, (*_, quoted) in PAPERS.items():
+        claim = next(claim for claim in report(method)["claims"] if claim["id"].endswith(f".{quoted}"))
+        lines.append(f"| `{claim['id']}` | {claim['measured']} | {claim['paper']} |")
     return "\n".join(lines)
 
 
@@ -88,11 +124,13 @@ def kernels_table() -> str:
 def updated(page: str) -> str:
     def table(match: re.Match) -> str:
         kind, _, method = match[2].partition(": ")
-        tables = {"papers": papers_table, "speed": speed_table, "kernels": kernels_table}
+        tables = {"papers": papers_table, "numbers": numbers_table, "speed": speed_table, "kernels": kernels_table}
         made = claims_table(method) if method else tables[kind]()
         return f"{match[1]}\n{made}\n{match[4]}"
 
-    return re.sub(r"(<!-- (papers|speed|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- (papers|numbers|speed|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
