@@ -1,7 +1,7 @@
 """Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
 
-A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- numbers -->`, ...) and `<!-- end -->`; a test
-checks that both files are what this command makes of them.
+A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- numbers -->`, ...) and `<!-- end -->`; a
+test checks that both files are what this command makes of them.
 """
 
 import json
