@@ -1183,6 +1183,9 @@ def check(config: Config, run: Run) -> Config:
 def main(config: Config, run: Run) -> dict | None:
     if run.actions:
         return act(config, run)
+    for name, action in {"top_k": "--stage eval", "sample_bytes": "--sample"}.items():
+        if getattr(config, name) != getattr(SMALL, name):
+            raise common.UsageError(f"--{name.replace('_', '-')} goes with {action}")
     run.config = config = check(config, run)
     plan, grown = systems(config, run.ablate), grown_arms(config, run.ablate)
 

@@ -1182,7 +1182,9 @@ def run(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     program = Path(inspect.getfile(main)).name
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(name, _stop)
     try:
         if data_parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _join_processes()
@@ -1219,8 +1221,11 @@ def _join_processes() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated
+def _stop(number: int, frame: object) -> NoReturn:
+    """The first signal ends the run in order. `timeout` and impatient people send more, which would cut that short."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _run(
@@ -1233,6 +1238,10 @@ def _run(
         return 0
     if options["full"] and full is None:
         raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
+    for name, value in settings.items():  # else a stage that comes late would find it out
+        rates = value if isinstance(value, tuple) else (value,)
+        if re.search(r"(^|_)lr$", name) and not all(rate is None or rate > 0 for rate in rates):
+            raise UsageError(f"--{name.replace('_', '-')} is {_as_typed(value)}; it must be above 0")
     run = _make_run(options, program.removesuffix(".py"), claims, actions)
     run.config = dataclasses.replace(full if options["full"] else small, **settings)
     torch.set_num_threads(run.threads)
@@ -1261,7 +1270,8 @@ def _train_and_report(main: Callable, run: Run, strict: bool, program: str) -> i
         return 130
     finally:
         if run.pool is not None:
-            run.pool.shutdown(wait=True, cancel_futures=True)
+            with deferred_signals():
+                run.pool.shutdown(wait=True, cancel_futures=True)
         wall_seconds = round(earlier + time.monotonic() - start, 1)
         if run.begun and processes()[0] == 0:
             write_json(mark, run.record(wall_seconds))
@@ -1297,9 +1307,9 @@ def _train_and_report(main: Callable, run: Run, strict: bool, program: str) -> i
 
 def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) -> Run:
     given = {name: options[name] for name in actions if name in options["given"]}
-    for name in ("seeds", "workers", "threads"):
-        if name in options["given"] and options[name] < 1:
-            raise UsageError(f"--{name} is {options[name]}; at least 1 is needed")
+    for name, least in {"seeds": 1, "workers": 1, "threads": 1, "seed": 0}.items():
+        if name in options["given"] and options[name] < least:
+            raise UsageError(f"--{name} is {options[name]}; at least {least} is needed")
     if options["overwrite"] and options["resume"]:
         raise UsageError("--overwrite and --resume exclude each other")
     scale, cores = ("full" if options["full"] else "small"), _cores()

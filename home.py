@@ -827,9 +827,7 @@ def check(config: Config) -> Config:
         least = 0 if name in ("heavy_tail", "rank") else 2 if name == "batch_size" else 1
         if type(value) is int and value < least:
             raise ValueError(f"{name} is {value}; at least {least} is needed")
-    if config.lr is not None and not 0 < config.lr < math.inf:
-        raise ValueError(f"lr is {config.lr}; it must be above 0")
-    if any(not 0 <= weight < math.inf for weight in config.loss_weights):
+    if any(weight < 0 for weight in config.loss_weights):
         raise ValueError(f"loss_weights are {config.loss_weights}; none may be negative")
     if config.data not in behavior.DATASETS:
         raise ValueError(f"data is {config.data!r}; allowed: {', '.join(behavior.DATASETS)}")

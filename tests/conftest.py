@@ -45,7 +45,7 @@ def script(tmp_path):
 def command_line(tmp_path, monkeypatch, capsys):
     """command_line(module, "--steps", 3): the same in this process, which saves the seconds of importing torch."""
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(module, *flags):
         full = getattr(module, "FULL", None)
@@ -55,4 +55,5 @@ def command_line(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err)
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1119,6 +1119,8 @@ def test_full_scale_code_on_token_ids(act, tmp_path):
         (["--stage", "seed", "--sample", "x"], "goes with one of --stage"),
         (["--without", "python"], "goes with one of --stage"),
         (["--stage", "seed", "--dry-run"], "without --dry-run"),
+        (["--top-k", "2"], "--top-k goes with --stage eval"),
+        (["--sample-bytes", "20"], "--sample-bytes goes with --sample"),
         (["--stage", "seed", "--d-model", "30"], "num_heads 4"),
         (["--prepare", "absent"], "no such file or folder"),
         (["--resume"], "no run in"),

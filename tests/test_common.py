@@ -440,6 +440,8 @@ def test_flags_come_from_the_config(command_line, tmp_path):
         (["--batches", "3"], "did you mean --batch-size?"),
         (["--steps", "three"], "argument --steps: invalid int value: 'three'"),
         (["--lr", "nan"], "argument --lr: invalid float value: 'nan'"),
+        (["--lr", "0"], "--lr is 0.0; it must be above 0"),
+        (["--seed", "-1"], "--seed is -1; at least 0 is needed"),
         (["--budget", "inf"], "argument --budget: invalid float value: 'inf'"),
         (["--widths", "1,x"], "comma-separated int"),
         (["--device", "tpu"], "--device"),
@@ -521,7 +523,7 @@ def test_a_scripts_own_actions_take_the_place_of_a_run(tmp_path, monkeypatch, ca
             common.run(main, toy.SMALL, claims=toy.CLAIMS, argv=flags, actions=actions)
         return stop.value.code, capsys.readouterr().err
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         assert act("--say", "hello", "--twice") == (0, "") and seen == [{"say": "hello", "twice": True}]
         assert act("--say", "hello", "--resume")[0] == 0 and not (tmp_path / "runs" / "toy-small" / "run.json").exists()
@@ -536,7 +538,8 @@ def test_a_scripts_own_actions_take_the_place_of_a_run(tmp_path, monkeypatch, ca
         code, said = act("--say", "hello", doing=interrupted)
         assert code == 130 and said.rstrip().endswith("--say hello --resume")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):

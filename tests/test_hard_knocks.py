@@ -359,6 +359,25 @@ def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
     assert not list(tmp_path.glob("out/arms/*.pid"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_come_in_a_volley_end_a_run_in_order(fork, tmp_path, number):
+    """`timeout` sends two; a second one used to cut the farewell to the workers short, and the run hung."""
+    process = fork(TOY, "--workers", "2", "--steps", "400", "--pause", "0.02", "--out", "cut", folder=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("cut/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(40):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        time.sleep(0.002)
+    try:
+        assert ended(process, within=20) == 128 + number, (tmp_path / "err").read_text()
+    finally:
+        process.kill()
+    said = (tmp_path / "err").read_text()
+    assert "Traceback" not in said and said.count("--resume") == 1 and list(tmp_path.glob("cut/arms/*.ckpt"))
+
+
 # --- damage --------------------------------------------------------------------------------------------------
 
 
