@@ -507,6 +507,7 @@ def _parse(paths: Sequence[Path], out: Path, hash_bits: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 CENSUS_FILES = ("census-income.data", "census-income.test")
+CENSUS_LIMIT = 1_000_000  # rows of a file; the larger one has 199,523
 CENSUS_COLUMNS = (
     "age", "class_of_worker", "industry", "occupation", "education", "wage_per_hour", "enrolled", "marital_status",
     "major_industry", "major_occupation", "race", "hispanic_origin", "sex", "union_member", "unemployment_reason",
@@ -568,12 +569,15 @@ def census(root: Path) -> Behavior:
 
 
 def _census_columns(path: Path) -> list[list[str]]:
-    opener: Callable = gzip.open if path.suffix == ".gz" else open
+    rows, opener = [], (gzip.open if path.suffix == ".gz" else open)
     with _damage_named(path), opener(path, "rt", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(CENSUS_COLUMNS):
-            raise ValueError(f"{path}, line {number}: {len(row)} columns, {len(CENSUS_COLUMNS)} are expected")
+        lines = iter(lambda: file.readline(10_000), "")  # a file may unpack to one endless line
+        for number, row in enumerate(filter(None, csv.reader(lines, skipinitialspace=True)), 1):
+            if len(row) != len(CENSUS_COLUMNS):
+                raise ValueError(f"{path}, line {number}: {len(row)} columns, {len(CENSUS_COLUMNS)} are expected")
+            if number > CENSUS_LIMIT:
+                raise ValueError(f"{path} has more than {CENSUS_LIMIT:,} rows")
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no rows")
     *columns, income = map(list, zip(*rows))

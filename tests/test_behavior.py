@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -532,6 +533,21 @@ def test_census_damaged_file(tmp_path):
     path = tmp_path / "census" / "census-income.data.gz"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="census-income.data.gz is damaged"):
+        behavior.load("census", tmp_path)
+
+
+def test_census_file_that_unpacks_without_end(tmp_path, monkeypatch):
+    write_census(tmp_path)
+    path = tmp_path / "census" / "census-income.data.gz"
+    path.write_bytes(gzip.compress(b"7" * 30_000_000))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="line 1: 1 columns, 42 are expected"):
+        behavior.load("census", tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000  # the line is not read whole
+    tracemalloc.stop()
+    write_census(tmp_path)
+    monkeypatch.setattr(behavior, "CENSUS_LIMIT", 100)
+    with pytest.raises(ValueError, match="census-income.data.gz has more than 100 rows"):
         behavior.load("census", tmp_path)
 
 
