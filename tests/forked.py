@@ -70,7 +70,7 @@ class ForkServer:
         self.started.append(process)
         return process
 
-    def two(self, script, *flags, folder):
+    def two(self, script, *flags, folder, prepare=()):
         """What torchrun starts: two processes that are told where they meet, with folder/0 and folder/1 of their own.
 
         A relative path in `flags` is another one in each; the first process alone prints and writes.
@@ -81,7 +81,7 @@ class ForkServer:
         found = []
         for rank in "01":
             ranked = partial(set_environment, RANK=rank, LOCAL_RANK=rank, **told)
-            found.append(self(script, *flags, folder=folder / rank, prepare=(ranked,)))
+            found.append(self(script, *flags, folder=folder / rank, prepare=(ranked, *prepare)))
             found[-1].store = store  # lives as long as they do
         return found
 

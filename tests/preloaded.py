@@ -5,8 +5,8 @@ Importing this module reads the text corpora, too. Tests do not import it.
 
 import functools
 
-import toy  # noqa: F401
 import torch
+import toy  # noqa: F401
 
 import common
 import kernels  # noqa: F401

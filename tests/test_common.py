@@ -15,9 +15,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
-import tiny
 import toy
 from forked import ended, finished, wait_until
 from torch import nn
@@ -565,7 +565,7 @@ def test_nan_in_a_worker_is_one_line_and_exit_code_1(fork, tmp_path):
 
 
 def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(fork, command_line, tmp_path):
-    flags = ("--steps", 60, "--workers", 2, "--out", "cut", "--pause", 0.05)
+    flags = ("--steps", 60, "--workers", 2, "--out", "cut", "--pause", 0.02)
     process = fork(TOY, *flags, folder=tmp_path)
     wait_until(lambda: list(tmp_path.glob("cut/arms/*.jsonl")), process)
     os.kill(process.pid, signal.SIGINT)
@@ -582,10 +582,14 @@ def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(fork, co
     assert lines[0] == lines[1]
 
 
+def both_log(folder):
+    return len(list(folder.glob("arms/*.jsonl"))) == 2
+
+
 def test_a_killed_worker_is_one_line_and_the_rest_resumes(fork, tmp_path):
-    flags = ("--workers", 2, "--steps", 40, "--pause", 0.05)
+    flags = ("--workers", 2, "--steps", 40, "--pause", 0.02)
     process = fork(TOY, *flags, folder=tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("runs/toy-small/arms/*.jsonl"))) == 2, process)
+    wait_until(lambda: both_log(tmp_path / "runs/toy-small"), process)
     os.kill(int((tmp_path / "runs/toy-small/arms/one-seed0.pid").read_text()), signal.SIGKILL)
     done = finished(process)
     assert done.returncode == 1 and "a worker was killed" in done.stderr and "Traceback" not in done.stderr
@@ -597,7 +601,7 @@ def test_an_interrupt_starts_no_further_arm_and_a_killed_run_leaves_no_worker(fo
     folders = {number: tmp_path / str(number) for number in (signal.SIGINT, signal.SIGKILL)}
     processes = {number: fork(TOY, *flags, folder=folder) for number, folder in folders.items()}
     for number, folder in folders.items():
-        wait_until(lambda: len(list(folder.glob("arms/*.jsonl"))) == 2, processes[number])
+        wait_until(partial(both_log, folder), processes[number])
         os.kill(processes[number].pid, number)
         assert ended(processes[number]) in (130, -signal.SIGKILL)
         deadline = time.monotonic() + 60
