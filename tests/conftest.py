@@ -18,6 +18,7 @@ import common
 def pytest_configure(config):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
 
 
 def pytest_collection_modifyitems(items):

@@ -968,7 +968,7 @@ def test_an_interrupted_arm_goes_on_to_the_same_numbers(tmp_path, monkeypatch, a
 
 
 def test_ctrl_c_and_resume(fork, tmp_path):
-    flags = ["--graphs", "1", "--workers", "1", "--epochs", "4000", "--patience", "4000", "--rounds", "1"]
+    flags = "--graphs 1 --workers 1 --num-nodes 400 --epochs 1500 --patience 1500 --lr 0.01 --rounds 1".split()
     process = fork("mowst.py", *flags, folder=tmp_path)
     arms = tmp_path / "runs" / "mowst-small" / "arms"
     wait_until((arms / "mlp-seed0.json").exists, process)
