@@ -539,6 +539,13 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def test_batches_of_evaluation_hold_as_many_tokens_whatever_the_context():
+    for context, sizes in ((128, [32, 32, 16]), (32, [80]), (1000, [4] * 20), (9000, [1] * 80)):
+        windows = torch.arange(80)[:, None].expand(80, context + 1)
+        parts = adamoe.in_batches(windows)
+        assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), windows)
+
+
 def test_script_end_to_end_with_every_arm(command_line, tmp_path):
     done = command_line(adamoe, *ADAMOE, "--ablate", "--workers", 1, "--out", "out")
     assert done.returncode == 0, done.stderr
