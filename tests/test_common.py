@@ -665,9 +665,7 @@ def test_every_panel_draws(tmp_path):
 def import_scripts():
     import preloaded
 
-    assert (
-        preloaded.BEFORE == preloaded.AFTER
-    )  # around common, kernels and data, in the process this one is forked from
+    assert preloaded.BEFORE == preloaded.AFTER  # importing common, kernels and data
     before = preloaded.state()
     for name in tiny.SCRIPTS:
         assert name.removesuffix(".py") not in sys.modules
