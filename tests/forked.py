@@ -18,6 +18,7 @@ from subprocess import CompletedProcess
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = dict(os.environ)  # as the tests found it
 MULTIPROCESSING = threading.Lock()  # multiprocessing keeps its lists of children for one thread
 
 
@@ -50,12 +51,12 @@ class ForkServer:
         self.context, self.started = multiprocessing.get_context("forkserver"), []
         self.context.set_forkserver_preload(["pytest", "preloaded"])
         paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        changed = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        before = {name: os.environ.get(name) for name in changed}
-        os.environ.update(changed)
+        before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
         multiprocessing.forkserver.ensure_running()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        os.environ.clear()
+        os.environ.update(before)
 
     def __call__(self, script, *flags, folder, prepare=()):
         folder.mkdir(parents=True, exist_ok=True)
