@@ -47,7 +47,7 @@ FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "60", "--pause", "0.02")}
 def frequent_checkpoints():
     """There is always one to go on from."""
     train = common.train
-    common.train = lambda *args, **options: train(*args, **{**options, "checkpoint_seconds": 0.05})
+    common.train = lambda *args, **options: train(*args, **{**options, "checkpoint_seconds": 0.0})
 
 
 def limit_files(size):
