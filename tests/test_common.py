@@ -424,20 +424,28 @@ def test_results_json_has_the_agreed_shape(command_line, tmp_path):
     assert "DOES NOT HOLD" in done.stdout and "not measured" in done.stdout
 
 
-def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(
-    script, fork, command_line, tmp_path
-):
-    """No worker; two as a person has them, each of which imports torch; three forked ones."""
-    flags = ("--seeds", 2, "--ablate", "--out")
-    three = fork(TOY, "--workers", 3, *flags, tmp_path / "3", folder=tmp_path)
-    for start, workers in ((partial(command_line, toy), 1), (partial(script, TOY), 2)):
-        done = start("--workers", workers, *flags, tmp_path / str(workers))
-        assert done.returncode == 0, done.stderr
-    assert finished(three).returncode == 0, finished(three).stderr
-    one, two, three = (report(tmp_path / name)["results"]["arms"] for name in "123")
-    assert one == two == three
-    for workers in (2, 3):  # of two calls of map_arms
-        assert 2 <= len({path.read_text() for path in tmp_path.glob(f"{workers}/arms/*.pid")}) <= workers
+MANY_ARMS = ("--seeds", 2, "--ablate", "--out")
+
+
+def assert_the_same_as_without_workers(command_line, folder, workers):
+    done = command_line(toy, "--workers", 1, *MANY_ARMS, folder.with_name("alone"))
+    assert done.returncode == 0, done.stderr
+    assert report(folder.with_name("alone"))["results"]["arms"] == report(folder)["results"]["arms"]
+    pids = {path.read_text() for path in folder.glob("arms/*.pid")}
+    assert len(pids) in range(2, workers + 1)  # in both calls of map_arms
+
+
+def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(script, command_line, tmp_path):
+    """Workers as a person has them, each of which imports torch."""
+    done = script(TOY, "--workers", 2, *MANY_ARMS, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert_the_same_as_without_workers(command_line, tmp_path / "two", 2)
+
+
+def test_forked_workers_as_the_tests_use_them_do_the_same(fork, command_line, tmp_path):
+    done = finished(fork(TOY, "--workers", 3, *MANY_ARMS, tmp_path / "three", folder=tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_the_same_as_without_workers(command_line, tmp_path / "three", 3)
 
 
 def test_flags_come_from_the_config(command_line, tmp_path):
