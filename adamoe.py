@@ -645,6 +645,11 @@ def describe_counts(count: Tensor) -> dict:
     return {"load": load, "load_by_layer": by_layer.tolist(), "histogram": histogram.tolist()}
 
 
+def in_batches(windows: Tensor, num_tokens: int = 4096) -> tuple[Tensor, ...]:
+    """windows [count, context + 1] in parts of so many tokens, whatever the context."""
+    return windows.split(max(1, num_tokens // (windows.shape[1] - 1)))
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tensor] | None = None) -> dict:
     """Loss and load on every window, in order, and who got how many experts.
@@ -654,7 +659,7 @@ def evaluate(model: nn.Module, windows: Tensor, dictate: Callable[[Tensor], Tens
     """
     model.eval()
     losses, counts, layers = [], [], routed(model)
-    for batch in windows.split(32):
+    for batch in in_batches(windows):
         loss = common.lm_loss(model, batch)
         if dictate is not None:
             for layer in layers:
@@ -683,7 +688,7 @@ def expert_work(model: nn.Module, windows: Tensor) -> dict:
     work, tokens = {"expert_flops": 0, "model_flops": 0, "true_picks": 0}, windows[:, 1:].numel()
     for ffn in model.ffns():
         ffn.backend = "torch"
-    for batch in windows.split(32):
+    for batch in in_batches(windows):
         flops = common.count_flops(lambda inputs=batch[:, :-1]: model(inputs))
         work["expert_flops"] += sum(flops[name] - flops[f"{name}.router"] for name in flops if name.endswith(".ffn"))
         work["model_flops"] += flops["Global"]

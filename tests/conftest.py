@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, float64 where a test says so, and a way to run a script as a person does."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import ROOT, ForkServer
 
 import common
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +40,16 @@ def script(tmp_path):
         return subprocess.run(command, check=False, **given)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """fork("adamoe.py", "--steps", 3, folder=...) -> a running process that need not import torch; see forked.py."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    server = ForkServer()
+    yield server
+    server.end()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from forked import ended
 from tiny import ADAMOE
 
 import adamoe
@@ -165,7 +166,7 @@ def test_which_null_is_picked_does_not_matter():
 
 def half_of_a_batch(rank, store, logits, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mine = logits.chunk(2)[rank].clone().requires_grad_()
+    mine = torch.tensor(logits, dtype=F64).chunk(2)[rank].clone().requires_grad_()
     loss = adamoe.load_balancing_loss(mine, 3, 2, 1.0)
     loss.backward()
     results.put((rank, loss.item(), mine.grad.tolist()))
@@ -173,15 +174,11 @@ def half_of_a_batch(rank, store, logits, results):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_with_half_a_batch_each_have_the_loss_and_gradient_of_the_whole(tmp_path):
-    logits = torch.randn(40, 5, dtype=F64)
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    spawned = torch.multiprocessing.spawn(
-        half_of_a_batch, (str(tmp_path / "store"), logits, results), nprocs=2, join=False
-    )
+def test_two_processes_with_half_a_batch_each_have_the_loss_and_gradient_of_the_whole(fork, tmp_path):
+    logits, results = torch.randn(40, 5, dtype=F64), fork.context.Queue()
+    two = [fork.call(half_of_a_batch, rank, tmp_path / "store", logits.tolist(), results) for rank in (0, 1)]
     found = sorted(results.get(timeout=60) for _ in range(2))
-    spawned.join()
+    assert [ended(process) for process in two] == [0, 0]
     whole = logits.clone().requires_grad_()
     loss = adamoe.load_balancing_loss(whole, 3, 2, 1.0)
     loss.backward()
@@ -542,8 +539,15 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_script_end_to_end_with_every_arm(script, tmp_path):
-    done = script("adamoe.py", *ADAMOE, "--ablate", "--workers", 1, "--out", tmp_path / "out")
+def test_batches_of_evaluation_hold_as_many_tokens_whatever_the_context():
+    for context, sizes in ((128, [32, 32, 16]), (32, [80]), (1000, [4] * 20), (9000, [1] * 80)):
+        windows = torch.arange(80)[:, None].expand(80, context + 1)
+        parts = adamoe.in_batches(windows)
+        assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), windows)
+
+
+def test_script_end_to_end_with_every_arm(command_line, tmp_path):
+    done = command_line(adamoe, *ADAMOE, "--ablate", "--workers", 1, "--out", "out")
     assert done.returncode == 0, done.stderr
     report = results_of(tmp_path / "out")
     assert [claim["id"] for claim in report["claims"]] == [claim.id for claim in adamoe.CLAIMS]

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from forked import finished
 from torch import nn
 
 import adamoe
@@ -599,19 +600,16 @@ def test_budget_and_dry_run(checkpoint, command_line, tmp_path):
     assert "46,702,792,704" in done.stdout and "88.4 %" in done.stdout and "93.41 GB in 16 bits" in done.stdout
 
 
-def test_random_weights_alone_and_shared_by_two_processes(checkpoint, command_line, tmp_path):
+def test_random_weights_alone_and_shared_by_two_processes(fork, command_line, tmp_path):
+    two = fork.two("adamoe.py", *RANDOM, "--out", tmp_path / "two", folder=tmp_path)
     assert command_line(adamoe, *RANDOM, "--out", tmp_path / "one").returncode == 0
     report = json.loads((tmp_path / "one" / "results.json").read_text())
     holds = {claim["id"]: claim["holds"] for claim in report["claims"]}
     assert holds["adamoe.full_accuracy"] is None and holds["adamoe.full_flops"] is True
     assert holds["adamoe.full_time"] in (True, False)
-
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "adamoe.py"), *RANDOM, "--out", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("claims of the paper") == 1  # the second process is silent
+    first, second = map(finished, two)
+    assert [first.returncode, second.returncode] == [0, 0], first.stderr[-3000:] + second.stderr[-3000:]
+    assert first.stdout.count("claims of the paper") == 1 and not second.stdout  # the second process is silent
     arrays, results, losses = [], [], []
     for name in ("one", "two"):
         arrays.append(common.load_arrays(tmp_path / name / "arms" / "adamoe-seed0.npz")[0])

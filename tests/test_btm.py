@@ -8,14 +8,12 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from forked import ended, finished, wait_until
 from tiny import BTM
 
 import btm
@@ -696,27 +694,23 @@ def test_a_damaged_or_missing_config_is_one_error(tmp_path):
             btm.Forest(tmp_path)
 
 
-KILLED = """
-import os, sys; sys.path.insert(0, {root!r})
-import btm, common
-forest, count = btm.Forest({path!r}), 0
-replace = os.replace
-def stop(*paths):
-    global count
-    count += 1
-    if count > {after}:
-        os.kill(os.getpid(), 9)
-    replace(*paths)
-os.replace = stop
-forest.add("a", forest.load("b")[0], force=True)
-"""
+def killed_at(path, after):
+    """Commit an expert, and die before it has renamed one file more than `after`."""
+    forest, left, rename = btm.Forest(path), iter(range(after)), os.replace
+
+    def stop(*paths):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = stop
+    forest.add("a", forest.load("b")[0], force=True)
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_killed_during_a_commit_the_forest_is_valid(forest, after):
+def test_killed_during_a_commit_the_forest_is_valid(fork, forest, after):
     """Before weights.npz is there, or between weights.npz and meta.json."""
-    code = KILLED.format(root=str(ROOT), path=str(forest.path), after=after)
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
+    assert ended(fork.call(killed_at, forest.path, after)) == -signal.SIGKILL
     assert names(forest) == ["b"] and "still being made" in forest.verify()["a"] and forest.verify()["b"] is None
     forest.add("a", forest.load("b")[0])
     assert forest.verify() == {"a": None, "b": None}
@@ -877,15 +871,12 @@ def plain_forest(tmp_path_factory):
     return folder / "forest-seed0"
 
 
-def test_two_processes_under_torchrun_make_the_forest_of_a_plain_run(act, plain_forest, tmp_path):
+def test_two_processes_of_torchrun_make_the_forest_of_a_plain_run(act, fork, plain_forest, tmp_path):
     """Bit for bit, with nothing exchanged but files: each process trains its own experts."""
     assert act(*BTM, "--stage", "seed", "--forest", "F").returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "btm.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run([*command, "--stage", "expert", "--forest", "F"], check=False, **options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("from 1.00 seed") == 6
+    two = fork.two("btm.py", "--stage", "expert", "--forest", tmp_path / "F", folder=tmp_path)
+    for done in map(finished, two):
+        assert done.returncode == 0 and done.stdout.count("from 1.00 seed") == 3, done
     assert act("--stage", "expert", "--domain", "licences", "--forest", "F").returncode == 0
     assert hashes(tmp_path / "F") == hashes(plain_forest)
     for name in ("python", "licences"):
@@ -912,30 +903,25 @@ def test_ranks_share_the_domains_out_and_indices_name_them(act, tmp_path, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_process_loses_its_own_unfinished_expert_only(act, tmp_path, number):
+def test_a_stopped_process_loses_its_own_unfinished_expert_only(act, fork, tmp_path, number):
     flags = [*BTM, "--domains", "python,docs", "--steps", "240", "--stage"]
     assert act(*flags, "seed", "--forest", "F").returncode == 0
     shutil.copytree(tmp_path / "F", tmp_path / "whole")
     assert act("--stage", "expert", "--forest", "F", "--domain", "python").returncode == 0
-    finished = (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns
-    command = [sys.executable, str(ROOT / "btm.py"), "--stage", "expert", "--forest", "F", "--domain-index", "1"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    log, deadline = tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") >= 10) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(number)
-    assert process.wait(60) == (143 if number == signal.SIGTERM else -9)
+    kept = (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns
+    process = fork("btm.py", "--stage", "expert", "--forest", "F", "--domain-index", 1, folder=tmp_path)
+    log = tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.jsonl"
+    wait_until(lambda: log.exists() and log.read_text().count("\n") >= 10, process)
+    os.kill(process.pid, number)
+    assert ended(process) == (143 if number == signal.SIGTERM else -9)
     if number == signal.SIGTERM:
-        assert "--stage expert --forest F --domain-index 1 --resume" in process.stderr.read()
+        assert "--stage expert --forest F --domain-index 1 --resume" in finished(process).stderr
         assert (tmp_path / "F" / "work" / "arms" / "expert-docs-seed0.ckpt").exists()
-    process.stderr.close()
     assert names(btm.Forest(tmp_path / "F")) == ["python"]
     assert act("--stage", "expert", "--forest", "F").returncode == 0  # the rerun
     assert act("--stage", "expert", "--forest", "whole").returncode == 0
     assert hashes(tmp_path / "F") == hashes(tmp_path / "whole")
-    assert (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns == finished
+    assert (tmp_path / "F" / "experts" / "python" / "meta.json").stat().st_mtime_ns == kept
     meta = json.loads((tmp_path / "F" / "experts" / "docs" / "meta.json").read_text())
     assert meta["updates"] == 60 and meta["tokens"] == 60 * 4 * 16  # every update once, also after the interrupt
 

@@ -1,12 +1,12 @@
 """The house: files that are never half-written, runs that survive interruption, one rule for a claim."""
 
+import importlib
 import io
 import json
 import math
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -14,15 +14,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import toy
-from conftest import ROOT
+from forked import ended, finished, wait_until
 from torch import nn
 
 import common
 
-TOY = str(ROOT / "tests" / "toy.py")
+TOY = "tests/toy.py"
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -33,18 +34,20 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def test_killed_while_writing_a_checkpoint_the_previous_one_still_loads(tmp_path):
+def write_half_a_checkpoint(path):
+    def half(state, file):
+        file.write(b"PK half a checkpoint")
+        file.flush()
+        os._exit(9)
+
+    torch.save = half
+    common.save(path, {"step": 2})
+
+
+def test_killed_while_writing_a_checkpoint_the_previous_one_still_loads(fork, tmp_path):
     path = tmp_path / "model.ckpt"
     common.save(path, {"step": 1})
-    code = f"""
-import os, sys; sys.path.insert(0, {str(ROOT)!r})
-import common, torch
-def half(state, file):
-    file.write(b"PK half a checkpoint"); file.flush(); os._exit(9)
-torch.save = half
-common.save({str(path)!r}, {{"step": 2}})
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert ended(fork.call(write_half_a_checkpoint, path)) == 9
     assert common.load(path) == {"step": 1}
 
 
@@ -57,6 +60,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
     with pytest.raises(OSError, match="no rename"):
         common.write_json(path, {"x": 2})
     assert common.read_json(path) == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    common.write_json(tmp_path / "a.json", {"x": 1})
+    assert calls == ["fsync", "replace"] and common.read_json(tmp_path / "a.json") == {"x": 1}
 
 
 def test_damaged_or_hostile_checkpoints_are_refused_without_executing(tmp_path, monkeypatch):
@@ -413,12 +424,28 @@ def test_results_json_has_the_agreed_shape(command_line, tmp_path):
     assert "DOES NOT HOLD" in done.stdout and "not measured" in done.stdout
 
 
+MANY_ARMS = ("--seeds", 2, "--ablate", "--out")
+
+
+def assert_the_same_as_without_workers(command_line, folder, workers):
+    done = command_line(toy, "--workers", 1, *MANY_ARMS, folder.with_name("alone"))
+    assert done.returncode == 0, done.stderr
+    assert report(folder.with_name("alone"))["results"]["arms"] == report(folder)["results"]["arms"]
+    pids = {path.read_text() for path in folder.glob("arms/*.pid")}
+    assert len(pids) in range(2, workers + 1)  # in both calls of map_arms
+
+
 def test_the_number_of_workers_never_changes_a_number_and_they_stay_for_the_next_arms(script, command_line, tmp_path):
-    for start, workers in ((partial(command_line, toy), 1), (partial(script, TOY), 3)):
-        done = start("--workers", workers, "--seeds", 2, "--ablate", "--out", tmp_path / str(workers))
-        assert done.returncode == 0, done.stderr
-    assert report(tmp_path / "1")["results"]["arms"] == report(tmp_path / "3")["results"]["arms"]
-    assert len({path.read_text() for path in tmp_path.glob("3/arms/*.pid")}) <= 3  # of two calls of map_arms
+    """Workers as a person has them, each of which imports torch."""
+    done = script(TOY, "--workers", 2, *MANY_ARMS, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert_the_same_as_without_workers(command_line, tmp_path / "two", 2)
+
+
+def test_forked_workers_as_the_tests_use_them_do_the_same(fork, command_line, tmp_path):
+    done = finished(fork(TOY, "--workers", 3, *MANY_ARMS, tmp_path / "three", folder=tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_the_same_as_without_workers(command_line, tmp_path / "three", 3)
 
 
 def test_flags_come_from_the_config(command_line, tmp_path):
@@ -551,26 +578,23 @@ def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nan_in_a_worker_is_one_line_and_exit_code_1(script, tmp_path):
-    done = script(TOY, "--nan-at", 5, "--workers", 2)
+def test_nan_in_a_worker_is_one_line_and_exit_code_1(fork, tmp_path):
+    done = finished(fork(TOY, "--nan-at", 5, "--workers", 2, folder=tmp_path))
     assert done.returncode == 1 and "the loss is nan at step 5" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "runs" / "toy-small" / "results.json").exists()
 
 
-def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(script, command_line, tmp_path):
-    flags = ["--steps", "60", "--workers", "2", "--out", "cut"]
-    slow = [sys.executable, TOY, *flags, "--pause", "0.05"]
-    process = subprocess.Popen(slow, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cut/arms/*.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130, message
-    assert "--resume" in message and "Traceback" not in message
+def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(fork, command_line, tmp_path):
+    flags = ("--steps", 60, "--workers", 2, "--out", "cut", "--pause", 0.02)
+    process = fork(TOY, *flags, folder=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("cut/arms/*.jsonl")), process)
+    os.kill(process.pid, signal.SIGINT)
+    cut = finished(process)
+    assert cut.returncode == 130, cut.stderr
+    assert "--resume" in cut.stderr and "Traceback" not in cut.stderr
     assert list(tmp_path.glob("cut/arms/*.ckpt"))
     assert not list(tmp_path.glob("cut/arms/.*"))  # no half-written file
-    resumed = script(TOY, *flags, "--pause", "0.05", "--resume")
+    resumed = finished(fork(TOY, *flags, "--resume", folder=tmp_path))
     assert resumed.returncode == 0, resumed.stderr
     assert command_line(toy, "--steps", 60, "--out", "whole", "--workers", 1).returncode == 0
     assert report(tmp_path / "cut")["results"]["arms"] == report(tmp_path / "whole")["results"]["arms"]
@@ -578,31 +602,32 @@ def test_workers_interrupted_and_resumed_give_the_uninterrupted_numbers(script, 
     assert lines[0] == lines[1]
 
 
-def test_a_killed_worker_is_one_line_and_the_rest_resumes(script, tmp_path):
-    flags = [sys.executable, TOY, "--workers", "2", "--steps", "40", "--pause", "0.05"]
-    process = subprocess.Popen(flags, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("runs/toy-small/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+def both_log(folder):
+    return len(list(folder.glob("arms/*.jsonl"))) == 2
+
+
+def test_a_killed_worker_is_one_line_and_the_rest_resumes(fork, tmp_path):
+    flags = ("--workers", 2, "--steps", 40, "--pause", 0.02)
+    process = fork(TOY, *flags, folder=tmp_path)
+    wait_until(lambda: both_log(tmp_path / "runs/toy-small"), process)
     os.kill(int((tmp_path / "runs/toy-small/arms/one-seed0.pid").read_text()), signal.SIGKILL)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 1 and "a worker was killed" in message and "Traceback" not in message
-    assert script(TOY, *flags[2:], "--resume").returncode == 0
+    done = finished(process)
+    assert done.returncode == 1 and "a worker was killed" in done.stderr and "Traceback" not in done.stderr
+    assert finished(fork(TOY, *flags, "--resume", folder=tmp_path)).returncode == 0
 
 
-def test_an_interrupt_starts_no_further_arm_and_a_killed_run_leaves_no_worker(tmp_path):
-    flags = [sys.executable, TOY, "--ablate", "--seeds", "3", "--workers", "2", "--steps", "2000", "--pause", "0.05"]
-    for number in (signal.SIGINT, signal.SIGKILL):
-        folder = tmp_path / str(number)
-        process = subprocess.Popen([*flags, "--out", folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(number)
-        process.wait(timeout=60)
+def test_an_interrupt_starts_no_further_arm_and_a_killed_run_leaves_no_worker(fork, tmp_path):
+    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--steps", 2000, "--pause", 0.05, "--out", ".")
+    folders = {number: tmp_path / str(number) for number in (signal.SIGINT, signal.SIGKILL)}
+    processes = {number: fork(TOY, *flags, folder=folder) for number, folder in folders.items()}
+    for number, folder in folders.items():
+        wait_until(partial(both_log, folder), processes[number])
+        os.kill(processes[number].pid, number)
+        assert ended(processes[number]) in (130, -signal.SIGKILL)
+        deadline = time.monotonic() + 60
         while any(map(is_running, workers := [int(p.read_text()) for p in folder.glob("arms/*.pid")])):
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.01)
         assert len(workers) == 2 and not list(folder.glob("arms/*-seed*.json"))
 
 
@@ -615,10 +640,16 @@ def is_running(pid):
     return not (os.path.exists(stat) and open(stat).read().rsplit(")", 1)[1].split()[0] == "Z")
 
 
-def test_a_reader_that_leaves_early_loses_no_result(tmp_path):
-    command = f"{sys.executable} {TOY} --workers 1 --out out | head -c 1"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (tmp_path / "out" / "results.json").exists() and "Broken" not in done.stderr, done.stderr
+def lose_the_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
+def test_a_reader_that_leaves_early_loses_no_result(fork, tmp_path):
+    """As in `python toy.py | head`."""
+    done = finished(fork(TOY, "--workers", 1, "--out", "run", folder=tmp_path, prepare=(lose_the_reader,)))
+    assert done.returncode == 0 and (tmp_path / "run" / "results.json").exists() and "Broken" not in done.stderr, done
 
 
 def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):
@@ -644,10 +675,16 @@ def test_every_panel_draws(tmp_path):
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_importing_has_no_side_effects():
-    code = (
-        "import os, torch, random; before = dict(os.environ), torch.get_num_threads(), torch.initial_seed();"
-        "import common, kernels, adamoe, data.text, data.download;"
-        "assert before == (dict(os.environ), torch.get_num_threads(), torch.initial_seed())"
-    )
-    subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, check=True)
+def import_scripts():
+    import preloaded
+
+    assert preloaded.BEFORE == preloaded.AFTER  # importing common, kernels and data
+    before = preloaded.state()
+    for name in tiny.SCRIPTS:
+        assert name.removesuffix(".py") not in sys.modules
+        importlib.import_module(name.removesuffix(".py"))
+        assert preloaded.state() == before, name
+
+
+def test_importing_has_no_side_effects(fork):
+    assert ended(fork.call(import_scripts)) == 0

@@ -1,4 +1,7 @@
-"""Several processes under torchrun train one model as one process does."""
+"""Several processes under torchrun train one model as one process does.
+
+torchrun itself starts once, to be interrupted; elsewhere two forked processes are told what it would tell them.
+"""
 
 import json
 import os
@@ -13,6 +16,7 @@ import tiny
 import torch
 import toy
 from conftest import ROOT
+from forked import ended, finished
 
 import common
 
@@ -21,7 +25,7 @@ if not torch.distributed.is_available():
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TOY = str(ROOT / "tests" / "toy.py")
+TOY = "tests/toy.py"
 
 
 def losses(folder):
@@ -29,40 +33,43 @@ def losses(folder):
     return {(line["arm"], line["step"]): line["loss"] for line in lines}
 
 
-def start(tmp_path, *command):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*TORCHRUN, *map(str, command)], cwd=tmp_path, env=ENVIRONMENT, **pipes)
-
-
 @pytest.mark.parametrize("name", tiny.DATA_PARALLEL)
-def test_two_processes_follow_the_loss_curve_of_one(tmp_path, script, name):
+def test_two_processes_follow_the_loss_curve_of_one(tmp_path, fork, name):
     flags = tiny.SCRIPTS[name]
-    two = start(tmp_path, ROOT / name, *flags, "--out", "two")
-    one = script(name, *flags, "--out", "one", "--workers", "1")
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0 and one.returncode == 0, err + one.stderr
+    two = fork.two(name, *flags, "--out", tmp_path / "two", folder=tmp_path)
+    one = finished(fork(name, *flags, "--out", tmp_path / "one", "--workers", 1, folder=tmp_path))
+    first, second = map(finished, two)
+    assert [one.returncode, first.returncode, second.returncode] == [0, 0, 0], one.stderr + first.stderr + second.stderr
     alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert alone.keys() == together.keys() and len(alone) > 10
     assert max(abs(alone[key] - together[key]) for key in alone) < 1e-4  # sums in another order, in fp32
-    assert out.count("claims of the paper") == 1  # only the first process prints
+    assert first.stdout.count("claims of the paper") == 1 and not second.stdout  # only the first process prints
     reports = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("one", "two")]
     assert [c["id"] for c in reports[0]["claims"]] == [c["id"] for c in reports[1]["claims"]]
 
 
-def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_path):
-    whole = start(tmp_path, TOY, "--out", "whole", "--seeds", 1)
-    assert whole.wait(120) == 0, whole.stderr.read()
-    cut = start(tmp_path, TOY, "--out", "cut", "--pause", 0.1)
+def do_not_sleep():
+    time.sleep = lambda seconds: None
+
+
+def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_path, fork):
+    """Interrupted under torchrun, which hands the signal on."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [*TORCHRUN, str(ROOT / TOY), "--out", "cut", "--pause", "0.1"]
+    cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
+    whole = fork.two(TOY, "--out", tmp_path / "whole", "--seeds", 1, folder=tmp_path / "a")
+    assert [ended(process) for process in whole] == [0, 0]
     first = tmp_path / "cut" / "arms" / "one-seed0.jsonl"
     deadline = time.monotonic() + 60
     while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     cut.send_signal(signal.SIGTERM)
-    cut.communicate(timeout=60)
-    assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists()
-    again = start(tmp_path, TOY, "--out", "cut", "--pause", 0.1, "--resume")
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    _, err = cut.communicate(timeout=60)
+    assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists(), err
+    flags = ("--out", tmp_path / "cut", "--pause", 0.1, "--resume")
+    again = fork.two(TOY, *flags, folder=tmp_path / "b", prepare=(do_not_sleep,))
+    done = [finished(process) for process in again]
+    assert [process.returncode for process in done] == [0, 0], done
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 

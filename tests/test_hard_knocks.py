@@ -1,17 +1,15 @@
 """What a run has to live through: NaN, a full disk, kill -9, Ctrl-C, a second run beside it, damaged and hostile files.
 
 Every script of tests/tiny.py goes through the same mishaps one after the other and must end with the numbers of a run
-that was left in peace. A script runs in a process of its own, as a person starts it, but forked from one that has
-imported torch already (tests/forked.py); as many at a time as there are cores.
+that was left in peace. A script runs in a process of its own, as a person starts it, but forked (tests/forked.py); as
+many at a time as there are cores.
 """
 
 import contextlib
 import ctypes
 import io
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import struct
@@ -32,6 +30,7 @@ import tiny
 import torch
 import toy
 from conftest import ROOT
+from forked import ended
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
@@ -40,24 +39,15 @@ from data import behavior, download, graphs, images, tasks, text
 resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
 TOY = "tests/toy.py"
 FLAGS = {**tiny.SCRIPTS, TOY: ("--steps", "60", "--pause", "0.02")}
-MULTIPROCESSING = threading.Lock()  # multiprocessing keeps its lists of children for one thread
 
 
 # --- processes -----------------------------------------------------------------------------------------------
 
 
-def play(script, flags, folder, prepare):
-    """In the forked process: what `python script flags` would do in this folder."""
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), number)
-    torch.set_num_threads(1)
-    train = common.train  # checkpoints come so often that there is always one to go on from
-    common.train = lambda *args, **options: train(*args, **{**options, "checkpoint_seconds": 0.05})
-    for action in prepare:
-        action()
-    sys.argv = [str(ROOT / script), *map(str, flags)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def frequent_checkpoints():
+    """There is always one to go on from."""
+    train = common.train
+    common.train = lambda *args, **options: train(*args, **{**options, "checkpoint_seconds": 0.0})
 
 
 def limit_files(size):
@@ -79,40 +69,6 @@ def poison(after):
             optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
     register_optimizer_step_post_hook(hook)
-
-
-@pytest.fixture(scope="module")
-def fork():
-    """fork(script, *flags, folder=...) -> a running process. Its exit code: ended(process)."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system cannot fork")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "forked"])
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-
-    def start(script, *flags, folder, prepare=()):
-        folder.mkdir(parents=True, exist_ok=True)
-        process = context.Process(target=play, args=(script, flags, folder, prepare))
-        with MULTIPROCESSING:
-            process.start()
-        return process
-
-    return start
-
-
-def ended(process, within=120.0):
-    """Wait for the process, at most so many seconds: its exit code, None if it still runs."""
-    deadline = time.monotonic() + within
-    while True:
-        with MULTIPROCESSING:
-            code = process.exitcode
-        if code is not None or time.monotonic() > deadline:
-            return code
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +97,7 @@ def mishaps(fork, name, folder, whole):
 
     def go_on(mishap, *prepare, stop=None):
         again = ["--resume"] if (folder / "cut" / "run.json").exists() else []
-        process = fork(name, *flags, *again, folder=folder, prepare=prepare)
+        process = fork(name, *flags, *again, folder=folder, prepare=(frequent_checkpoints, *prepare))
         if stop in (signal.SIGINT, signal.SIGTERM):
             while not (folder / "out").exists() or not (folder / "out").stat().st_size:  # common.run has taken over
                 time.sleep(0.002)
@@ -175,7 +131,8 @@ def whole(fork, pool, tmp_path_factory):
 
     def run(name, folder):
         began = time.monotonic()
-        code = ended(fork(name, *FLAGS[name], "--workers", "1", "--out", "whole", folder=folder))
+        flags = (*FLAGS[name], "--workers", "1", "--out", "whole")
+        code = ended(fork(name, *flags, folder=folder, prepare=(frequent_checkpoints,)))
         seconds = time.monotonic() - began
         assert code == 0, (folder / "err").read_text()
         steps = (folder / "whole" / "metrics.jsonl").read_text().count("\n")
@@ -262,11 +219,8 @@ def refusals(fork, name, folder, whole):
         process = fork(name, *flags, *more, folder=folder, prepare=prepare)
         told.append((case, ended(process), (folder / "err").read_text()))
 
-    context, before = multiprocessing.get_context("forkserver"), content()
-    held, release = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(run, held, release))
-    with MULTIPROCESSING:
-        holder.start()
+    before, held, release = content(), fork.context.Event(), fork.context.Event()
+    holder = fork.call(hold, run, held, release)
     assert held.wait(60)
     ask("held", "held", "--resume")
     ask("held", "held", "--overwrite")
