@@ -16,6 +16,9 @@ import common
 
 
 def pytest_configure(config):
+    if config.option.markexpr != "gpu" and os.environ.get("TRITON_INTERPRET") != "0":
+        # all other tests are about the CPU, where numbers repeat bit for bit
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
     os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
@@ -25,7 +28,7 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+                item.add_marker(pytest.mark.skip(reason="needs CUDA, and -m gpu"))
 
 
 @pytest.fixture

@@ -75,3 +75,13 @@ def test_trained_weights_can_be_loaded(method):
     load = importlib.import_module(method).load_trained
     assert f"runs/{method}-small/" in load.__doc__ and "Raises" in load.__doc__
     assert next(iter(inspect.signature(load).parameters)) == "path"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", tiny.SCRIPTS)
+def test_every_script_runs_on_a_gpu(command_line, name, dtype):
+    module = importlib.import_module(name.removesuffix(".py"))
+    flags = ["--device", "cuda", "--dtype", dtype, "--ablate", "--workers", 1]
+    done = command_line(module, *tiny.SCRIPTS[name], *flags)
+    assert done.returncode == 0, done.stderr

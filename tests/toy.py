@@ -41,7 +41,7 @@ def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
 
     def batches(step: int) -> torch.Tensor:
         x = torch.randn(config.batch_size, 4, generator=torch.Generator().manual_seed(1000 * seed + step))
-        return x * (float("nan") if step == config.nan_at else 1.0)
+        return (x * (float("nan") if step == config.nan_at else 1.0)).to(run.device)
 
     def loss_fn(x: torch.Tensor, step: int):
         noisy = nn.functional.dropout(x, 0.2)  # draws from torch's own stream, which a checkpoint must carry on
