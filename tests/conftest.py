@@ -20,6 +20,10 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
 
 
+def pytest_runtest_setup():
+    torch.set_num_threads(1)  # scripts at full scale, run in this process, take all cores: small tensors get slower
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
