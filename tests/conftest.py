@@ -24,6 +24,10 @@ def pytest_configure(config):
     os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
 
 
+def pytest_runtest_setup():
+    torch.set_num_threads(1)  # scripts at full scale, run in this process, take all cores: small tensors get slower
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

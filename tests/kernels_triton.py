@@ -77,9 +77,9 @@ def assert_close(given, wanted, dtype):
 # tokens, top_k, experts, d_model, d_ff, act, glu, bias, share of nulls
 CASES = [
     (17, 2, 4, 24, 40, "gelu", True, True, 0.3),
-    (40, 3, 5, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
+    (25, 3, 5, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
     (40, 1, 1, 48, 24, "relu", False, True, 0.0),  # one expert, several row tiles
-    (40, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: the same expert several times a token
+    (21, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: the same expert several times a token
     (1, 1, 64, 8, 8, "silu", True, True, 0.0),  # nearly all experts empty
     (12, 2, 9, 40, 40, "gelu", False, False, 0.0),
 ]
@@ -140,7 +140,7 @@ def test_null_rows_are_never_written_and_empty_experts_get_zero(poison):
 
 def test_nan_stays_where_it_is():
     """NaN in null gates, in tokens whose picks are all null, and in weights of empty experts reaches nothing."""
-    inputs = problem(20, 2, 5, 24, 40, glu=True, bias=True, nulls=0.3)
+    inputs = problem(12, 2, 4, 24, 40, glu=True, bias=True, nulls=0.3)
     x, index, gates, w1, w2, b1, b2, _ = inputs
     index[index == 3] = 0
     index[4] = -1
@@ -164,19 +164,19 @@ def test_nan_of_live_rows_is_not_hidden():
 
 
 def test_bitwise_properties():
-    inputs = problem(20, 2, 5, 24, 40, glu=True, bias=True, nulls=0.2)
+    inputs = problem(12, 2, 3, 24, 40, glu=True, bias=True, nulls=0.2)
     inputs[6] = None  # the share of b2 in dgates is one dense product, whose rounding torch decides
     x, index, gates, w1, w2, b1, b2, d_out = inputs
     first = run(inputs, glu=True)
     again = run(inputs, glu=True)
     assert all(torch.equal(first[name], again[name]) for name in first), "two runs differ"
 
-    order = torch.randperm(20, device=DEVICE)
+    order = torch.randperm(12, device=DEVICE)
     moved = run([leaf(t) for t in (x[order], index[order], gates[order], w1, w2, b1, b2, d_out[order])], glu=True)
     for name in ("out", "dx", "dgates"):
         assert torch.equal(moved[name], first[name][order]), f"{name} depends on the order of the tokens"
 
-    label = torch.randperm(5, device=DEVICE)  # new name of each expert
+    label = torch.randperm(3, device=DEVICE)  # new name of each expert
     old = label.argsort()
     renamed_index = torch.where(index < 0, index, label[index.clamp(min=0)])
     renamed = run([x, renamed_index, gates, *(leaf(w[old]) for w in (w1, w2, b1)), None, d_out], glu=True)
@@ -184,7 +184,7 @@ def test_bitwise_properties():
         wanted = first[name] if name in ("out", "dx", "dgates") else first[name][old]
         assert torch.equal(renamed[name], wanted), f"{name} depends on the names of the experts"
 
-    wide_index, wide_gates = (torch.cat([index, index.new_full((20, 1), -1)], 1), torch.cat([gates, gates[:, :1]], 1))
+    wide_index, wide_gates = (torch.cat([index, index.new_full((12, 1), -1)], 1), torch.cat([gates, gates[:, :1]], 1))
     wider = run([x, wide_index, leaf(wide_gates), w1, w2, b1, b2, d_out], glu=True)
     for name in first:
         value = wider[name][:, :2] if name == "dgates" else wider[name]

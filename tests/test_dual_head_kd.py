@@ -586,7 +586,7 @@ def test_tuning_reads_validation_images_only(command_line, tmp_path, monkeypatch
 def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
     write_cifar100(tmp_path / "photos", train=[i % 5 for i in range(60)], test=[i % 5 for i in range(20)])
     flags = ["--full", "--data", "photos", "--pair", "resnet8x0.5-resnet8x0.5", "--epochs", 2]
-    flags += ["--batch-size", 20, "--stem-stride", 2, "--probe-every", 2, "--workers", 1]
+    flags += ["--batch-size", 20, "--stem-stride", 2, "--probe-every", 2, "--workers", 1, "--threads", 1]
     done = command_line(dhkd, *flags, "--arms", "ce,kd,bkl,ce+bkl,dual-bkl,dhkd")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "dual_head_kd-full"
@@ -611,7 +611,8 @@ def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
 
 
 def test_dry_run_of_the_paper_downloads_nothing(command_line, tmp_path):
-    done = command_line(dhkd, "--full", "--dry-run", "--pair", "resnet8-resnet8", "--data-dir", "none")
+    flags = ["--full", "--dry-run", "--pair", "resnet8-resnet8", "--data-dir", "none", "--threads", 1]
+    done = command_line(dhkd, *flags)
     assert done.returncode == 0 and "168,513,733" in done.stdout and list(tmp_path.iterdir()) == []
 
 

@@ -36,35 +36,53 @@ def why_not_interpreted() -> str:
     return ""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_the_interpreter(request):
-    """The tests of the kernels, in a process that runs beside the tests of this file; None if nobody asks for it."""
-    wanted = any(item.name == "test_triton_kernels_in_the_interpreter" for item in request.session.items)
-    process = (
-        start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") if wanted and not why_not_interpreted() else None
-    )
-    yield process
-    if process and process.poll() is None:  # an interrupted session leaves nothing behind
-        process.kill()
-        process.communicate()
+def start(*command, folder=ROOT, **environment) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=folder, env=os.environ | environment, **options)
 
 
 def start_triton_tests(**environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **options)
+    return start("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py", **environment)
 
 
-def assert_green(process: subprocess.Popen) -> None:
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
-    print(printed.strip().splitlines()[-1])
+def start_alone(folder, *command) -> subprocess.Popen:
+    shutil.copy(ROOT / "kernels.py", folder)
+    return start(*command, folder=folder, PYTHONPATH="", TRITON_INTERPRET="0", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside(request, tmp_path_factory):
+    """{test: process, folder}: what the last tests of this file wait for runs beside the others, if it was chosen."""
+    chosen = {getattr(item, "originalname", item.name) for item in request.session.items}
+    processes = {}
+    if "test_triton_kernels_in_the_interpreter" in chosen and not why_not_interpreted():
+        interpreted = start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+        processes["test_triton_kernels_in_the_interpreter"] = interpreted, ROOT
+    for name in chosen & set(ALONE):
+        folder = tmp_path_factory.mktemp("alone")
+        processes[name] = start_alone(folder, *ALONE[name]), folder
+    yield processes
+    for process, _ in processes.values():
+        if process.poll() is None:  # an interrupted session leaves nothing behind
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def ended(beside, request):
+    """The process of this test, when it has ended: returncode, stdout, stderr, folder."""
+    process, folder = beside[request.node.originalname]
+    out, err = process.communicate()
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err, folder=folder)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_triton_kernels_on_the_gpu():
-    assert_green(start_triton_tests(TRITON_INTERPRET="0"))
+    process = start_triton_tests(TRITON_INTERPRET="0")
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    print(out.strip().splitlines()[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,7 +167,7 @@ def test_gradcheck_and_gradgradcheck():
 
     for function, inputs in ((layer, (x, gates, w1, w2, b1, b2)), (composed, (x, gates, w1, b1))):
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
@@ -336,38 +354,6 @@ def test_matrices_beyond_int32_are_not_for_the_kernels(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def run_alone(folder, *command):
-    shutil.copy(ROOT / "kernels.py", folder)
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    command = [sys.executable, *command]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_works_alone_and_without_triton(tmp_path):
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, kernels\n"
-        "x, w = torch.randn(3, 4), torch.randn(2, 4, 4)\n"
-        "print(kernels.moe_mlp(x, torch.tensor([[0], [1], [-1]]), torch.ones(3, 1), w, w)[2].tolist())"
-    )
-    done = run_alone(tmp_path, "-c", program)
-    assert done.stdout.strip() == "[0.0, 0.0, 0.0, 0.0]", done.stderr
-
-
-def test_import_changes_nothing(tmp_path):
-    program = (
-        "import os, random, numpy, torch\n"
-        "def state():\n"
-        "    numbers = torch.initial_seed(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()\n"
-        "    return os.environ.copy(), os.listdir(), numbers\n"
-        "before = state()\n"
-        "import kernels\n"
-        "print(state() == before)"
-    )
-    done = run_alone(tmp_path, "-B", "-c", program)
-    assert done.stdout.strip() == "True", done.stderr
-
-
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -382,18 +368,6 @@ def test_a_bad_flag_is_one_line_and_code_2(monkeypatch, capsys, arguments, says)
         kernels.main()
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and says in printed and len(printed.strip().splitlines()) == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the shape is one of the CPU's")
-def test_benchmark_writes_its_figures(tmp_path):
-    done = run_alone(tmp_path, "kernels.py", "--shape", "experts-8", "--json", "figures.json")
-    assert done.returncode == 0 and "relative error against float64: ours" in done.stdout, done.stderr
-    assert "WRONG" not in done.stdout and platform.machine() in done.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    names = {row["contender"] for row in figures["rows"]}
-    assert {"ours", "where loop", "F.grouped_mm", "padded bmm", "dense", "ours, half null"} <= names
-    assert all(row["total_ms"] >= row["forward_ms"] > 0 for row in figures["rows"])
-    assert not list(tmp_path.glob("*.part"))
 
 
 class Event:
@@ -453,6 +427,8 @@ def pretended_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setitem(kernels.SHAPES, "cuda", {"one": (16, 2, 4, 16, 24), "two": (16, 2, 4, 24, 16)})
     monkeypatch.setattr(kernels, "_ceilings", lambda device: (1e11, 1e10))
+    make = kernels._problem  # the correctness check, too, needs no more than a few tokens
+    monkeypatch.setattr(kernels, "_problem", lambda shape, device: make((min(shape[0], 64), *shape[1:]), device))
     measure = kernels._measure
     monkeypatch.setattr(kernels, "_measure", lambda jobs, turns: measure(jobs, 2))
     replay = lambda step, return_mode: [len(step()) / 10, 0.5]
@@ -581,6 +557,52 @@ def test_a_slow_contender_gets_fewer_turns(monkeypatch):
     assert len(runs["slow"]) == 3 and len(runs["fast"]) == 20
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Processes of their own, started before the first test of this file
+# ---------------------------------------------------------------------------------------------------------------
+
+WITHOUT_TRITON = """
+import sys; sys.modules['triton'] = None
+import torch, kernels
+x, w = torch.randn(3, 4), torch.randn(2, 4, 4)
+print(kernels.moe_mlp(x, torch.tensor([[0], [1], [-1]]), torch.ones(3, 1), w, w)[2].tolist())
+"""
+CHANGES_NOTHING = """
+import os, random, numpy, torch
+def state():
+    numbers = torch.initial_seed(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
+    return os.environ.copy(), os.listdir(), numbers
+before = state()
+import kernels
+print(state() == before)
+"""
+ALONE = {  # test -> what is run in a folder that has nothing but kernels.py
+    "test_works_alone_and_without_triton": ("-c", WITHOUT_TRITON),
+    "test_import_changes_nothing": ("-B", "-c", CHANGES_NOTHING),
+    "test_benchmark_writes_its_figures": ("kernels.py", "--shape", "experts-8", "--json", "figures.json"),
+}
+
+
+def test_works_alone_and_without_triton(ended):
+    assert ended.stdout.strip() == "[0.0, 0.0, 0.0, 0.0]", ended.stderr
+
+
+def test_import_changes_nothing(ended):
+    assert ended.stdout.strip() == "True", ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shape is one of the CPU's")
+def test_benchmark_writes_its_figures(ended):
+    assert ended.returncode == 0 and "relative error against float64: ours" in ended.stdout, ended.stderr
+    assert "WRONG" not in ended.stdout and platform.machine() in ended.stdout
+    figures = json.loads((ended.folder / "figures.json").read_text())
+    names = {row["contender"] for row in figures["rows"]}
+    assert {"ours", "where loop", "F.grouped_mm", "padded bmm", "dense", "ours, half null"} <= names
+    assert all(row["total_ms"] >= row["forward_ms"] > 0 for row in figures["rows"])
+    assert not list(ended.folder.glob("*.part"))
+
+
 @pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
-def test_triton_kernels_in_the_interpreter(in_the_interpreter):
-    assert_green(in_the_interpreter)  # the last test of this file: the process has had time
+def test_triton_kernels_in_the_interpreter(ended):
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    print(ended.stdout.strip().splitlines()[-1])

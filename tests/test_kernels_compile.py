@@ -1,13 +1,20 @@
 """What the GPU compiler makes of the kernels, read without a GPU.
 
 Every launch of a forward and backward pass is recorded on meta tensors, with the constants and tile sizes that a real
-run would use, compiled ahead of time for sm_80 and sm_90, and disassembled with the tools that come with triton.
+run would use, compiled ahead of time for sm_80 and sm_90, and disassembled with the tools that come with triton. All
+launches of the tests that were chosen are compiled before the first of them: each distinct one once, on all cores.
 """
 
+import functools
+import os
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,13 +43,27 @@ class Recorder:
         return lambda *args, **constants: self.launches.append((self.function, args, constants))
 
 
-def record(monkeypatch, arch: int, dtype: torch.dtype, rows: int, glu: bool, bias=False, transposed=False) -> list:
-    """The launches of one forward and backward pass, with `rows` rows per expert."""
+class Case(NamedTuple):
+    """A forward and backward pass, and which of its launches a test looks at."""
+
+    arch: int
+    dtype: torch.dtype
+    rows: int  # per expert
+    glu: bool
+    looked_at: Callable  # (case, name of the kernel, constants of the launch) -> bool
+    bias: bool = False
+    transposed: bool = False
+    precision: str = "ieee"
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch} {str(self.dtype)[6:]} {self.rows}{' glu' * self.glu}"
+
+
+def record(case: Case) -> list:
+    """All launches: kernel, arguments, constants."""
+    dtype, glu = case.dtype, case.glu
     top_k, num_experts, (d_model, d_ff), launches = 2, 8, WIDTHS[glu], []
-    tokens = rows * num_experts // top_k
-    for name in ("tile_map", "expert_mm", "down_bwd", "expert_dw", "combine"):
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10))
+    tokens = case.rows * num_experts // top_k
 
     def new(*size, dtype=dtype):
         return torch.empty(*size, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
@@ -50,21 +71,44 @@ def record(monkeypatch, arch: int, dtype: torch.dtype, rows: int, glu: bool, bia
     x, gates = new(tokens, d_model), new(tokens, top_k, dtype=torch.float32)
     hidden = d_ff * (2 if glu else 1)
     w1, w2 = new(num_experts, d_model, hidden), new(num_experts, d_ff, d_model)
-    if transposed:
+    if case.transposed:
         w1, w2 = (new(num_experts, hidden, d_model).transpose(1, 2), new(num_experts, d_model, d_ff).transpose(1, 2))
-    b1, b2 = (new(num_experts, hidden), new(num_experts, d_model)) if bias else (None, None)
+    b1, b2 = (new(num_experts, hidden), new(num_experts, d_model)) if case.bias else (None, None)
     slot, pos = new(tokens * top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.int32)
     offsets = new(num_experts + 1, dtype=torch.int32)
-    out = kernels._MoEMLP.apply(x, gates, w1, w2, b1, b2, slot, pos, offsets, "silu" if glu else "gelu", glu, True)
-    out.backward(torch.empty_like(out))
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = case.precision
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tile_map", "expert_mm", "down_bwd", "expert_dw", "combine"):
+                patch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+            patch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(case.arch, 10))
+            act, tensors = "silu" if glu else "gelu", (x, gates, w1, w2, b1, b2, slot, pos, offsets)
+            out = kernels._MoEMLP.apply(*tensors, act, glu, True)
+            out.backward(torch.empty_like(out))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     return launches
 
 
-def compile_launch(function, args, constants, arch: int, folder: Path) -> dict:
-    """Registers, spills, shared memory and instruction counts of one launch."""
+@functools.cache
+def looked_at(case: Case) -> list:
+    return [launch for launch in record(case) if case.looked_at(case, launch[0].__name__, launch[2])]
+
+
+def identity(launch: tuple, arch: int) -> tuple:
+    """Launches that are equal in this are compiled to the same code."""
+    function, args, constants = launch
+    types = (arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
+    return function.__name__, *types, *sorted(constants.items()), arch
+
+
+def to_cubin(launch: tuple, arch: int):
+    """The launch, compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    function, args, constants = launch
     options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
     values = dict(zip(function.arg_names, args)) | {k: v for k, v in constants.items() if k not in options}
     signature, constexprs, attributes = {}, {}, {}
@@ -77,27 +121,59 @@ def compile_launch(function, args, constants, arch: int, folder: Path) -> dict:
         else:
             signature[name] = "i32"
     source = ASTSource(function, signature, constexprs, attributes)
-    compiled = kernels.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-
-    def ask(tool, *flags):
-        path = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-        return subprocess.run([path, *flags, cubin], capture_output=True, text=True, check=True).stdout
-
-    resources = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", ask("cuobjdump", "--dump-resource-usage"))}
-    code = ask("nvdisasm", "-c")
-    opcodes = re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", code, flags=re.MULTILINE)
-    asked = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
-    counts = {op: opcodes.count(op) for op in asked}
-    warps = options.get("num_warps", 4)
-    return resources | counts | {"shared": compiled.metadata.shared, "threads": 32 * warps, "opcodes": len(opcodes)}
+    return kernels.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def check(launch: tuple, arch: int, folder: Path) -> None:
+def instructions(cubin: bytes) -> bytes:
+    """The one section of code of an ELF file of 64 bits."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, start + i * size) for i in range(count)]  # name, .. offset, size
+    names = cubin[sections[names][4] :]
+    (code,) = (s for s in sections if names[s[0] :].startswith(b".text."))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def compile_all(launches: list, folder: Path) -> list[dict]:
+    """Registers, spills, shared memory and instruction counts of every (launch, arch)."""
+
+    def ask(tool, content, *flags):
+        path, file = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, folder / "content"
+        file.write_bytes(content)
+        return subprocess.run([path, *flags, file], capture_output=True, text=True, check=True).stdout
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        kept = list(pool.map(to_cubin, *zip(*launches)))
+    codes, found = [instructions(compiled.asm["cubin"]) for compiled in kept], [None] * len(kept)
+    for arch in {arch for _, arch in launches}:  # the disassembler takes long to start: once for all launches
+        chosen = [i for i, launch in enumerate(launches) if launch[1] == arch]
+        printed = ask("nvdisasm", b"".join(codes[i] for i in chosen), "--binary", f"SM{arch}{'a' * (arch >= 90)}")
+        opcodes = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", printed, flags=re.MULTILINE)
+        assert len(opcodes) * 16 == sum(len(codes[i]) for i in chosen)  # an instruction takes 16 bytes
+        for i in chosen:
+            own, opcodes = opcodes[: len(codes[i]) // 16], opcodes[len(codes[i]) // 16 :]
+            used = re.findall(r"(REG|STACK):(\d+)", ask("cuobjdump", kept[i].asm["cubin"], "--dump-resource-usage"))
+            asked = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
+            found[i] = {name: int(value) for name, value in used} | {op: own.count(op) for op in asked}
+            found[i] |= {"shared": kept[i].metadata.shared, "threads": 32 * kept[i].metadata.num_warps}
+            found[i] |= {"opcodes": len(own)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory) -> dict:
+    """What has become of every launch that the tests chosen look at."""
+    chosen = {}
+    for item in request.session.items:
+        if item.module is request.module and "compiled" in item.fixturenames:
+            case = item.callspec.params["case"]
+            chosen |= {identity(launch, case.arch): (launch, case.arch) for launch in looked_at(case)}
+    return dict(zip(chosen, compile_all(list(chosen.values()), tmp_path_factory.mktemp("cubins"))))
+
+
+def check(launch: tuple, arch: int, found: dict) -> None:
     """No spill, no atomics, registers and shared memory within limits; tensor cores and asynchronous copies in use."""
     function, args, constants = launch
-    found = compile_launch(*launch, arch, folder)
     where = f"{function.__name__} {constants}: {found}"
     assert found["STACK"] == found["LDL"] == found["STL"] == 0, f"spills registers: {where}"
     assert found["ATOM"] == found["ATOMG"] == found["RED"] == found["REDG"] == 0, f"uses atomics: {where}"
@@ -111,27 +187,41 @@ def check(launch: tuple, arch: int, folder: Path) -> None:
         assert found[core] > 0, f"no {core}: {where}"
 
 
-@pytest.mark.parametrize("arch", [90, 80])
-def test_weights_as_linear_layers_keep_them(monkeypatch, tmp_path, arch):
+def check_all(case: Case, compiled: dict) -> list:
+    """The launches that were checked."""
+    launches = looked_at(case)
+    assert launches
+    for launch in launches:
+        check(launch, case.arch, compiled[identity(launch, case.arch)])
+    return launches
+
+
+def with_tiles(case: Case, name: str, constants: dict) -> bool:
+    return name not in ("combine", "tile_map")
+
+
+LINEAR = [Case(arch, torch.bfloat16, 512, True, with_tiles, transposed=True) for arch in (90, 80)]
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_weights_as_linear_layers_keep_them(case, compiled):
     """[out, in], as in checkpoints and in the benchmark, are views here: every launch with the largest tiles."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in record(monkeypatch, arch, torch.bfloat16, 512, glu=True, transposed=True):
-        if launch[0].__name__ not in ("combine", "tile_map"):
-            check(launch, arch, tmp_path)
+    assert len(check_all(case, compiled)) == 6
 
 
-@pytest.mark.parametrize("glu", [True, False])
-@pytest.mark.parametrize("arch", [90, 80])
-@pytest.mark.parametrize(
-    "dtype, rows",  # the columns of the tile table; for fp32, the last two are equal
-    [(torch.bfloat16, 512), (torch.bfloat16, 64), (torch.bfloat16, 32), (torch.float32, 512), (torch.float32, 64)],
-)
-def test_every_row_of_the_tile_table(monkeypatch, tmp_path, arch, dtype, rows, glu):
-    """The up projection and down_bwd with GLU and without, and the gradient of w1."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in record(monkeypatch, arch, dtype, rows, glu):
-        if launch[2].get("TOP_K") or (glu and launch[2].get("A_TOP_K")):
-            check(launch, arch, tmp_path)
+def gathers(case: Case, name: str, constants: dict) -> bool:
+    """The up projection and down_bwd, and with GLU the gradient of w1."""
+    return bool(constants.get("TOP_K") or (case.glu and constants.get("A_TOP_K")))
+
+
+# The columns of the tile table; for fp32, the last two are equal.
+COLUMNS = [(torch.bfloat16, 512), (torch.bfloat16, 64), (torch.bfloat16, 32), (torch.float32, 512), (torch.float32, 64)]
+TABLE = [Case(arch, *column, glu, gathers) for column in COLUMNS for arch in (90, 80) for glu in (True, False)]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_every_row_of_the_tile_table(case, compiled):
+    assert len(check_all(case, compiled)) == (3 if case.glu else 2)
 
 
 def test_fp32_has_two_columns():
@@ -139,43 +229,40 @@ def test_fp32_has_two_columns():
     assert all(row[1] == row[2] for (family, _), row in kernels._TILES.items() if family == "fp32")
 
 
-@pytest.mark.parametrize("arch", [90, 80])
-def test_the_other_launches(monkeypatch, tmp_path, arch):
+def not_in_the_table(case: Case, name: str, constants: dict) -> bool:
+    return name not in ("down_bwd", "expert_mm") or not constants["TOP_K"]
+
+
+OTHERS = [Case(arch, torch.float16, 16, False, not_in_the_table, bias=True, transposed=True) for arch in (90, 80)]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_the_other_launches(case, compiled):
     """Tiles of 16 rows, fp16, biases, weights that are transposed views; combine and tile_map."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = record(monkeypatch, arch, torch.float16, 16, glu=False, bias=True, transposed=True)
-    names = [function.__name__ for function, _, _ in launches]
+    names = [function.__name__ for function, _, _ in record(case)]
     assert (
         names
         == [*"tile_map expert_mm expert_mm combine down_bwd expert_dw expert_dw expert_mm combine".split()]
         + ["expert_dw"] * 2
     )
-    for launch in launches:
-        if launch[0].__name__ not in ("down_bwd", "expert_mm") or not launch[2]["TOP_K"]:
-            check(launch, arch, tmp_path)
+    assert len(check_all(case, compiled)) == len(names) - 2
 
 
-def test_tf32_uses_tensor_cores(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        launches = record(monkeypatch, 80, torch.float32, 512, glu=True)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    for launch in launches:
-        if launch[2].get("TOP_K"):
-            assert launch[2]["PRECISION"] == "tf32"
-            check(launch, 80, tmp_path)
+def multiplies_tokens(case: Case, name: str, constants: dict) -> bool:
+    return bool(constants.get("TOP_K"))
+
+
+@pytest.mark.parametrize("case", [Case(80, torch.float32, 512, True, multiplies_tokens, precision="tf32")], ids=str)
+def test_tf32_uses_tensor_cores(case, compiled):
+    assert [constants["PRECISION"] for _, _, constants in check_all(case, compiled)] == ["tf32"] * 2
 
 
 def test_combine_holds_many_picks_in_registers(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launches = []
     monkeypatch.setattr(kernels, "combine", Recorder(kernels.combine, launches))
     y, index = (torch.empty(64, n, device="meta", dtype=d) for n, d in ((2048, torch.bfloat16), (64, torch.int32)))
     kernels._combine(y, index)
-    check(launches[0], 90, tmp_path)
+    check(launches[0], 90, *compile_all([(launches[0], 90)], tmp_path))
 
 
 def test_widths_and_strides_are_constants():

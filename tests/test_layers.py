@@ -258,11 +258,13 @@ COMPILED = {  # layer: is it one graph? Not where it looks for NaN (on the CPU),
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_is_the_same_step(name):
+def test_compiled_is_the_same_step(name, monkeypatch):
     """Traced, and run without a compiler: that takes seconds a layer, and what it makes is torch's to test."""
     module, x = make(name), inputs(name)
     expected = step(copy.deepcopy(module), x)
     torch.compiler.reset()
+    # A diagnostic that flushes the caches of the processor at every graph: a third of the time.
+    monkeypatch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
     module.compile(backend="eager", fullgraph=COMPILED[name])
     same_step(step(module, x), expected, rtol=1e-4, atol=1e-5)
 

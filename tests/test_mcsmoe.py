@@ -526,12 +526,23 @@ check()
 """
 
 
-def test_the_layers_give_the_same_through_the_triton_kernels():
+@pytest.fixture(scope="module", autouse=True)
+def through_the_kernels(request):
+    """A process that runs beside the tests before the one that waits for it; None if that was not chosen."""
+    process, environment = None, {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    if any(item.name == "test_the_layers_give_the_same_through_the_triton_kernels" for item in request.session.items):
+        command = [sys.executable, "-c", THROUGH_THE_KERNELS]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    yield process
+    if process and process.poll() is None:  # an interrupted session leaves nothing behind
+        process.kill()
+        process.communicate()
+
+
+def test_the_layers_give_the_same_through_the_triton_kernels(through_the_kernels):
     pytest.importorskip("triton", minversion="3.7", reason="older interpreters do not run with NumPy 2.4")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", THROUGH_THE_KERNELS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    errors = through_the_kernels.communicate(timeout=120)[1]
+    assert through_the_kernels.returncode == 0, errors
 
 
 # --- baselines --------------------------------------------------------------------------------------------------
@@ -1024,23 +1035,24 @@ def test_a_plot_that_would_be_empty_is_refused(command_line, tmp_path, flags):
 
 
 def test_a_damaged_model_names_what_to_delete(command_line, tmp_path):
-    done = command_line(mcsmoe, *MCSMOE, "--workers", 1)
+    flags = [*MCSMOE, "--workers", 1, "--arms", "msmoe"]
+    done = command_line(mcsmoe, *flags)
     assert done.returncode == 0, done.stderr
     arms = tmp_path / "runs" / "mcsmoe-small" / "arms"
     (arms / "full-seed0.npz").write_bytes((arms / "full-seed0.npz").read_bytes()[:3000])
     (arms / "msmoe-seed0.json").unlink()
-    done = command_line(mcsmoe, *MCSMOE, "--workers", 1, "--resume")
+    done = command_line(mcsmoe, *flags, "--resume")
     assert done.returncode == 2 and "full-seed0.* and go on with --resume" in done.stderr
     assert done.stderr.count("\n") == 1
     for path in arms.glob("full-seed0.*"):
         path.unlink()
-    assert command_line(mcsmoe, *MCSMOE, "--workers", 1, "--resume").returncode == 0
+    assert command_line(mcsmoe, *flags, "--resume").returncode == 0
 
 
 def test_dry_runs(command_line, tmp_path):
     done = command_line(mcsmoe, *MCSMOE, "--dry-run")
     assert done.returncode == 0 and "parameters" in done.stdout and list(tmp_path.iterdir()) == []
-    done = command_line(mcsmoe, "--full", "--dry-run")
+    done = command_line(mcsmoe, "--full", "--dry-run", "--threads", 1)
     assert done.returncode == 0 and "733 M" in done.stdout and "381 M" in done.stdout
 
 

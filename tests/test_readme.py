@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_python_snippets_run(command_line):
-    assert command_line(adamoe, *ADAMOE, "--pretrain-steps", 1, "--steps", 1, "--workers", 1).returncode == 0
+    flags = [*ADAMOE, "--text", ROOT / "README.md", "--pretrain-steps", 1, "--steps", 1, "--workers", 1]
+    assert command_line(adamoe, *flags).returncode == 0
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert snippets
     for snippet in snippets:

@@ -862,7 +862,7 @@ def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(command_line, tmp_p
 
 def test_dry_run_downloads_nothing(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(smoe.download, "fetch", lambda *_: pytest.fail("downloads"))
-    done = command_line(smoe, "--full", "--dry-run", *SMOE_DROPOUT)
+    done = command_line(smoe, "--full", "--dry-run", *SMOE_DROPOUT, "--threads", 1)
     assert done.returncode == 0 and "36,445,475" in done.stdout and not list(tmp_path.iterdir())
     assert "peak memory of 1/4 of a step" in done.stdout
     work = float(done.stdout.split("training FLOPs")[1].split()[0])

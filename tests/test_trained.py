@@ -8,6 +8,7 @@ import pickle
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
 import adamoe
@@ -48,7 +49,8 @@ def again(module, run, arm, suffix=".pt", **options):
 
 @pytest.mark.parametrize("setting", ["moe", "lora"])
 def test_adamoe(left, setting):
-    run, config, results = left(adamoe, "--setting", setting, "--pretrain-steps", 2, "--steps", 2)
+    few = ["--text", ROOT / "README.md", "--pretrain-steps", 2, "--steps", 2]  # little text to evaluate on
+    run, config, results = left(adamoe, "--setting", setting, *few)
     windows = adamoe.validation_windows(adamoe.downstream_text(config), config, run)
     arms = {"moe": ["base", "top1", "top2", "adamoe"], "lora": ["k1", "k2", "m5k4"]}[setting]
     for arm in arms:

@@ -15,7 +15,7 @@ HOME = (
 MCSMOE = (
     "--num-layers 2 --d-model 16 --d-ff 16 --num-heads 2 --context 64 --batch-size 3 --num-experts 4 --kept 2 "
     "--calibration 16 --rank 2 --c-rank 1 --pretrain-steps 4 --finetune-steps 3 --recover-steps 3 "
-    "--compress-steps 6 --eval-sequences 32"
+    "--compress-steps 6 --eval-sequences 8"
 ).split()
 MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
 SMOE_DROPOUT = (
