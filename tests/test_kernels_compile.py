@@ -5,12 +5,14 @@ run would use, compiled ahead of time for sm_80 and sm_90, and disassembled with
 launches of the tests that were chosen are compiled before the first of them: each distinct one once, on all cores.
 """
 
+import ast
 import functools
 import os
 import re
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,6 +135,16 @@ def instructions(cubin: bytes) -> bytes:
     return cubin[code[4] : code[4] + code[5]]
 
 
+def one_at_a_time(function):
+    lock = threading.Lock()
+
+    def locked(*args, **options):
+        with lock:
+            return function(*args, **options)
+
+    return locked  # Python 3.11's parser counts its depth for all threads together
+
+
 def compile_all(launches: list, folder: Path) -> list[dict]:
     """Registers, spills, shared memory and instruction counts of every (launch, arch)."""
 
@@ -143,6 +155,7 @@ def compile_all(launches: list, folder: Path) -> list[dict]:
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
+        patch.setattr(ast, "parse", one_at_a_time(ast.parse))
         kept = list(pool.map(to_cubin, *zip(*launches)))
     codes, found = [instructions(compiled.asm["cubin"]) for compiled in kept], [None] * len(kept)
     for arch in {arch for _, arch in launches}:  # the disassembler takes long to start: once for all launches
