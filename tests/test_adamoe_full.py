@@ -601,6 +601,7 @@ def test_budget_and_dry_run(checkpoint, command_line, tmp_path):
 
 
 def test_random_weights_alone_and_shared_by_two_processes(fork, command_line, tmp_path):
+    pytest.importorskip("transformers", reason="pip install -r requirements-full.txt")
     two = fork.two("adamoe.py", *RANDOM, "--out", tmp_path / "two", folder=tmp_path)
     assert command_line(adamoe, *RANDOM, "--out", tmp_path / "one").returncode == 0
     report = json.loads((tmp_path / "one" / "results.json").read_text())
