@@ -55,6 +55,12 @@ def data_dir(tmp_path):
     for name, times in (("train-v1.1.json", 8), ("dev-v1.1.json", 3)):
         document = {"data": [{"paragraphs": [{"context": "a gorgeous and long film", "qas": qas * times}]}]}
         (tmp_path / "data" / "squad" / name).write_text(json.dumps(document))
+    (tmp_path / "data" / "hotpotqa").mkdir()
+    context = [["Film", ["It was dull.", " It was long."]], ["Other", ["A gorgeous film."]]]
+    asked = [("the film it was ?", "dull", [["Film", 0]]), ("it was long ?", "yes", [["Film", 1], ["Other", 0]])]
+    asked = [{"question": q, "answer": a, "supporting_facts": f, "context": context} for q, a, f in asked]
+    for name, times in (("hotpot_train_v1.1.json", 8), ("hotpot_dev_distractor_v1.json", 3)):
+        (tmp_path / "data" / "hotpotqa" / name).write_text(json.dumps(asked * times))
     return tmp_path / "data"
 
 
@@ -135,9 +141,10 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
     assert mcsmoe.evaluate(loaded, task, run)["loss"] == arms["mc"][0]["loss"]
 
 
-def test_answers_in_words_are_generated_and_scored(command_line, checkpoint, data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["squad", "hotpotqa"])
+def test_answers_in_words_are_generated_and_scored(command_line, checkpoint, data_dir, tmp_path, monkeypatch, task):
     monkeypatch.setattr(tasks.PromptBatches, "MAX_ANSWER", 4)  # to be quick
-    flags = [*FLAGS, "--task", "squad", "--arms", "mc,redirect+kd", "--model", checkpoint, "--data-dir", data_dir]
+    flags = [*FLAGS, "--task", task, "--arms", "mc,redirect+kd", "--model", checkpoint, "--data-dir", data_dir]
     done = command_line(mcsmoe, *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mcsmoe-full" / "results.json").read_text())
