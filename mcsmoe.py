@@ -53,7 +53,6 @@ Break it yourself: --calibration 1 (statistics of one sequence); --target docs (
 """
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -854,9 +853,6 @@ def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: 
     return {f"stable_rank_{m}": [float(stable_rank(getattr(e, m)).mean()) for e in pair] for m in ("w1", "w2")}
 
 
-corpus = functools.cache(text_data.load_domain)  # read once in a process, whatever the number of arms
-
-
 def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.TransformerLM:
     """The small model; balance > 0 also makes its routers trainable."""
     generator = torch.Generator().manual_seed(seed)
@@ -881,7 +877,7 @@ def make_task(config: Config, run: Run, seed: int, stage: int) -> Task:
 
 
 def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    text = corpus(config.target)
+    text = text_data.load_domain(config.target)
     stream = lambda step: torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
     sample = lambda num, step: text_data.sample_windows(text.train, num, config.context + 1, stream(step))
     validation = text_data.all_windows(text.val, config.context)[: config.eval_sequences or None]
@@ -1034,7 +1030,7 @@ def load_trained(path: str | Path) -> nn.Module:
 
 def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
     """The small model on all domains at once, routers trained with the balance loss."""
-    corpora = [corpus(name) for name in text_data.DOMAINS]
+    corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
     model = run.prepare(byte_lm(config, seed, config.balance))
 
     def batches(step: int) -> Tensor:
@@ -1448,7 +1444,7 @@ def arms_of(config: Config, run: Run) -> list[list[str]]:
 
 
 def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
-    corpora = [corpus(name) for name in text_data.DOMAINS]
+    corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
     if config.target not in text_data.DOMAINS:
         raise ValueError(f"target is {config.target!r}; allowed: {', '.join(text_data.DOMAINS)}")
     if config.batch_size < len(corpora):

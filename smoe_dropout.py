@@ -57,7 +57,6 @@ Break it yourself: --k-min 8 (no growing k: dearer, no better); --k-min 1 (slimm
 `SMoEDropout.forward` detach router_logits (the gradient through the gate is lost).
 """
 
-import functools
 import json
 import random
 from collections import Counter
@@ -454,9 +453,6 @@ def build(config: Config, arm: Arm, seed: int) -> common.TransformerLM:
     return common.TransformerLM(*shape, make_ffn, **causal, **options)
 
 
-domain = functools.cache(text_data.load_domain)  # read once in a process, whatever the number of arms
-
-
 def load_corpus(config: Config, data_dir: Path, enwik8: bool) -> text_data.Corpus:
     """Training text; as `val` the second half of the held-out text, or the first, which only --tune sees."""
     if enwik8 and not config.text:
@@ -465,7 +461,7 @@ def load_corpus(config: Config, data_dir: Path, enwik8: bool) -> text_data.Corpu
         parts = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).split([90_000_000, 10_000_000])
         corpus = text_data.Corpus("enwik8", *parts, digest=checksum[:16], num_documents=1)
     else:
-        corpus = text_data.load_text(config.text) if config.text else domain("python")
+        corpus = text_data.load_text(config.text) if config.text else text_data.load_domain("python")
     if config.drop_newlines:
         corpus = corpus._replace(train=corpus.train[corpus.train != 10], val=corpus.val[corpus.val != 10])
     return corpus._replace(val=corpus.val.tensor_split(2)[0 if config.tune else 1])

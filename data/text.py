@@ -84,6 +84,7 @@ def _headers() -> tuple[list[Document], str]:
 DOMAINS = {"python": _python, "docs": _docs, "headers": _headers}
 
 
+@functools.cache  # read once in a process, whatever the number of arms
 def load_domain(name: str, val_share: float = 0.1) -> Corpus:
     """One of DOMAINS, split by document. Raises ValueError for an unknown or empty domain."""
     if name not in DOMAINS:
