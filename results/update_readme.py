@@ -122,15 +122,15 @@ def kernels_table() -> str:
 
 
 def updated(page: str) -> str:
+    tables = {"papers": papers_table, "numbers": numbers_table, "speed": speed_table, "kernels": kernels_table}
+
     def table(match: re.Match) -> str:
         kind, _, method = match[2].partition(": ")
-        tables = {"papers": papers_table, "numbers": numbers_table, "speed": speed_table, "kernels": kernels_table}
         made = claims_table(method) if method else tables[kind]()
         return f"{match[1]}\n{made}\n{match[4]}"
 
-    return re.sub(
-        r"(<!-- (papers|numbers|speed|kernels|claims: \w+) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL
-    )
+    kinds = "|".join([*tables, r"claims: \w+"])
+    return re.sub(rf"(<!-- ({kinds}) -->)\n(.*?)(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

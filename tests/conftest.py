@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu" and os.environ.get("TRITON_INTERPRET") != "0":
         # all other tests are about the CPU, where numbers repeat bit for bit
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
     os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
 
@@ -59,11 +59,21 @@ def fork():
     server.end()
 
 
+@contextmanager
+def same_handlers():
+    """common.run sets the handlers of Ctrl-C and SIGTERM, which are those of the tests afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def command_line(tmp_path, monkeypatch, capsys):
     """command_line(module, "--steps", 3): the same in this process, which saves the seconds of importing torch."""
     monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(module, *flags):
         full = getattr(module, "FULL", None)
@@ -72,6 +82,5 @@ def command_line(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err)
 
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with same_handlers():
+        yield run

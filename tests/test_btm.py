@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import same_handlers
 from forked import ended, finished, wait_until
 from tiny import BTM
 
@@ -863,10 +864,9 @@ def test_script_end_to_end_with_every_arm(act, tmp_path):
 def plain_forest(tmp_path_factory):
     """The forest of a plain run, and the flags that made it."""
     folder = tmp_path_factory.mktemp("plain")
-    before, flags = signal.getsignal(signal.SIGTERM), [*BTM, "--workers", "1", "--out", str(folder)]
-    with pytest.raises(SystemExit) as stop:
+    flags = [*BTM, "--workers", "1", "--out", str(folder)]
+    with same_handlers(), pytest.raises(SystemExit) as stop:
         common.run(btm.main, btm.SMALL, btm.FULL, btm.CLAIMS, flags, actions=btm.ACTIONS)
-    signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 0
     return folder / "forest-seed0"
 
@@ -931,7 +931,6 @@ def act(tmp_path, monkeypatch, capsys):
     """act("--stage", "eval", ...): a command of the script, in this process and in an empty folder."""
     monkeypatch.chdir(tmp_path)
     btm.load_domain.cache_clear()  # --data-dir D is another folder in every test
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*flags):
         capsys.readouterr()
@@ -940,8 +939,8 @@ def act(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(flags, stop.value.code, out, err)
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    with same_handlers():
+        yield run
 
 
 def test_evaluation_of_a_forest_leaves_out_refuses_and_goes_on(act, plain_forest, tmp_path):

@@ -18,6 +18,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import toy
+from conftest import same_handlers
 from forked import ended, finished, wait_until
 from torch import nn
 
@@ -550,8 +551,7 @@ def test_a_scripts_own_actions_take_the_place_of_a_run(tmp_path, monkeypatch, ca
             common.run(main, toy.SMALL, claims=toy.CLAIMS, argv=flags, actions=actions)
         return stop.value.code, capsys.readouterr().err
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with same_handlers():
         assert act("--say", "hello", "--twice") == (0, "") and seen == [{"say": "hello", "twice": True}]
         assert act("--say", "hello", "--resume")[0] == 0 and not (tmp_path / "runs" / "toy-small" / "run.json").exists()
         code, said = act()
@@ -564,9 +564,6 @@ def test_a_scripts_own_actions_take_the_place_of_a_run(tmp_path, monkeypatch, ca
 
         code, said = act("--say", "hello", doing=interrupted)
         assert code == 130 and said.rstrip().endswith("--say hello --resume")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -30,7 +31,7 @@ import tiny
 import torch
 import toy
 from conftest import ROOT
-from forked import ended
+from forked import ended, wait_until
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
@@ -302,8 +303,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.skipif(os.name == "nt", reason="Windows starts processes in another way")
 def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
     """The terminal sends it to all processes of the run, here at the moment when the first worker begins."""
-    import subprocess
-
     command = [sys.executable, "-c", CTRL_C_AT_A_WORKERS_START, ROOT / TOY, "--workers", "2", "--out", "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.run(command, cwd=tmp_path, **pipes)
@@ -317,17 +316,12 @@ def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
 def test_signals_that_come_in_a_volley_end_a_run_in_order(fork, tmp_path, number):
     """`timeout` sends two; a second one used to cut the farewell to the workers short, and the run hung."""
     process = fork(TOY, "--workers", "2", "--steps", "400", "--pause", "0.02", "--out", "cut", folder=tmp_path)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("cut/arms/*.jsonl"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == 2, process)
     for _ in range(40):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
         time.sleep(0.002)
-    try:
-        assert ended(process, within=20) == 128 + number, (tmp_path / "err").read_text()
-    finally:
-        process.kill()
+    assert ended(process, within=20) == 128 + number, (tmp_path / "err").read_text()
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said and said.count("--resume") == 1 and list(tmp_path.glob("cut/arms/*.ckpt"))
 
