@@ -71,9 +71,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
+import bridge as common
 import kernels
-from common import Claim, Run
+from bridge import Claim, Run
 from data import pretrained
 from data import tasks as task_data
 from data import text as text_data

@@ -77,8 +77,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
-from common import Claim, Run, say
+import bridge as common
+from bridge import Claim, Run, say
 from data import text as text_data
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,37 +1,38 @@
-"""What the seven scripts share: files, a small transformer, one training loop, claims, and the command line.
+"""What the seven scripts share: settings, files, a transformer, one training loop, claims, runs.
 
-    files        save / load (checkpoints), save_arrays / load_arrays (arrays to exchange): atomic, nothing executed
-    model        TransformerLM, whose feed-forward is any module a script passes in
-    training     train: one loop with schedules, accumulation, checkpoints, resume, and a stop at the first NaN
-    accounting   count_parameters, count_flops: read from the module and from the operators that ran
-    claims       Claim, verdict: what the paper says, what this run measured, holds or not
-    pictures     lines, bars, heatmap: panels for `run.plot`
-    command line run(main, SMALL, FULL, CLAIMS): flags from a dataclass, arms in worker processes, results.json
-    afterwards   load_trained: the model of an arm, from the weights a run left; each script has its own on top
+    settings     Settings: the base of every Config; the type of a field says what it allows
+    files        save / load, read_json / write_json: atomic, and loading never executes anything
+    model        TransformerLM, whose feed-forward is any module a script passes in; generate
+    training     train: one loop with schedules, accumulation, checkpoints, resume, a stop at NaN
+    accounting   count_parameters, count_flops: read from the module and the operators that ran
+    claims       @claim, @check: a sentence above the function that measures it; Results, Margin
+    a run        Run: what main gets; Job: an arm with a seed; load_trained gives its model back
+    command line run(main, SMALL, FULL): flags from the Config, a process a job, results.json
 
-A script's `main(config, run)` gets a `Run`: device, dtype, seeds, `map_arms`, `table`, `claim`, `plot`. An *arm* is
-one trained variant with one seed; `run.map_arms(train_arm, jobs)` trains arms in parallel and keeps each one's result
-in its own file, which is all that `--resume` needs.
+An *arm* is one trained variant. Its name is a method and the settings it changes: "dhkd" or
+"dhkd@lr=0.5,alpha=0.1". `run.train_arms(train_arm, arms)` trains every arm with every seed, each in
+a process of its own, each result in a file of its own, which is all that `--resume` needs.
 """
 
 import argparse
 import dataclasses
 import difflib
 import errno
-import glob
 import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import platform
 import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -41,13 +42,11 @@ import traceback
 import types
 import typing
 import zipfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -71,18 +70,183 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite: one line, exit code 1."""
 
 
+class JobFailed(RuntimeError):
+    """A job's process was killed, or ended in a traceback of its own: one line, exit code 1."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as sent by job schedulers; treated like Ctrl-C."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+class Planned(Exception):
+    """--dry-run has printed what the run would take; there is nothing else to do."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings: the type of a field says what it allows
+# --------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """For Annotated: least <= value < below; with `open` least < value < below."""
+
+    least: float
+    below: float = math.inf
+    open: bool = False
+
+    def allows(self, value: float) -> bool:
+        above = value > self.least if self.open else value >= self.least
+        return above and value < self.below
+
+    def __str__(self) -> str:
+        text = f"above {self.least:g}" if self.open else f"at least {self.least:g}"
+        return text if self.below == math.inf else f"{text} and below {self.below:g}"
+
+
+class Only:
+    """For Annotated: the flag works only where all of this holds, as in Only(scale="full")."""
+
+    def __init__(self, **where: str):
+        self.where = where
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, open=True)]
+
+
+class Settings:
+    """Base of a script's Config, a frozen dataclass. Raises ValueError for a value not allowed.
+
+    A field is typed int, float, str, bool, Literal["a", "b"], one of the types above,
+    tuple[any of these, ...], or any of these | None. A rule over several fields goes into the
+    Config's own __post_init__, after super().__post_init__().
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types(type(self)).items():
+            reason = why_not(kind, getattr(self, name))
+            if reason:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {reason}")
+
+
+def field_types(config_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_type, include_extras=True)
+
+
+def is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def why_not(kind: Any, value: object) -> str:
+    """Why the type of a field does not allow this value; empty when it does."""
+    inside, origin = typing.get_args(kind), typing.get_origin(kind)
+    if is_optional(kind):
+        return "" if value is None else why_not(inside[0], value)
+    if origin is Literal:
+        return "" if value in inside else f"allowed: {', '.join(map(str, inside))}"
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "a tuple is needed"
+        reasons = [why_not(inside[0], item) for item in value]
+        return next(filter(None, reasons), "")
+    if origin is Annotated:
+        reason = why_not(inside[0], value)
+        for limit in inside[1:]:
+            if not reason and isinstance(limit, Range) and not limit.allows(value):
+                reason = f"it must be {limit}"
+        return reason
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if is_number and math.isfinite(value) else "a finite number is needed"
+    if kind is int:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return "" if is_whole else "a whole number is needed"
+    return "" if isinstance(value, kind) else f"a {kind.__name__} is needed"
+
+
+def read_value(kind: Any, text: str) -> object:
+    """What someone typed, as the type of a field wants it. Raises ValueError."""
+    inside, origin = typing.get_args(kind), typing.get_origin(kind)
+    if is_optional(kind):
+        return None if text.lower() == "none" else read_value(inside[0], text)
+    if origin is Annotated:
+        return read_value(inside[0], text)
+    if origin is tuple:
+        words = [] if text == "empty" else text.split(",")
+        return tuple(read_value(inside[0], word) for word in words)
+    if origin is Literal or kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("allowed: true, false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"a {'whole ' if kind is int else ''}number is needed") from None
+
+
+def as_typed(value: object) -> str:
+    """A value as one would type it after its flag."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(as_typed, value)) or "empty"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def field_comments(config_type: type) -> dict[str, str]:
+    """The trailing comment of every field, so that help and source cannot disagree."""
+    comments = {}
+    source = io.StringIO(inspect.getsource(config_type))
+    for token in tokenize.generate_tokens(source.readline):
+        name = re.match(r"\s*(\w+)\s*:", token.line)
+        if token.type == tokenize.COMMENT and name:
+            comments[name.group(1)] = token.string.lstrip("# ")
+    return comments
+
+
+def arm_config(config: Any, arm: str) -> Any:
+    """The settings of an arm "method@field=value,field=value". Raises UsageError."""
+    types_of, changes = field_types(type(config)), {}
+    for change in filter(None, arm.partition("@")[2].split(",")):
+        name, _, text = change.partition("=")
+        if name not in types_of:
+            near = difflib.get_close_matches(name, types_of, n=1, cutoff=0)
+            raise UsageError(f"arm {arm}: there is no setting {name!r}; the nearest is {near[0]!r}")
+        try:
+            changes[name] = read_value(types_of[name], text)
+        except ValueError as error:
+            raise UsageError(f"arm {arm}: {name} is {text!r}; {error}") from error
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise UsageError(f"arm {arm}: {error}") from error
+
+
+def split_arms(text: str) -> list[str]:
+    """ "ce,dhkd@lr=0.5,alpha=0.1,kd" -> ["ce", "dhkd@lr=0.5,alpha=0.1", "kd"]."""
+    arms: list[str] = []
+    for word in filter(None, text.split(",")):
+        continues = "=" in word and "@" not in word
+        if continues and arms and "@" in arms[-1]:
+            arms[-1] += f",{word}"
+        else:
+            arms.append(word)
+    return arms
+
+
+# --------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb"):
-    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of it."""
+    """Write beside `path`, then rename: a reader finds the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -100,24 +264,31 @@ def atomic_file(path: str | Path, mode: str = "wb"):
         temporary.unlink(missing_ok=True)
 
 
+def regular_file(path: str | Path) -> Path:
+    """The path of an ordinary file. A FIFO or a device would be waited for, perhaps for ever."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UsageError(f"{path} is not a regular file")
+    return path
+
+
 def write_json(path: str | Path, content: object) -> None:
     with atomic_file(path, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
 
 
-# What the files of a run hold.
-KINDS = {"identity": dict, "result": dict, "sha256": dict, "wall_seconds": (int, float)}
-
-
-def read_json(path: str | Path, *keys: str) -> dict:
-    """An object with at least these keys. Raises UsageError when the file is damaged."""
+def read_json(path: str | Path, **wanted: type | tuple) -> dict:
+    """An object with at least these keys, of these types. Raises UsageError when damaged."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(regular_file(path).read_text())
         if not isinstance(content, dict):
             raise ValueError("not an object")
-        if missing := [key for key in keys if not isinstance(content.get(key), KINDS.get(key, object))]:
-            raise ValueError(f"no {', '.join(missing)}")
+        for key, kind in wanted.items():
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"no {key}")
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}); start anew with --overwrite") from error
     return content
@@ -128,86 +299,41 @@ def save(path: str | Path, state: object) -> None:
     with atomic_file(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # on a full disk torch also fails to close the file, and says only that
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # on a full disk torch fails to close the file, and says so
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
 
 
 def load(path: str | Path, map_location: object = "cpu") -> Any:
-    """Read what `save` wrote; never executes anything. Raises UsageError when the file is damaged or hostile."""
+    """Read what `save` wrote; never executes anything. Raises UsageError: damaged or hostile."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compares no checksums, and would unpack to any size
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()) or archive.testzip():
+        with zipfile.ZipFile(regular_file(path)) as archive:  # torch compares no checksums
+            compressed = any(info.compress_type for info in archive.infolist())
+            if compressed or archive.testzip():
                 raise ValueError("its checksums are wrong, or its members compressed")
         return torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, UsageError):
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged file can fail in any way
         reason = str(error).split("\n", 1)[0][:160]
-        raise UsageError(f"{path} is not a readable checkpoint ({reason}); {_afresh(path)}") from error
+        raise UsageError(f"{path} is not a readable file of tensors ({reason})") from error
 
 
-def _afresh(path: str | Path) -> str:
-    return f"delete {Path(path).with_suffix('.*')} and go on with --resume"
-
-
-def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
-    """Arrays to hand to other people: an uncompressed .npz without pickle. Returns its SHA-256 (hex).
-
-    `meta` is any JSON. bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite
-    array or a reserved name.
-    """
-    stored, dtypes = {}, {}
-    for name, array in arrays.items():
-        if name in ("__meta__", "file", "allow_pickle"):  # the last two are arguments of np.savez
-            raise ValueError(f"{name!r} is a reserved array name")
-        tensor = torch.as_tensor(array).detach().cpu().contiguous()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"array {name!r} holds NaN or infinity; nothing was written")
-        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        stored[name] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    header = json.dumps({"dtypes": dtypes, "meta": meta or {}}).encode()
-    with atomic_file(path) as file:
-        np.savez(file, **stored, __meta__=np.frombuffer(header, dtype=np.uint8))
-    return sha256(path)
-
-
-def load_arrays(
-    path: str | Path, expected: dict[str, tuple[Sequence[int], str]] | None = None, digest: str | None = None
-) -> tuple[dict[str, Tensor], dict]:
-    """Read what `save_arrays` wrote, trusting nothing: (arrays, meta).
-
-    `expected` maps every name to (shape, dtype) and must match exactly; `digest` is the SHA-256 the file must have.
-    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members (which could
-    unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
-    """
-    path = Path(path)
-    if digest is not None and sha256(path) != digest:
-        raise ValueError(f"{path}: the SHA-256 is not the recorded one; the file is damaged or was changed")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("compressed members are refused")
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {name: archive[name] for name in archive.files}
-        header = json.loads(stored.pop("__meta__").tobytes())
-        dtypes, meta = header["dtypes"], header["meta"]
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in stored.items()}
-        for name, tensor in arrays.items():
-            arrays[name] = tensor.view(torch.bfloat16) if dtypes[name] == "bfloat16" else tensor
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged zip can fail in any way
-        raise ValueError(f"{path} is not a readable array file: {error}") from error
-    if expected is not None and set(arrays) != set(expected):
-        odd = sorted(set(arrays) ^ set(expected))
-        raise ValueError(f"{path}: missing or unexpected arrays: {', '.join(odd[:5])}")
-    for name, tensor in arrays.items():
-        found = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if expected is not None and found != (tuple(expected[name][0]), expected[name][1]):
-            raise ValueError(f"{path}: {name} is {found[1]} {list(found[0])}; {expected[name]} is needed")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity")
-    return arrays, meta
+def load_state(model: nn.Module, state: object, source: str | Path) -> None:
+    """model.load_state_dict, but one line that names the first thing that does not fit."""
+    wanted = model.state_dict()
+    if not isinstance(state, dict):
+        raise UsageError(f"{source} holds a {type(state).__name__}, not a dict of tensors")
+    for name in [*state, *wanted]:
+        if name not in wanted:
+            near = difflib.get_close_matches(str(name), wanted, n=1, cutoff=0)
+            raise UsageError(f"{source}: there is no weight {name!r} here; is it {near[0]!r}?")
+        if name not in state:
+            raise UsageError(f"{source}: the weight {name!r} is missing")
+        if not isinstance(state[name], Tensor) or state[name].shape != wanted[name].shape:
+            shape = list(getattr(state[name], "shape", []))
+            raise UsageError(f"{source}: {name} is {shape}; {list(wanted[name].shape)} is needed")
+    model.load_state_dict(state)
 
 
 def sha256(path: str | Path) -> str:
@@ -215,9 +341,9 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A small transformer
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -225,19 +351,17 @@ class Attention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, causal: bool, rope: bool):
         super().__init__()
-        if d_model % num_heads or (rope and d_model // num_heads % 2):
-            raise ValueError(
-                f"d_model is {d_model}, num_heads {num_heads}; the head width must be whole (even with rope)"
-            )
+        if num_heads < 1 or d_model % num_heads or (rope and d_model // num_heads % 2):
+            sizes = f"d_model is {d_model}, num_heads {num_heads}"
+            raise ValueError(f"{sizes}; the head width must be whole (even with rope)")
         self.num_heads, self.causal, self.rope = num_heads, causal, rope
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, d_model = x.shape
-        q, k, v = (
-            self.qkv(x).view(batch, time, 3, self.num_heads, d_model // self.num_heads).permute(2, 0, 3, 1, 4)
-        )  # [batch, heads, time, head]
+        qkv = self.qkv(x).view(batch, time, 3, self.num_heads, d_model // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, head]
         if self.rope:
             q, k = rotate(q), rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -245,19 +369,22 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape, in x.dtype; angles in fp32, or as x."""
-    (time, head), dtype = x.shape[-2:], torch.promote_types(x.dtype, torch.float32)
+    """Rotary positions (Su et al. 2021). x [..., time, head] -> the same shape and dtype."""
+    time, head = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)  # angles need it
     frequency = 10000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=dtype) / head)
-    angle = torch.arange(time, device=x.device, dtype=dtype)[:, None] * frequency  # [time, head / 2]
+    position = torch.arange(time, device=x.device, dtype=dtype)
+    angle = position[:, None] * frequency  # [time, head / 2]
     cos, sin = angle.cos(), angle.sin()
     first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, d_model: int, num_heads: int, ffn: nn.Module, norm: type[nn.Module], causal: bool, rope: bool):
+    def __init__(self, norm: type, attention: Attention, ffn: nn.Module, d_model: int):
         super().__init__()
-        self.norm1, self.attention = norm(d_model), Attention(d_model, num_heads, causal, rope)
+        self.norm1, self.attention = norm(d_model), attention
         self.norm2, self.ffn = norm(d_model), ffn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,13 +393,14 @@ class Block(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """Pre-norm transformer language model. tokens [batch, time] int64 -> logits [batch, time, vocab_size].
+    """Pre-norm language model. tokens [batch, time] int64 -> logits [batch, time, vocab_size].
 
-    make_ffn(layer_index) gives each layer's feed-forward: any module [.., d_model] -> [.., d_model]. One that routes
-    leaves its auxiliary loss in its `aux_loss` attribute at every forward; `aux_loss()` collects it. `conv` > 0 adds
-    a causal convolution of that width, with a residual, right after the embedding: bytes are cheap to spell with
-    neighbours, and the model reads words sooner. `init` is the standard deviation of the weights this class owns.
-    Raises ValueError for an unknown norm or positions, or a sequence longer than context with learned positions.
+    make_ffn(layer) gives each layer's feed-forward: any module [.., d_model] -> [.., d_model]. One
+    that routes leaves its auxiliary loss in its `aux_loss`; the method `aux_loss` collects them.
+    `conv` > 0 adds a causal convolution of that width, with a residual, right after the embedding:
+    bytes are cheap to spell with neighbours, and the model reads words sooner. `init` is the
+    standard deviation of the weights this class owns.
+    Raises ValueError: unknown norm or positions, a sequence longer than the learned positions.
     """
 
     def __init__(
@@ -292,21 +420,25 @@ class TransformerLM(nn.Module):
     ):
         super().__init__()
         if norm not in ("layer", "rms") or positions not in ("learned", "rope"):
-            raise ValueError(f"norm is {norm!r}, positions {positions!r}; allowed: layer or rms, learned or rope")
+            given = f"norm is {norm!r}, positions {positions!r}"
+            raise ValueError(f"{given}; allowed: layer or rms, learned or rope")
         norm_type = nn.LayerNorm if norm == "layer" else nn.RMSNorm
         self.context, self.causal, self.conv_width = context, causal, conv
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.conv = nn.Conv1d(d_model, d_model, conv, bias=False) if conv else None
-        blocks = [
-            Block(d_model, num_heads, make_ffn(i), norm_type, causal, positions == "rope") for i in range(num_layers)
-        ]
+        blocks = []
+        for layer in range(num_layers):
+            ffn = make_ffn(layer)
+            attention = Attention(d_model, num_heads, causal, positions == "rope")
+            blocks.append(Block(norm_type, attention, ffn, d_model))
         self.blocks, self.norm = nn.ModuleList(blocks), norm_type(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if ".ffn." not in name and parameter.dim() > 1:
-                scale = init / math.sqrt(2 * num_layers) if name.endswith("attention.out.weight") else init
-                nn.init.normal_(parameter, std=scale, generator=generator)
+                residual = name.endswith("attention.out.weight")
+                std = init / math.sqrt(2 * num_layers) if residual else init
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         time = tokens.shape[1]
@@ -316,16 +448,19 @@ class TransformerLM(nn.Module):
                 raise ValueError(f"the sequence has {time} tokens; context is {self.context}")
             x = x + self.position.weight[:time]
         if self.conv is not None:
-            left, both = (self.conv_width - 1, 0), (self.conv_width // 2, (self.conv_width - 1) // 2)
-            x = x + self.conv(F.pad(x.transpose(1, 2), left if self.causal else both)).transpose(1, 2)
+            left = self.conv_width - 1 if self.causal else self.conv_width // 2
+            padded = F.pad(x.transpose(1, 2), (left, self.conv_width - 1 - left))
+            x = x + self.conv(padded).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
 
     def aux_loss(self) -> Tensor:
-        """Mean auxiliary loss over the layers that left one, and forget it: kept, it would keep the graph alive."""
-        losses = [ffn.aux_loss for ffn in self.ffns() if getattr(ffn, "aux_loss", None) is not None]
+        """Mean over the layers that left one, and forget it: else it would keep the graph alive."""
+        losses = []
         for ffn in self.ffns():
+            if getattr(ffn, "aux_loss", None) is not None:
+                losses.append(ffn.aux_loss)
             ffn.aux_loss = None
         return torch.stack(losses).mean() if losses else self.head.weight.new_zeros(())
 
@@ -334,29 +469,74 @@ class TransformerLM(nn.Module):
 
 
 def lm_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Next-token loss of every position. windows [batch, context + 1] int64 -> [batch, context] fp32, in nats."""
-    logits = model(windows[:, :-1]).float()
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view_as(windows[:, 1:])
+    """Next-token loss. windows [batch, context + 1] int64 -> [batch, context] fp32, in nats."""
+    logits, target = model(windows[:, :-1]).float(), windows[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    return loss.view_as(target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,
+    count: int,
+    context: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample `count` more tokens. prompt [time] int64, at least one token -> [time + count].
+
+    model: tokens [1, time] -> logits [1, time, vocab_size]; it sees the last `context` tokens.
+    temperature 0 takes the likeliest token. The same generator gives the same text.
+    """
+    if prompt.dim() != 1 or len(prompt) == 0:
+        raise ValueError(
+            f"prompt is {list(prompt.shape)}; one sequence of a token or more is needed"
+        )
+    was_training = model.training
+    model.eval()
+    tokens = prompt
+    for _ in range(count):
+        logits = model(tokens[None, -context:])[0, -1].float()  # [vocab_size]
+        if temperature == 0:
+            token = logits.argmax(keepdim=True)
+        else:
+            probs = (logits / temperature).softmax(-1).cpu()  # a CPU generator serves any device
+            token = torch.multinomial(probs, 1, generator=generator).to(tokens.device)
+        tokens = torch.cat([tokens, token])
+    model.train(was_training)
+    return tokens
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.95)):
-    """AdamW over what requires a gradient; biases (names that begin with b) and vectors are not decayed."""
+def adamw(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient. Biases (named b...) and vectors do not decay."""
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
+        is_bias = parameter.dim() < 2 or name.rsplit(".", 1)[-1].startswith("b")
         if parameter.requires_grad:
-            is_bias = parameter.dim() < 2 or name.rsplit(".", 1)[-1].startswith("b")
             (kept if is_bias else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+    groups = []
+    for parameters, decay in ((decayed, weight_decay), (kept, 0.0)):
+        if parameters:
+            groups.append({"params": parameters, "weight_decay": decay})
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
-def cosine(steps: int, warmup: int = 0, final: float = 0.1) -> Callable[[int], float]:
-    """Learning-rate factor by step: linear warm-up to 1, then a half cosine down to `final` at the last step."""
+Schedule = Callable[[int], float]  # step -> factor on the learning rate
+
+
+def cosine(steps: int, warmup: int = 0, final: float = 0.1) -> Schedule:
+    """Linear warm-up to 1, then a half cosine down to `final` at the last step."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -367,18 +547,24 @@ def cosine(steps: int, warmup: int = 0, final: float = 0.1) -> Callable[[int], f
     return factor
 
 
-def linear(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[int], float]:
-    """Learning-rate factor by step: linear warm-up to 1, then a straight line down to `final` at the last step."""
-    return lambda step: (
-        (step + 1) / warmup
-        if step < warmup
-        else 1 - (1 - final) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
-    )
+def linear(steps: int, warmup: int = 0, final: float = 0.0) -> Schedule:
+    """Linear warm-up to 1, then a straight line down to `final` at the last step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+
+    return factor
 
 
-def milestones(steps: Sequence[int], gamma: float = 0.1) -> Callable[[int], float]:
-    """Learning-rate factor by step: times gamma from each of the given steps on."""
-    return lambda step: gamma ** sum(step >= milestone for milestone in steps)
+def milestones(steps: Sequence[int], gamma: float = 0.1) -> Schedule:
+    """Times gamma from each of the given steps on."""
+
+    def factor(step: int) -> float:
+        return gamma ** sum(step >= milestone for milestone in steps)
+
+    return factor
 
 
 def processes() -> tuple[int, int]:
@@ -387,25 +573,75 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
-def _barrier() -> None:
+def barrier() -> None:
     if processes()[1] > 1:
         dist.barrier()
 
 
 @contextmanager
 def deferred_signals():
-    """Inside, Ctrl-C and SIGTERM only leave a note, so that a step and its checkpoint are never cut in two."""
+    """Inside, Ctrl-C and SIGTERM only leave a note, so that a step and its checkpoint stay whole.
+
+    At the end the first one noted is sent again. One that is ignored, as under nohup, stays so.
+    """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only that may set handlers
         yield received
         return
-    names = (signal.SIGINT, signal.SIGTERM)
-    previous = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in names}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
     finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
+
+
+class MetricsLog:
+    """A JSON line a step. Losses wait on the device and come to the host together."""
+
+    def __init__(self, path: Path | None, label: str, last: dict):
+        self.path, self.label, self.last = path, label, last
+        self.waiting: list[tuple[int, Tensor, dict]] = []
+
+    def flush(self) -> None:
+        """Raises NonFiniteLoss."""
+        lines = []
+        for step, loss, values in self.waiting:
+            self.last.update(step=step, loss=float(loss))
+            self.last.update({name: float(value) for name, value in values.items()})
+            if not math.isfinite(self.last["loss"]):
+                raise NonFiniteLoss(f"the loss is {self.last['loss']} at step {step}")
+            lines.append(json.dumps({"arm": self.label, **self.last}) + "\n")
+        self.waiting.clear()
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.writelines(lines)
+
+    def forget(self, first_step: int, start_step: int) -> None:
+        """Drop the lines of steps that run again, and a torn last one. Raises UsageError."""
+        if self.path is None or not self.path.exists():
+            return
+        kept, steps = [], []
+        try:
+            for line in self.path.read_text().splitlines(True):
+                if line.endswith("}\n") and json.loads(line)["step"] < start_step:
+                    kept.append(line)
+                    steps.append(json.loads(line)["step"])
+            if steps != list(range(min([first_step, *steps]), start_step)):
+                raise ValueError("steps are missing")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UsageError(f"{self.path} is damaged ({error}); {afresh(self.path)}") from error
+        with atomic_file(self.path, "w") as file:
+            file.writelines(kept)
+
+
+def afresh(path: Path) -> str:
+    return f"delete {path.with_suffix('.*')} and go on with --resume"
 
 
 def train(
@@ -418,211 +654,208 @@ def train(
     stop_step: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 1e-3,
-    schedule: Callable[[int], float] | None = None,
+    schedule: Schedule | None = None,
     clip: float | None = 1.0,
     accumulate: int = 1,
     dtype: torch.dtype = torch.float32,
     backward: Callable[[Any], None] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], dict | None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     metrics: Path | None = None,
     label: str = "train",
     log_every: int = 10,
 ) -> dict[str, float]:
-    """Train `model` in place from start_step up to stop_step (default: steps); returns the last logged metrics.
+    """Train `model` in place, from start_step up to stop_step (default: steps); the last metrics.
 
-    batches(step)        the batch of a step, a function of the step alone: that is what makes a resumed run exact
+    batches(step)        the batch of a step, a function of the step alone: resuming is exact
     loss_fn(batch, step) (loss, {metric: value}); values may be 0-dim tensors
     optimizer            default adamw(model, lr); handed on between calls it keeps its state
     schedule             factor on the learning rate by step; default cosine(steps)
-    accumulate           the batch is cut into that many parts along dim 0, gradients averaged by size
+    accumulate           the batch is cut into that many parts, gradients averaged by size
     backward(loss)       replaces loss.backward(); loss is then whatever loss_fn returned
-    on_step(step)        after each optimizer step
-    checkpoint           file to write every checkpoint_seconds and on an interrupt, and to continue from if it exists
+    on_step(step)        after each optimizer step; a dict that it returns is logged, too
+    checkpoint           written every checkpoint_seconds and if interrupted; if there, continued
     metrics              file that gets a JSON line per step
 
-    Under torchrun every process takes its part of each batch, and gradients are summed: the same training as alone,
-    but for rounding. Only the first process writes files.
+    Under torchrun every process takes its part of each batch, and gradients are summed: the same
+    training as alone, but for rounding. Only the first process writes files.
 
-    Raises NonFiniteLoss at the first NaN or infinite loss, KeyboardInterrupt after saving when interrupted.
+    Raises NonFiniteLoss at the first NaN or infinite loss; interrupted, it saves and then obeys.
     """
     rank, world_size = processes()
     if backward is not None and world_size > 1:
-        raise UsageError("this training has its own backward pass and runs in one process; start it without torchrun")
+        raise UsageError("this training has its own backward pass; start it without torchrun")
     optimizer = optimizer or adamw(model, lr)
     schedule = schedule or cosine(steps)
     stop_step = steps if stop_step is None else stop_step
     device = next(model.parameters()).device
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    last: dict[str, float] = {}
-    first_step = start_step
+
+    first_step, last = start_step, {}
     if checkpoint is not None and checkpoint.exists():
-        state = load(checkpoint, map_location=device)
-        try:
-            start_step, last = _restore(state, model, optimizer, device)
-            if not first_step <= start_step <= stop_step:
-                raise ValueError(f"step {start_step}")
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f"{checkpoint} is a checkpoint of something else; {_afresh(checkpoint)}") from error
-    metrics = metrics if rank == 0 else None
-    if metrics is not None and metrics.exists():
-        _forget_steps(metrics, first_step, start_step)
-    pending: list[tuple[int, Tensor, dict]] = []
+        start_step, last = restore(checkpoint, model, optimizer, range(first_step, stop_step + 1))
+    log = MetricsLog(metrics if rank == 0 else None, label, last)
+    log.forget(first_step, start_step)
 
-    def fail(what: str) -> NoReturn:
-        kept = checkpoint if checkpoint and checkpoint.exists() else "none yet"
-        raise NonFiniteLoss(f"{label}: {what}; last good checkpoint: {kept}; lower --lr, or use --dtype fp32")
-
-    def flush(bar: tqdm) -> None:
-        """Move the waiting losses to the host in one go, so that a GPU is not stopped at every step."""
-        lines = []
-        for step, loss, values in pending:
-            last.update(step=step, loss=float(loss), **{name: float(value) for name, value in values.items()})
-            if not math.isfinite(last["loss"]):
-                fail(f"the loss is {last['loss']} at step {step}")
-            lines.append(json.dumps({"arm": label, **last}))
-        pending.clear()
-        if metrics is not None and lines:
-            with open(metrics, "a") as file:
-                file.write("\n".join(lines) + "\n")
-        if last:
-            bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
+    def one_step(step: int) -> tuple[Tensor, dict]:
+        """Gradients, summed over the parts of the batch and over processes; a step along them."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(step)
+        optimizer.zero_grad(set_to_none=True)
+        total, values = torch.zeros((), device=device), {}
+        own, own_share = parts_of(batches(step), world_size)[rank]
+        for part, share in parts_of(own, accumulate):
+            share *= own_share
+            try:
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    loss, values = loss_fn(part, step)
+            except (
+                ValueError
+            ) as error:  # a layer that refuses NaN; a mistake shows at the first step
+                if step == first_step:
+                    raise
+                raise NonFiniteLoss(f"{error} at step {step}") from error
+            if backward is None:
+                (loss * share).backward()
+            else:
+                backward(loss)
+            for one_loss in loss if isinstance(loss, (tuple, list)) else [loss]:
+                total = total + share * one_loss.detach()
+        if world_size > 1:
+            total, values = sum_over_processes(model, total, values)
+        if clip is not None:
+            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+            nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        more = on_step(step) if on_step is not None else None
+        return total, {**values, **(more or {})}
 
     def keep(step: int) -> None:
+        if not is_finite(model):  # it must not replace the last good checkpoint
+            raise NonFiniteLoss(f"a weight is not finite after step {step - 1}")
         if checkpoint is not None and rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "last": last}
-            state["rng"] = torch.get_rng_state()
+            random = [torch.get_rng_state()]
             if device.type == "cuda":
-                state["cuda_rng"] = torch.cuda.get_rng_state(device)
-            save(checkpoint, state)
+                random.append(torch.cuda.get_rng_state(device))
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoint, {**state, "random": random, "step": step, "last": last})
 
     model.train()
     saved = time.monotonic()
     quiet = True if rank else None  # None: no bar where stderr is a file
-    bar = tqdm(
-        total=stop_step, initial=start_step, desc=label, unit="step", leave=False, disable=quiet, mininterval=0.5
-    )
-    with bar, deferred_signals() as received:
-        for step in range(start_step, stop_step):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step)
-            optimizer.zero_grad(set_to_none=True)
-            total, values = 0.0, {}
-            own, own_share = _parts(batches(step), world_size)[rank]
-            for part, share in _parts(own, accumulate):
-                share *= own_share
-                try:
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                        loss, values = loss_fn(part, step)
-                except ValueError as error:  # a layer that refuses NaN; other mistakes show at the first step
-                    if step == 0:
-                        raise
-                    fail(f"{error} at step {step}")
-                if backward is not None:
-                    backward(loss)
-                else:
-                    (loss * share).backward()
-                total = total + share * sum(loss if isinstance(loss, (tuple, list)) else [loss]).detach()
-            if world_size > 1:
-                total, values = _sum_over_processes(model, total, values)
-            if clip is not None:
-                nn.utils.clip_grad_norm_((p for p in model.parameters() if p.grad is not None), clip)
-            optimizer.step()
-            if on_step is not None:
-                on_step(step)
-            stop = max(received, default=0)
-            if world_size > 1:  # what one process has received, all have
-                dist.all_reduce(heard := torch.tensor(stop), dist.ReduceOp.MAX)  # on the host: no GPU is waited for
-                stop = int(heard)
-            pending.append((step, total, values))
-            due = time.monotonic() - saved >= checkpoint_seconds
-            ends = step + 1 == stop_step
-            if due or stop or ends or len(pending) >= log_every:
-                flush(bar)
-            if (due or stop or ends) and not _is_finite(model):
-                fail(f"a weight is not finite after step {step}")
-            if due or stop:  # after these: a model that has seen NaN must not replace the last good checkpoint
-                keep(step + 1)
-                saved = time.monotonic()
-            if stop:
-                raise Terminated if stop == signal.SIGTERM else KeyboardInterrupt
-            bar.update()
-    _barrier()  # every process finds the metrics whole
+    bar = tqdm(total=stop_step, initial=start_step, desc=label, unit="step", leave=False,
+               disable=quiet, mininterval=0.5)  # fmt: skip
+    try:
+        with bar, deferred_signals() as received:
+            for step in range(start_step, stop_step):
+                log.waiting.append((step, *one_step(step)))
+                if world_size > 1:
+                    share_signals(received)
+                due = time.monotonic() - saved >= checkpoint_seconds
+                ends = bool(received) or step + 1 == stop_step
+                if due or ends or len(log.waiting) >= log_every:
+                    log.flush()
+                    bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
+                if due or ends:
+                    keep(step + 1)
+                    saved = time.monotonic()
+                if received:
+                    break
+                bar.update()
+    except NonFiniteLoss as error:
+        good = checkpoint if checkpoint and checkpoint.exists() else "none yet"
+        ways_out = "lower --lr, or use --dtype fp32"
+        message = f"{label}: {error}; last good checkpoint: {good}; {ways_out}"
+        raise NonFiniteLoss(message) from None
+    barrier()  # every process finds the metrics whole
     return last
 
 
-def _restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, dict]:
-    """Put a checkpoint where it belongs: (its step, its metrics). Raises any error when it does not fit."""
-    model.load_state_dict(state["model"])
-    settings = optimizer.state_dict()["param_groups"]  # the script's: no file chooses a learning rate
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
-    for parameter, found in optimizer.state.items():
-        if any(value.shape != parameter.shape for value in found.values() if isinstance(value, Tensor) and value.dim()):
-            raise ValueError("the optimizer's state has another shape")
-    step, last = state["step"], state["last"]
-    if type(step) is not int or not _is_finite(model) or not all(isinstance(v, (int, float)) for v in last.values()):
-        raise ValueError("no numbers")
-    torch.set_rng_state(state["rng"].cpu())
-    if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
-    return step, last
-
-
-def _is_finite(model: nn.Module) -> bool:
-    own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters())
-    return all(bool(torch.isfinite(parameter).all()) for parameter in own)
-
-
-def _forget_steps(metrics: Path, first_step: int, start_step: int) -> None:
-    """Drop the lines of steps that run again, and a torn last one. Raises UsageError when others are not there."""
+def restore(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, allowed: range
+) -> tuple[int, dict]:
+    """Put a checkpoint where it belongs: (its step, its metrics). Raises UsageError: a misfit."""
     try:
-        whole = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n")]
-        kept = [line for line in whole if json.loads(line)["step"] < start_step]
-        steps = [json.loads(line)["step"] for line in kept]
-        if steps != list(range(min([first_step, *steps]), start_step)):
-            raise ValueError("steps are missing")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UsageError(f"{metrics} is damaged ({error}); {_afresh(metrics)}") from error
-    with atomic_file(metrics, "w") as file:
-        file.writelines(kept)
+        state = load(checkpoint, map_location=next(model.parameters()).device)
+        load_state(model, state["model"], checkpoint)
+        settings = optimizer.state_dict()["param_groups"]  # no file chooses a learning rate
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        for parameter, found in optimizer.state.items():
+            for value in found.values():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError("the optimizer's state has another shape")
+        for random, put_back in zip(
+            state["random"], (torch.set_rng_state, torch.cuda.set_rng_state)
+        ):
+            put_back(random.cpu())
+        if state["step"] not in allowed or not is_finite(model):
+            raise ValueError(f"step {state['step']}")
+        return state["step"], dict(state["last"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"{checkpoint} does not belong here ({reason}); {afresh(checkpoint)}"
+        ) from error
 
 
-def _parts(batch: Any, count: int) -> Sequence[tuple[Any, float]]:
-    """Cut a tensor, or a tuple of tensors, into `count` parts along dim 0: (part, its share of the batch)."""
+def is_finite(model: nn.Module) -> bool:
+    for parameter in model.parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP2
+        if not torch.isfinite(own).all():
+            return False
+    return True
+
+
+def parts_of(batch: Any, count: int) -> list[tuple[Any, float]]:
+    """Cut a tensor, or a tuple of tensors, along dim 0: `count` times (part, its share)."""
     if count == 1:
         return [(batch, 1.0)]
-    size = len(batch if isinstance(batch, Tensor) else batch[0])
+    tensors = (batch,) if isinstance(batch, Tensor) else batch
+    size = len(tensors[0])
     if size < count:
         raise UsageError(f"a batch of {size} cannot be cut into {count} parts; raise --batch-size")
-    if isinstance(batch, Tensor):
-        return [(part, len(part) / size) for part in batch.tensor_split(count)]
-    return [(part, len(part[0]) / size) for part in zip(*(tensor.tensor_split(count) for tensor in batch))]
+    found = []
+    for part in zip(*(tensor.tensor_split(count) for tensor in tensors)):
+        found.append((part[0] if isinstance(batch, Tensor) else part, len(part[0]) / size))
+    return found
 
 
-def _sum_over_processes(model: nn.Module, loss: Tensor, values: dict) -> tuple[Tensor, dict]:
+def sum_over_processes(model: nn.Module, loss: Tensor, values: dict) -> tuple[Tensor, dict]:
     """Sum gradients (in place) and loss over the processes, average the metrics."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]  # FSDP2 has summed those
-    logged = torch.stack([loss, *(torch.as_tensor(value, device=loss.device).float() for value in values.values())])
+    gradients = []
+    for parameter in model.parameters():
+        summed_already = hasattr(parameter.grad, "full_tensor")  # by FSDP2
+        if parameter.grad is not None and not summed_already:
+            gradients.append(parameter.grad)
     if gradients:
         flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
+    numbers = [torch.as_tensor(value, device=loss.device).float() for value in values.values()]
+    logged = torch.stack([loss, *numbers])
     dist.all_reduce(logged)
     return logged[0], dict(zip(values, logged[1:] / dist.get_world_size()))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def share_signals(received: list[int]) -> None:
+    """What one process has received, all have."""
+    heard = torch.tensor(max(received, default=0))  # on the host: no GPU is waited for
+    dist.all_reduce(heard, dist.ReduceOp.MAX)
+    if heard and not received:
+        received.append(int(heard))
+
+
+# --------------------------------------------------------------------------------------------------
 # Accounting
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module, experts_per_token: float | None = None) -> int:
     """Parameters of a model; with experts_per_token, only those a token meets on average.
 
-    A parameter is an expert's when its module has `num_experts` and it is stacked [num_experts, ...] beyond a matrix.
+    A parameter is an expert's when its module has `num_experts` and it is [num_experts, .., ..].
     """
     total, counted = 0.0, set()
     for module in model.modules():
@@ -631,31 +864,35 @@ def count_parameters(model: nn.Module, experts_per_token: float | None = None) -
             if id(parameter) in counted:  # tied, as embeddings and head often are
                 continue
             counted.add(id(parameter))
-            is_expert = num_experts is not None and parameter.dim() == 3 and parameter.shape[0] == num_experts
-            share = experts_per_token / num_experts if is_expert and experts_per_token is not None else 1.0
+            is_expert = parameter.dim() == 3 and parameter.shape[0] == num_experts
+            share = 1.0
+            if is_expert and experts_per_token is not None:
+                share = experts_per_token / num_experts
             total += share * parameter.numel()
     return round(total)
 
 
 def count_flops(function: Callable[[], object]) -> dict[str, int]:
-    """Matrix-multiplication FLOPs that really ran during function(), by module name ("Global" is the sum).
+    """Matrix-multiplication FLOPs that ran during function(), by module name; "Global": the sum.
 
-    Counted from the shapes of the operators torch executed, forward and backward. Triton kernels are not seen:
-    count with backend="torch".
+    Counted from the shapes of the operators torch executed, forward and backward. Triton kernels
+    are not seen: count with backend="torch".
     """
-    count = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: _mm_flops})
-    # Eagerly: compiled operators are not counted, and a frame first met while counting would never be compiled again.
+    count = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: mm_flops})
+    # Eagerly: compiled operators are not counted, and a frame first met while counting would never
+    # be compiled again.
     with torch.compiler.set_stance("force_eager"), count as counter:
         function()
-    return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    found = counter.get_flop_counts()
+    return {name: sum(by_operator.values()) for name, by_operator in found.items()}
 
 
-def _mm_flops(a: Tensor, b: Tensor, *_: object, **__: object) -> int:
+def mm_flops(a: Tensor, b: Tensor, *_: object, **__: object) -> int:
     """torch's own count takes a sparse matrix for a dense one."""
     return 2 * (a.numel() if a.layout == torch.strided else a._nnz()) * b.shape[1]
 
 
-_mm_flops._get_raw = True  # so that torch passes tensors, not their shapes
+mm_flops._get_raw = True  # so that torch passes tensors, not their shapes
 
 
 def median_seconds(step: Callable[[], object], device: str, repeats: int = 3) -> float:
@@ -671,126 +908,301 @@ def median_seconds(step: Callable[[], object], device: str, repeats: int = 3) ->
     return sorted(seconds)[repeats // 2]
 
 
-def measure_step(step: Callable[[], object], device: str) -> dict[str, float]:
-    """Median seconds, FLOPs and peak memory in bytes of one call of step()."""
-    cost = {"seconds": median_seconds(step, device), "flops": count_flops(step)["Global"]}
+def peak_memory(device: str) -> int:
+    """Bytes: of the device, or on a CPU of this process."""
     if device.startswith("cuda"):
-        return cost | {"memory": torch.cuda.max_memory_allocated()}
+        return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return cost | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Claims, tables, pictures
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Claims: what the paper says, what this run measured
+# --------------------------------------------------------------------------------------------------
+
+# Quantiles of Student's t at 95 %, one-sided, for 1 to 30 degrees of freedom.
+T_95 = (
+    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812,
+    1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725,
+    1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699, 1.697,
+)  # fmt: skip
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the two-sided 90 % t-interval of the mean: its ends are the 95 % bounds of a verdict."""
+    count = len(values)
+    if count < 2:
+        return math.inf
+    quantile = T_95[min(count - 1, len(T_95)) - 1]
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+
+
+def verdict(margins: Sequence[float]) -> str:
+    """What the margins, one a seed, say of a claim.
+
+    From three seeds on by the t-interval of their mean: "holds" when all of it lies above 0,
+    "contradicted" when all of it lies below, else "undecided". One or two seeds decide nothing:
+    "seen" or "not seen" is the sign of their mean.
+    """
+    mean = float(np.mean(margins))
+    if len(margins) < 3:
+        return "seen" if mean > 0 else "not seen"
+    if mean - half_width(margins) > 0:
+        return "holds"
+    return "contradicted" if mean + half_width(margins) < 0 else "undecided"
+
+
+def show(values: Sequence[float] | float, digits: int = 4) -> str:
+    """The mean over seeds; from three seeds on with ± half its 90 % interval."""
+    values = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) < 3 else f"{text} ± {half_width(values):.{digits}f}"
+
+
+class Missing(Exception):
+    """An arm that was not trained in this run: what needs it is not measured."""
+
+
+class Results(dict):
+    """{arm: [what its train function returned, one dict a seed]}. Another arm raises Missing."""
+
+    def __missing__(self, arm: str) -> NoReturn:
+        raise Missing(arm)
+
+    def of(self, arm: str, key: str) -> np.ndarray:
+        """[seeds]"""
+        return np.array([result[key] for result in self[arm]], dtype=np.float64)
+
+    def ahead(self, better: str, worse: str, key: str) -> np.ndarray:
+        """[seeds]: how far one arm is above another, seed by seed."""
+        return self.of(better, key) - self.of(worse, key)
+
+    def difference(self, arm: str, first: str, second: str) -> np.ndarray:
+        """[seeds]: first minus second, two measurements of one arm."""
+        return self.of(arm, first) - self.of(arm, second)
+
+    def table(
+        self, arms: Iterable[str], columns: dict[str, tuple[str, int]]
+    ) -> tuple[list[str], list[list[str]]]:
+        """(header, rows) of {title: (key, digits)}; a column that no arm has is left out."""
+        arms = list(arms)
+        shown = {}
+        for title, (key, digits) in columns.items():
+            if any(key in self[arm][0] for arm in arms):
+                shown[title] = (key, digits)
+        rows = []
+        for arm in arms:
+            row = [arm]
+            for key, digits in shown.values():
+                row.append(show(self.of(arm, key), digits) if key in self[arm][0] else "")
+            rows.append(row)
+        return ["arm", *shown], rows
+
+
+class Margin(NamedTuple):
+    """What a claim measured: above 0 speaks for it."""
+
+    values: Sequence[float]  # one a seed
+    text: str  # the measurement, for people
+    numbers: dict = {}  # noqa: RUF012  more of it, for results.json
+
+
+class Check(NamedTuple):
+    """What follows from the code or from arithmetic: no evidence, but checked all the same."""
+
+    passed: bool
+    text: str
+    numbers: dict = {}  # noqa: RUF012
 
 
 @dataclass
 class Claim:
-    """One sentence of the paper, and what a run found. `holds` None: not measured in this run."""
+    """One sentence, the function that measures it, and what a run found."""
 
     id: str
     text: str
     paper: str  # the paper's number, or "not verified"
-    required: bool = False
-    measured: str = "not measured; run --ablate"
-    values: dict = field(default_factory=dict)  # numbers per seed
-    holds: bool | None = None
+    required: bool  # a sentence of the abstract
+    measure: Callable[[Results, Any], Margin | Check]
+    is_check: bool = False
+    verdict: str = "not measured"
+    measured: str = ""
+    margins: list[float] = field(default_factory=list)
+    numbers: dict = field(default_factory=dict)
+
+    def judge(self, results: Results, config: Any) -> None:
+        try:
+            found = self.measure(results, config)
+        except Missing as missing:
+            self.measured = f"it needs {missing}"
+            return
+        self.measured = found.text
+        self.numbers = {name: np.asarray(value).tolist() for name, value in found.numbers.items()}
+        if isinstance(found, Check):
+            self.verdict = "passed" if found.passed else "failed"
+        else:
+            self.margins = np.atleast_1d(np.asarray(found.values, dtype=np.float64)).tolist()
+            self.verdict = verdict(self.margins)
+
+    def record(self) -> dict:
+        """What results.json keeps."""
+        content = dict(vars(self))
+        del content["measure"]
+        return content
 
 
-def show(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and sample standard deviation where there is more than one value."""
-    array = np.asarray(values, dtype=np.float64)
-    return f"{array.mean():.{digits}f}" + (f" ± {array.std(ddof=1):.{digits}f}" if len(array) > 1 else "")
+def claim(text: str, paper: str = "not verified", required: bool = False) -> Callable:
+    """Declares measure(results, config) -> Margin below it as a claim, named after it."""
+
+    def declare(measure: Callable) -> Callable:
+        measure.claim = {"text": text, "paper": paper, "required": required}
+        return measure
+
+    return declare
 
 
-def verdict(margins: Sequence[float]) -> bool:
-    """The one rule for `holds`: the mean paired margin is positive and exceeds its standard error.
+def check(text: str) -> Callable:
+    """Declares measure(results, config) -> Check: something that holds by construction."""
 
-    margins: one per seed; a run of a single seed passes one per evaluation block instead.
-    """
-    array = np.asarray(margins, dtype=np.float64)
-    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
-    return bool(array.mean() > 0 and array.mean() > error)
+    def declare(measure: Callable) -> Callable:
+        measure.claim = {
+            "text": text,
+            "paper": "by construction",
+            "required": False,
+            "is_check": True,
+        }
+        return measure
+
+    return declare
+
+
+def claims_of(main: Callable) -> list[Claim]:
+    """The claims of the script of `main`, in the order in which they stand there."""
+    module, found = sys.modules[main.__module__], []
+    for measure in vars(module).values():
+        if callable(measure) and hasattr(measure, "claim"):
+            name = f"{script_of(main).stem}.{measure.__name__}"
+            found.append(Claim(name, measure=measure, **measure.claim))
+    return found
+
+
+HOW_TO_READ = """\
+How to read: ± is half the 90 % interval of a mean over seeds. From three seeds on a claim holds (is
+contradicted) when that whole interval of its margin lies above (below) 0, else it is undecided."""
+
+
+def format_claims(claims: Sequence[Claim]) -> str:
+    """Every claim with what was measured, those that were not in one line, checks apart."""
+    lines, absent, checks = [], [], []
+    for claim in claims:
+        name = claim.id.partition(".")[2]
+        if claim.verdict == "not measured":
+            absent.append(name)
+        elif claim.is_check:
+            checks.append(f"{claim.verdict:14s}{name}: {claim.text}\n{'':16s}{claim.measured}")
+        else:
+            kind = "required" if claim.required else "open"
+            lines.append(f"{claim.verdict:14s}{name} ({kind}): {claim.text}")
+            lines.append(f"{'':16s}measured  {claim.measured}")
+            lines.append(f"{'':16s}paper     {claim.paper}")
+    if checks:
+        lines += ["", "true by construction, checked", *checks]
+    if absent:
+        lines += ["", f"not measured: {', '.join(absent)}; --ablate trains what they need"]
+    return "\n".join(lines)
+
+
+def list_claims(claims: Sequence[Claim]) -> str:
+    lines = []
+    for claim in claims:
+        kind = "by construction" if claim.is_check else "required" if claim.required else "open"
+        lines.append(f"{claim.id} ({kind}): {claim.text}")
+        if not claim.is_check:
+            lines.append(f"    paper  {claim.paper}")
+    return "\n".join(lines)
+
+
+def in_short(claims: Sequence[Claim], num_seeds: int) -> str:
+    """The end of a run for somebody who reads one sentence."""
+    judged = [claim for claim in claims if claim.required and claim.verdict != "not measured"]
+    by_verdict: dict[str, list[str]] = {}
+    for claim in judged:
+        by_verdict.setdefault(claim.verdict, []).append(claim.id.partition(".")[2])
+    parts = []
+    for word in ("holds", "seen", "undecided", "not seen", "contradicted"):
+        if word in by_verdict:
+            names = by_verdict[word]
+            listed = "" if word in ("holds", "seen") else f" ({', '.join(names)})"
+            verb = "hold" if word == "holds" and len(names) > 1 else word
+            parts.append(f"{len(names)} {verb}{listed}")
+    text = f"In short: of {len(judged)} required claims {', '.join(parts) or 'none was measured'}."
+    if num_seeds < 3:
+        decides = "One seed decides" if num_seeds == 1 else "Two seeds decide"
+        text += f" {decides} nothing: --seeds 8 --overwrite does."
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: one colour an arm in all panels, that the colour-blind can tell apart (Okabe and Ito)
+# --------------------------------------------------------------------------------------------------
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+def color_of(arm: str, arms: Sequence[str]) -> str:
+    return COLORS[list(arms).index(arm) % len(COLORS)]
+
+
+def curve(ax, x: Sequence[float], values: np.ndarray, label: str, color: str) -> None:
+    """values [seeds, points]: their mean, and from three seeds on the 90 % interval as a band."""
+    mean = values.mean(axis=0)
+    ax.plot(x, mean, color=color, label=label, marker="o" if len(x) < 12 else "")
+    if len(values) >= 3:
+        half = np.array([half_width(point) for point in values.T])
+        ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+
+
+def dots(ax, values: dict[str, np.ndarray], colors: dict[str, str] | None = None) -> None:
+    """{label: [seeds]}: a row each, a dot a seed, the mean with its 90 % interval."""
+    for row, (label, by_seed) in enumerate(values.items()):
+        color = (colors or {}).get(label, COLORS[0])
+        ax.plot(by_seed, [row] * len(by_seed), "o", color=color, alpha=0.3, markersize=4)
+        bar = half_width(by_seed) if len(by_seed) >= 3 else 0.0
+        ax.errorbar(np.mean(by_seed), row, xerr=bar, fmt="D", color=color, capsize=3, markersize=5)
+    ax.set_yticks(range(len(values)), list(values))
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+
+
+# --------------------------------------------------------------------------------------------------
+# A run: what main gets, and the jobs in their processes
+# --------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print, also when nobody listens any more (`| head`): what was trained is still to be written."""
+    """Print, also when nobody listens any more (`| head`): what was trained is still written."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def format_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def format_claims(claims: Sequence[Claim], measured: bool = True) -> str:
-    words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
-    rows = []
-    for claim in claims:
-        kind = "required" if claim.required else "open"
-        rows += [f"{words[claim.holds] if measured else '':15s}{claim.id} ({kind}): {claim.text}"]
-        rows += [f"{'':15s}  measured  {claim.measured}"] * measured + [f"{'':15s}  paper     {claim.paper}"]
-    return "\n".join(rows)
-
-
-def lines(ax, series: dict[str, tuple[Sequence[float], Sequence[float]]], **labels: str) -> None:
-    """Panel for run.plot: {label: (x, y)}; a series of one point is a marker. labels: xlabel, ylabel, title."""
-    for i, (label, (x, y)) in enumerate(series.items()):
-        ax.plot(x, y, marker="os^"[i // 10 % 3] if len(x) == 1 else "", label=label)  # colours repeat after ten
-    ax.set(**labels)
-    ax.legend(frameon=False, fontsize=8)
-
-
-def bars(ax, values: dict[str, float], **labels: str) -> None:
-    """Panel for run.plot: {name: height}."""
-    ax.bar(list(values), list(values.values()))
-    ax.set(**labels)
-
-
-def heatmap(ax, values: np.ndarray, **labels: str) -> None:
-    """Panel for run.plot: values [rows, columns], each cell labelled."""
-    ax.imshow(values, aspect="auto")
-    middle = (values.min() + values.max()) / 2
-    for (row, column), value in np.ndenumerate(values):
-        color = "black" if value > middle else "white"
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    ax.set(**labels)
-
-
-def painted_text(ax, text: str, values: Sequence[float], title: str, rows: int = 14, columns: int = 48) -> None:
-    """Panel for run.plot: the text in a grid, each character on a background as bright as its value."""
-    grid, row, column = np.full((rows, columns), np.nan), 0, 0
-    middle = (min(values) + max(values)) / 2
-    for char, value in zip(text, values):
-        if char == "\n" or column == columns:
-            row, column = row + 1, 0
-        if row == rows:
-            break
-        if char != "\n":
-            grid[row, column] = value
-            color = "black" if value > middle else "white"
-            ax.text(column, row, char, family="monospace", fontsize=7, ha="center", va="center", color=color)
-            column += 1
-    ax.imshow(grid, aspect="auto", cmap="viridis")
-    ax.set(title=title, xticks=[], yticks=[])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A run: what main gets, and the arms in their worker processes
-# ---------------------------------------------------------------------------------------------------------------
+    lines = []
+    for first, *others in cells:
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
 
 
 @dataclass
 class Run:
-    """What `main(config, run)` gets; also handed to every arm, in whatever process trains it."""
+    """What `main(config, run)` gets; a Job carries it into whatever process trains it."""
 
     method: str
     scale: str  # small | full
@@ -798,26 +1210,23 @@ class Run:
     dtype: torch.dtype
     seeds: list[int]
     out: Path
+    config: Any = None  # main replaces it when it settles a field
+    arms: list[str] = field(default_factory=list)  # --arms; empty: the script chooses
     resume: bool = False
+    overwrite: bool = False
     ablate: bool = False
     dry_run: bool = False
     compile: bool = False
     draw: bool = False
+    traceback: bool = False
     workers: int = 1
     threads: int = 1
     data_dir: Path = Path("data/cache")
-    overwrite: bool = False
-    config: object = None  # what runs; main replaces it when it settles a field
     actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
+    tables: list[dict] = field(default_factory=list)
     begun: bool = False
     lock: int | None = None  # file descriptor, in the process that holds it
-    claims: list[Claim] = field(default_factory=list)
-    tables: list[dict] = field(default_factory=list)
-    pool: ProcessPoolExecutor | None = None  # the workers, from the first arms that run side by side to the end
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"pool": None}  # a worker has no workers
 
     @property
     def seed(self) -> int:
@@ -827,129 +1236,130 @@ class Run:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def path(self, arm: str, seed: int, suffix: str) -> Path:
-        return self.out / "arms" / f"{arm}-seed{seed}{suffix}"
+    def choose(
+        self, known: Iterable[str], default: Sequence[str], more: Sequence[str]
+    ) -> list[str]:
+        """The arms of this run: those of --arms, else `default`, with --ablate `more`, too.
 
-    def train_options(self, arm: str, seed: int) -> dict:
-        """Keyword arguments for `train`: where this arm logs and checkpoints, under which name, in which dtype."""
-        files = {"checkpoint": self.path(arm, seed, ".ckpt"), "metrics": self.path(arm, seed, ".jsonl")}
-        return {**files, "label": f"{arm}-seed{seed}", "dtype": self.dtype}
+        known: names of methods; an arm may change settings, "method@lr=0.1". Raises UsageError.
+        """
+        chosen = self.arms or [*default, *(more if self.ablate else [])]
+        for arm in chosen:
+            method = arm.partition("@")[0]
+            if method not in known:
+                near = difflib.get_close_matches(method, known, n=1, cutoff=0)[0]
+                there = f"the nearest is {near!r}, all: {', '.join(known)}"
+                raise UsageError(f"--arms: there is no arm {method!r}; {there}")
+            arm_config(self.config, arm)  # refuses settings
+        return list(dict.fromkeys(chosen))
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Onto the run's device; with --compile compiled in place, so that names in its state stay."""
-        model = model.to(self.device)
-        if self.compile:
-            model.compile()
-        return model
+    def plan(
+        self,
+        text: str,
+        model: nn.Module,
+        step: Callable[[], object],
+        steps: float,
+        download_bytes: int | None = 0,
+    ) -> None:
+        """Print what the run works on and how long it takes; with --dry-run its cost, and stop.
 
-    def header(self, text: str, eta_seconds: float | None = None) -> None:
-        seeds = "seed " + str(self.seed) if len(self.seeds) == 1 else f"seeds {self.seeds[0]}-{self.seeds[-1]}"
-        parts = [self.method, f"{self.scale} scale", self.device, self.dtype_name, seeds, text]
-        say(" · ".join(parts if eta_seconds is None else [*parts, f"about {eta_seconds:.0f} s"]))
+        step: one typical training step; steps: how many the whole run makes, in all arms and seeds
+        """
+        count = len(self.seeds)
+        seeds = f"seed {self.seed}" if count == 1 else f"seeds {self.seed}-{self.seeds[-1]}"
+        seconds = median_seconds(step, self.device) * steps / self.workers
+        where = [self.method, f"{self.scale} scale", self.device, self.dtype_name]
+        say(" · ".join([*where, seeds, text, f"about {seconds:,.0f} s"]))
+        if not self.dry_run:
+            return
+        at_a_time = f"{self.workers} {'arms' if self.workers > 1 else 'arm'} at a time"
+        download = "not known" if download_bytes is None else f"{download_bytes:,}"
+        rows = [
+            ["parameters", f"{count_parameters(model):,}"],
+            ["training FLOPs", f"{count_flops(step)['Global'] * steps:.2e}"],
+            ["bytes to download", download],
+            ["peak memory of a step", f"{peak_memory(self.device) / 2**20:,.0f} MiB"],
+            ["training time", f"{seconds / 3600:.3f} hours, {at_a_time}"],
+        ]
+        title = f"dry run: {steps:,.0f} training steps in all arms and seeds"
+        self.table(title, ["", "estimate"], rows)
+        raise Planned
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         say(f"\n{title}\n{format_table(header, rows)}")
         self.tables.append({"title": title, "header": list(header), "rows": rows})
 
-    def claim(
-        self, id: str, measured: str, values: dict, margins: Sequence[float] | None = None, holds: bool | None = None
+    def plot(
+        self, panels: Sequence[Callable], width: float = 4.6, height: float = 3.8, name: str = ""
     ) -> None:
-        """Fill in a declared claim: `margins` go through `verdict`; `holds` is for properties that are exact."""
-        claim = next(claim for claim in self.claims if claim.id == id)
-        claim.measured, claim.values = measured, values
-        claim.holds = holds if margins is None else verdict(margins)
-
-    def plot(self, name: str, panels: Sequence[Callable], width: float = 4.6, height: float = 3.6) -> None:
-        """With --plot, draw panels (functions of a matplotlib axis) side by side into OUT/<name>.png."""
+        """With --plot, draw panels (functions of a matplotlib axis) side by side, to a .png."""
         if not self.draw:
             return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+        named = {}
         for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels)))):
             panel(ax)
-        with atomic_file(self.out / f"{name}.png") as file:
+            handles, labels = ax.get_legend_handles_labels()
+            if ax.get_legend() is None:
+                named.update(zip(labels, handles))
+        if named:  # one legend for all panels, and over no data
+            columns = min(len(named), 2 + 2 * len(panels))
+            figure.legend(named.values(), named.keys(), loc="outside lower center",
+                          ncols=columns, frameon=False, fontsize=8)  # fmt: skip
+        path = self.out / f"{name or self.method}.png"
+        with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=130)
-        say(f"\nwrote {self.out / name}.png")
+        say(f"\nwrote {path}")
 
-    def estimate(
-        self, model: nn.Module, step: Callable, steps: int, download_bytes: int | None = 0, parts: int = 1
-    ) -> None:
-        """--dry-run: what the whole run would take, from a few real steps on this device, or parts of steps."""
-        cost = measure_step(step, self.device)
-        hours = cost["seconds"] * steps * parts / 3600 / self.workers
-        rows = [
-            ["parameters", f"{count_parameters(model):,}"],
-            ["training FLOPs", f"{cost['flops'] * steps * parts:.2e}"],
-            ["bytes to download", "not known" if download_bytes is None else f"{download_bytes:,}"],
-            [
-                f"peak memory of {'a step' if parts == 1 else f'1/{parts} of a step'}",
-                f"{cost['memory'] / 2**20:,.0f} MiB",
-            ],
-            ["training time", f"{hours:.3f} hours, {self.workers} {'arms' if self.workers > 1 else 'arm'} at a time"],
-        ]
-        self.table(f"dry run: {steps:,} training steps in all arms and seeds", ["", "estimate"], rows)
+    def path(self, arm: str, seed: int, suffix: str) -> Path:
+        return self.out / "arms" / f"{arm}-seed{seed}{suffix}"
 
-    def map_arms(self, train_arm: Callable, jobs: Sequence[tuple[object, str, int]]) -> list[dict]:
-        """train_arm(config, arm, seed, run) -> dict (JSON) for every job (config, arm, seed), in worker processes.
+    def train_arms(
+        self, train_arm: Callable, arms: Sequence[str], seeds: Sequence[int] = ()
+    ) -> Results:
+        """train_arm(job) -> dict (JSON) for every arm and seed, `workers` at a time.
 
-        train_arm must be importable (top level). Each result goes to its own file as soon as it is there; with
-        --resume, finished arms are read back. The number of workers never changes a number.
+        train_arm must stand at the top level of the script. Each result goes to a file of its own
+        as soon as it is there; with --resume, finished arms are read back. The number of workers
+        never changes a number.
         """
-        self._begin()
-        found = [self._finished(arm, seed) for _, arm, seed in jobs]  # hashes weights, so no arm is asked twice
-        todo = [job for job, result in zip(jobs, found) if result is None]
-        workers = min(self.workers, len(todo))
-        if workers > 1 and processes()[1] == 1:
-            self._map_in_workers(train_arm, todo, workers)
-        else:
-            for job in todo:
-                _run_job(self, train_arm, *job)
-        return [self._finished(*job[1:]) if result is None else result for job, result in zip(jobs, found)]
+        jobs = [Job(self, arm, seed) for arm in arms for seed in seeds or self.seeds]
+        self.do([(job, train_arm) for job in jobs])
+        results = Results()
+        for job in jobs:
+            results.setdefault(job.arm, []).append(job.result())
+        return results
 
-    def _finished(self, arm: str, seed: int) -> dict | None:
-        """The result of an arm, None if it has none yet. Raises UsageError when it or its weights were changed."""
-        path = self.path(arm, seed, ".json")
-        if not path.exists():
-            return None
-        found, now = read_json(path, "result", "sha256"), self.digests(arm, seed)
-        changed = [name for name, digest in found["sha256"].items() if digest != now.get(name, digest)]
-        if changed or found["sha256"].get("result") != _digest(found["result"]):
-            what = path.with_name(changed[0]) if changed else path
-            raise UsageError(
-                f"{what} is damaged, its SHA-256 is another; {_afresh(path)} or start anew with --overwrite"
-            )
-        return found["result"]
-
-    def digests(self, arm: str, seed: int) -> dict[str, str]:
-        """{file: SHA-256} of the weights that an arm left."""
-        left = self.path(arm, seed, "").parent.glob(f"{glob.escape(arm)}-seed{seed}[.-]*")
-        return {path.name: sha256(path) for path in left if path.suffix in (".pt", ".npz")}
+    def do(self, jobs: Sequence[tuple["Job", Callable]]) -> None:
+        """Train what has no result yet."""
+        self.begin()
+        jobs = [(job, train_arm) for job, train_arm in jobs if not job.path(".json").exists()]
+        if min(self.workers, len(jobs)) > 1 and processes()[1] == 1:
+            train_in_processes(self, jobs)
+            return
+        for job, train_arm in jobs:
+            job.do(train_arm)
 
     def identity(self) -> dict:
-        """What all arms of a folder must have in common."""
-        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # as it will be read back: tuples are lists
-        where = {"dtype": self.dtype_name, "device": self.device, "torch": torch.__version__}
-        return {**config, "data": self.data, **where}
+        """What all arms of a folder must have in common. Threads change the order of sums."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # as it will be read back
+        where = {"dtype": self.dtype_name, "device": self.device, "threads": self.threads}
+        return {"config": config, "data": self.data, **where, "torch": torch.__version__}
 
-    def record(self, wall_seconds: float) -> dict:
-        """The content of OUT/run.json: what --resume compares, and what `load_trained` builds a model from."""
-        about = {"method": self.method, "scale": self.scale, "config": dataclasses.asdict(self.config)}
-        about["data_dir"] = str(self.data_dir.absolute())
-        return {**about, "identity": self.identity(), "wall_seconds": wall_seconds}
-
-    def _begin(self) -> None:
-        """Claim the output folder, before the first arm: never mix two runs, never delete one for a mistyped flag."""
+    def begin(self) -> None:
+        """Claim the folder before the first arm: never mix two runs, never delete one too soon."""
         if self.begun:
             return
         if processes()[0] == 0:
             self.keep_others_out()
-            self._claim_folder()
+            self.claim_folder()
         self.begun = True
-        _barrier()
+        barrier()
 
     def keep_others_out(self) -> None:
-        """Lock the folder until this process ends, in whatever way. A file system without locks is trusted."""
+        """Lock the folder until this process ends; a disk without locks is trusted."""
         if self.lock is not None or fcntl is None:
             return
         try:
@@ -962,189 +1372,293 @@ class Run:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 who = os.pread(self.lock, 100, 0).decode(errors="replace").strip()
-                raise UsageError(
-                    f"{self.out} is in use by another run ({who}); wait for it or choose another --out"
-                ) from None
+                in_use = f"{self.out} is in use by another run ({who})"
+                raise UsageError(f"{in_use}; wait for it or choose another --out") from None
         os.truncate(self.lock, 0)
         os.pwrite(self.lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         if not (self.resume or self.overwrite):
-            _refuse_a_second_run(self.out)  # one may have begun since the flags were read
+            refuse_a_second_run(self.out)  # one may have begun since the flags were read
         for path in self.out.rglob(".*.tmp"):  # half-written by a run that was killed
             path.unlink()
 
-    def _claim_folder(self) -> None:
-        mark, arms = self.out / "run.json", self.out / "arms"
+    def claim_folder(self) -> None:
+        mark, arms, now = self.out / "run.json", self.out / "arms", self.identity()
         if self.resume:
-            before = read_json(mark, "identity")["identity"]
-            for key, now in self.identity().items():
-                if before.get(key) != now:
-                    raise UsageError(f"--resume: {self.out} was run with {key} = {before.get(key)}, not {now}")
-            arms.mkdir(exist_ok=True)
-        else:
-            try:
-                if self.overwrite:
-                    for path in [*arms.glob("*"), *(self.out / name for name in ("results.json", "metrics.jsonl"))]:
-                        path.unlink(missing_ok=True)
-                write_json(mark, self.record(wall_seconds=0.0))
-                arms.mkdir(exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
-
-    def measure(self, train_arm: Callable, config: object, arms: Sequence[str]) -> dict[str, list[dict]]:
-        """map_arms over every arm and every seed of the run: {arm: [one result a seed]}."""
-        found = iter(self.map_arms(train_arm, [(config, arm, seed) for arm in arms for seed in self.seeds]))
-        return {arm: [next(found) for _ in self.seeds] for arm in arms}
-
-    def _map_in_workers(self, train_arm: Callable, todo: Sequence[tuple], workers: int) -> None:
-        # OpenMP reads its environment once, while a worker imports torch.
-        limits = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        before = {name: os.environ.get(name) for name in limits}
-        os.environ.update(limits)
-        if self.pool is None:  # starting workers takes seconds, so they stay for the next call
-            context = multiprocessing.get_context("spawn")
-            ranks = context.Queue()
-            for rank in range(self.workers):
-                ranks.put(rank)
-            self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self, ranks, context.RLock()))
-        pool = self.pool
+            before = read_json(mark, identity=dict)["identity"]
+            for key, value in {**now["config"], **now}.items():
+                old = before.get("config", {}).get(key) if key in now["config"] else before.get(key)
+                if key != "config" and old != value:
+                    raise UsageError(
+                        f"--resume: {self.out} was run with {key} = {old}, not {value}"
+                    )
         try:
-
-            def submit(job: tuple) -> Future:
-                with deferred_signals() as received, _held_back(signal.SIGINT):
-                    future = pool.submit(_run_job, self, train_arm, *job)
-                if received:
-                    signal.raise_signal(received[-1])
-                return future
-
-            waiting = iter(todo)  # no job waits inside the pool, where an interrupt would not reach it
-            running = {submit(job) for job in itertools.islice(waiting, workers)}
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                running |= {submit(job) for job in itertools.islice(waiting, len(done))}
-        except BrokenProcessPool as error:
-            raise BrokenProcessPool("a worker was killed (out of memory?); go on with --resume") from error
-        except BaseException:  # an arm failed or Ctrl-C: let the others save a checkpoint and end
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if self.overwrite:
+                results = [self.out / "results.json", self.out / "metrics.jsonl"]
+                for path in [*arms.glob("*"), *results]:
+                    path.unlink(missing_ok=True)
+            arms.mkdir(exist_ok=True)
+            about = {"method": self.method, "scale": self.scale, "config": now["config"]}
+            write_json(mark, {**about, "data_dir": str(self.data_dir.absolute()), "identity": now})
+        except OSError as error:
+            raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
 
 
-def _run_job(run: Run, train_arm: Callable, config: object, arm: str, seed: int) -> None:
-    start = time.monotonic()
-    result = train_arm(config, arm, seed, run)
-    seconds = round(time.monotonic() - start, 2)
-    if run.device == "cuda":
-        torch.cuda.empty_cache()  # this worker waits for its next arm, and others may need the memory
-    _barrier()
-    if processes()[0] == 0:
-        found = {"arm": arm, "seed": seed, "seconds": seconds, "result": result}
-        found["sha256"] = {"result": _digest(result), **run.digests(arm, seed)}
-        write_json(run.path(arm, seed, ".json"), found)
-        run.path(arm, seed, ".ckpt").unlink(missing_ok=True)
-        tqdm.write(f"  {arm}, seed {seed}: {seconds:.1f} s", file=sys.stderr)
-    _barrier()
+def refuse_a_second_run(out: Path) -> None:
+    if (out / "run.json").exists() or (out / "arms").exists():
+        ways_out = "continue it with --resume or replace it with --overwrite"
+        raise UsageError(f"{out} holds a run; {ways_out}")
 
 
-def _digest(result: dict) -> str:
-    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: what a script's train function gets."""
+
+    run: Run
+    arm: str
+    seed: int
+
+    @property
+    def method(self) -> str:
+        return self.arm.partition("@")[0]
+
+    @property
+    def config(self) -> Any:
+        """The run's settings, with the changes that the arm's name asks for."""
+        return arm_config(self.run.config, self.arm)
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+    def path(self, suffix: str) -> Path:
+        return self.run.path(self.arm, self.seed, suffix)
+
+    def other(self, arm: str, seed: int | None = None) -> "Job":
+        """Another job of the run, whose files this one reads."""
+        return Job(self.run, arm, self.seed if seed is None else seed)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Onto the run's device; with --compile compiled in place: names in its state stay."""
+        model = model.to(self.run.device)
+        if self.run.compile:
+            model.compile()
+        return model
+
+    def train(self, model: nn.Module, loss_fn: Callable, steps: int, **options: Any) -> dict:
+        """`train`, with this job's checkpoint, metrics, name and dtype."""
+        files = {"checkpoint": self.path(".ckpt"), "metrics": self.path(".jsonl")}
+        given = {**files, "label": self.label, "dtype": self.run.dtype, **options}
+        return train(model, loss_fn, steps, **given)
+
+    def log(self) -> list[dict]:
+        """What `train` logged, a dict a step: also the steps before an interruption."""
+        return [json.loads(line) for line in self.path(".jsonl").read_text().splitlines()]
+
+    def result(self) -> dict:
+        return read_json(self.path(".json"), result=dict)["result"]
+
+    def do(self, train_arm: Callable) -> None:
+        start = time.monotonic()
+        torch.manual_seed(self.seed)  # whatever this process has drawn before
+        result = train_arm(self)
+        seconds = round(time.monotonic() - start, 2)
+        if self.run.device == "cuda":
+            torch.cuda.empty_cache()
+        barrier()
+        if processes()[0] == 0:
+            about = {"arm": self.arm, "seed": self.seed, "seconds": seconds}
+            write_json(self.path(".json"), {**about, "result": result})
+            self.path(".ckpt").unlink(missing_ok=True)
+            tqdm.write(f"  {self.arm}, seed {self.seed}: {seconds:.1f} s", file=sys.stderr)
+        barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# A job, a process: whatever happens to one, nobody waits for it
+# --------------------------------------------------------------------------------------------------
+
+FORK_SERVER = sys.platform == "linux"  # forking with torch loaded is not safe elsewhere
+# What a person can act on: it crosses from a job's process as it is, and becomes one line.
+ONE_LINE = (ValueError, OSError, NonFiniteLoss, JobFailed, torch.OutOfMemoryError)
+
+
+def start_fork_server(run: Run) -> multiprocessing.context.BaseContext:
+    """A process that has imported torch and the script; it forks one for every job."""
+    if not FORK_SERVER:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run.method, "torch._dynamo"])  # else each optimizer loads it
+    limits = {"OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # read at import
+    before = dict(os.environ)
+    os.environ.update(limits)
+    try:
+        with signals_ignored():  # what is started inside ignores them, too
+            multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 @contextmanager
-def _held_back(number: int):
-    """A process started inside begins with the signal held back: Ctrl-C must not meet it while it imports torch.
-
-    This thread holds it back too, but another one may take it, so the caller needs `deferred_signals` as well.
-    """
-    has_masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number}) if has_masks else None
+def signals_ignored():
+    """A process that is started inside ignores Ctrl-C and SIGTERM until it sets handlers itself."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        if has_masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _start_worker(run: Run, ranks: multiprocessing.Queue, bar_lock: object) -> None:
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # one that was held back
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _leave)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    tqdm.set_lock(bar_lock)
-    torch.set_num_threads(run.threads)
-    if run.device == "cuda":
-        torch.cuda.set_device(ranks.get() % torch.cuda.device_count())
+class Child(NamedTuple):
+    """A process that trains a job; what it reports comes through a pipe, which needs no lock."""
+
+    job: Job
+    process: Any
+    inbox: Any
+    slot: int  # 0 .. workers - 1: its GPU
 
 
-def _end_with_parent() -> None:
+def train_in_processes(run: Run, jobs: Sequence[tuple[Job, Callable]]) -> None:
+    """Every job in a process of its own, `run.workers` at a time.
+
+    One that fails or is killed ends its job and nothing else; its error is raised at the end.
+    Interrupted, all running ones are told to save a checkpoint, and waited for.
+    """
+    context = start_fork_server(run)
+    waiting, running = list(reversed(jobs)), {}
+    free = list(reversed(range(run.workers)))
+    errors: list[Exception] = []
+    try:
+        while waiting or running:
+            while waiting and free:
+                child = start_child(context, *waiting.pop(), free.pop())
+                running[child.process.sentinel] = child
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                child = running.pop(sentinel)
+                child.process.join()
+                free.append(child.slot)
+                error = error_of(child)
+                if error is not None:
+                    errors.append(error)
+                    tqdm.write(f"  {child.job.label}: failed", file=sys.stderr)
+    finally:
+        for child in running.values():  # none, unless interrupted
+            while child.process.is_alive():  # again, should it have been too young to listen
+                child.process.terminate()
+                child.process.join(0.5)
+    if errors:
+        raise errors[0]
+
+
+def start_child(context: Any, job: Job, train_arm: Callable, slot: int) -> Child:
+    inbox, outbox = context.Pipe(duplex=False)
+    process = context.Process(target=child_main, args=(job, train_arm, slot, outbox))
+    # The fork server's children ignore signals from the start; spawned ones inherit that from here.
+    with deferred_signals() if FORK_SERVER else signals_ignored():
+        process.start()
+    outbox.close()
+    return Child(job, process, inbox, slot)
+
+
+def error_of(child: Child) -> Exception | None:
+    """What went wrong in a process that has ended; the traceback of a mistake is printed here."""
+    error, trace = None, ""
+    with suppress(EOFError):  # it said nothing, as one that is killed
+        if child.inbox.poll():
+            error, trace = child.inbox.recv()
+    child.inbox.close()
+    if trace:
+        tqdm.write(trace, file=sys.stderr)
+    if error is None and child.process.exitcode != 0:
+        way_out = "was killed (out of memory?); go on with --resume"
+        error = JobFailed(f"{child.job.label} {way_out}")
+    return error
+
+
+def child_main(job: Job, train_arm: Callable, slot: int, outbox: Any) -> None:
+    """In the process of a job."""
+    signal.signal(signal.SIGTERM, stop)  # from the parent, which alone listens to Ctrl-C
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # the default one is shared by processes, and outlives none
+    torch.set_num_threads(job.run.threads)
+    if job.run.device == "cuda":
+        torch.cuda.set_device(slot % torch.cuda.device_count())
+    try:
+        job.do(train_arm)
+    except KeyboardInterrupt:
+        sys.exit(143)
+    except ONE_LINE as error:
+        outbox.send((error, traceback.format_exc() if job.run.traceback else ""))
+        sys.exit(1)
+    except Exception:
+        failed = JobFailed(f"{job.label} failed, see above; go on with --resume")
+        outbox.send((failed, traceback.format_exc()))
+        sys.exit(1)
+
+
+def end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def _leave(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def load_trained(
+    path: str | Path, config_type: type, rebuild: Callable[[Job, Any], nn.Module]
+) -> nn.Module:
+    """The model that a run left in OUT/arms/<arm>-seed<N>.pt, in eval mode, on the CPU.
 
-
-class Trained(typing.NamedTuple):
-    """Whose weights a file holds, from its name and the run.json of its run."""
-
-    config: Any  # the script's Config, as it was run
-    arm: str
-    seed: int
-    dtype: torch.dtype
-    data_dir: Path  # where that run looked for downloads
-
-
-def load_trained(path: str | Path, config_type: type, make: Callable[[Trained], nn.Module]) -> nn.Module:
-    """A model that a run left in OUT/arms/<arm>-seed<N>.*, in eval mode, on the CPU; OUT/run.json has its settings.
-
-    config_type  the script's Config; make(trained) -> the model with its weights
-    Raises UsageError in one line: no such file, damaged, of another script, of another version of this one.
+    rebuild(job, state) -> the model with that state; the job has the settings of OUT/run.json.
+    Raises UsageError: no such file, damaged, of another script or another version of it.
     """
     path, script = Path(path), Path(inspect.getfile(config_type))
-    mark, (arm, _, seed) = path.parent.parent / "run.json", path.stem.rpartition("-seed")
+    arm, _, seed = path.stem.rpartition("-seed")
     if not path.is_file():
         there = sorted(other.name for other in path.parent.glob(f"*-seed*{path.suffix}"))
-        raise UsageError(
-            f"{path}: there are no such weights, but {', '.join(there) or f'none like it in {path.parent}'}"
-        )
+        found = ", ".join(there) or f"none like it in {path.parent}"
+        raise UsageError(f"{path}: there are no such weights, but {found}")
+    mark = path.parent.parent / "run.json"
     if not mark.is_file() or not seed.isdecimal():
-        raise UsageError(
-            f"{path}: {mark} and the name <arm>-seed<N> say how to build the model; keep both as they were"
-        )
-    left = read_json(mark, "identity")
-    if left.get("method", script.stem) != script.stem:
+        needed = f"{mark} and the name <arm>-seed<N> say how to build the model"
+        raise UsageError(f"{path}: {needed}; keep both as they were")
+    left = read_json(mark, method=str, config=dict, data_dir=str, identity=dict)
+    if left["method"] != script.stem:
         raise UsageError(f"{path} was left by {left['method']}.py, not by {script.name}")
     expected = {item.name for item in dataclasses.fields(config_type)}
-    if not isinstance(left.get("config"), dict) or (odd := expected ^ set(left["config"])):
-        what = f"has other settings ({', '.join(sorted(odd)[:3])})" if "config" in left else "lacks its settings"
-        raise UsageError(f"{path} is of another version of {script.name}: {mark} {what}; run it again with --overwrite")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in left["config"].items()}
+    odd = sorted(expected ^ set(left["config"]))
+    if odd:
+        other = f"{path} is of another version of {script.name}"
+        differs = f"{mark} differs in the settings {', '.join(odd[:3])}"
+        raise UsageError(f"{other}: {differs}; run it again with --overwrite")
     try:
-        where = (getattr(torch, left["identity"]["dtype"]), Path(left["data_dir"]))
-        return make(Trained(config_type(**settings), arm, int(seed), *where)).eval()
+        settings = {}
+        for name, value in left["config"].items():
+            settings[name] = tuple(value) if isinstance(value, list) else value
+        dtype = getattr(torch, left["identity"]["dtype"])
+        config, folder = config_type(**settings), path.parent.parent
+        run = Run(left["method"], left["scale"], "cpu", dtype, [int(seed)], folder, config)
+        run.data_dir = Path(left["data_dir"])
+        state = load(path) if path.suffix == ".pt" else None
+        return rebuild(Job(run, arm, int(seed)), state).eval()
     except (UsageError, FileNotFoundError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"{path} and {mark} do not fit together ({reason}); run it again with --overwrite") from error
+        misfit = f"{path} and {mark} do not fit together ({reason})"
+        raise UsageError(f"{misfit}; run it again with --overwrite") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FLAGS = {  # name: (default, metavar or choices, help); a default of False makes a switch
     "full": (False, None, "the paper's own scale and data"),
+    "arms": ("", "ARM", "train these: method, or method@field=value,field=value"),
     "ablate": (False, None, "train every arm, not only those that the required claims need"),
     "seed": (0, "N", "first seed"),
-    "seeds": (1, "K", "number of seeds: N .. N+K-1, reported as mean and standard deviation"),
+    "seeds": (1, "K", "number of seeds: N .. N+K-1"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "auto: a GPU if there is one"),
     "dtype": ("auto", ("auto", "fp32", "bf16"), "auto: fp32, but bf16 for --full on a GPU"),
     "out": (Path(), "DIR", "where results go; default runs/<method>-<scale>"),
@@ -1155,64 +1669,87 @@ FLAGS = {  # name: (default, metavar or choices, help); a default of False makes
     "threads": (0, "N", "CPU threads of each; default 1 at small scale"),
     "compile": (False, None, "torch.compile the models"),
     "dry_run": (False, None, "print what the run would cost, and stop"),
-    "plot": (False, None, "draw the pictures (needs matplotlib)"),
-    "strict": (False, None, "exit code 1 if a required claim does not hold"),
+    "plot": (False, None, "draw the picture (needs matplotlib)"),
+    "strict": (
+        False,
+        None,
+        "exit code 1 unless every required claim holds, or on 1-2 seeds is seen",
+    ),
     "list_claims": (False, None, "print the claims, and stop"),
     "traceback": (False, None, "show where an error came from"),
 }
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def script_of(main: Callable) -> Path:
+    return Path(sys.modules[main.__module__].__file__)
+
+
 def run(
-    main: Callable,
-    small: object,
-    full: object | None = None,
-    claims: Sequence[Claim] = (),
+    main: Callable[[Any, Run], Results | None],
+    small: Any,
+    full: Any,
     argv: Sequence[str] | None = None,
+    claims: Sequence[Claim] | None = None,
     actions: dict[str, tuple] | None = None,
     data_parallel: bool = False,
 ) -> NoReturn:
-    """Parse the command line, call main(config, run) -> dict, report, and exit.
+    """Parse the command line, call main(config, run), judge the claims, report, and exit.
 
-    actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`; main then does that
-    instead of a whole run: no claims are judged, no results.json is written, and --out is left alone.
+    claims: default those declared in the script of `main`.
+    actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`;
+    main then does that instead of a whole run: no claims are judged, no results.json is written.
     data_parallel: under torchrun, the processes train every arm together; see `train`.
 
-    Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not hold); 2 usage;
-    130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
+    Exit codes: 0; 1 failed (NaN, out of memory, disk full; --strict and a required claim does not
+    hold); 2 usage; 130 Ctrl-C and 143 SIGTERM, after printing the command that resumes.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    program = Path(inspect.getfile(main)).name
-    for name in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(name, _stop)
+    program = script_of(main).name
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # of a stream that is none, or closed
+            stream.reconfigure(errors="replace")  # show what the terminal can
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, stop)
     try:
         if data_parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            _join_processes()
-        code = _run(main, small, full, claims, argv, program, actions or {})
+            join_processes()
+        code = run_script(main, small, full, argv, claims, actions or {})
         if processes()[1] > 1:
             dist.destroy_process_group()
         sys.exit(code)
-    except KeyboardInterrupt as stop:
-        again = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+    except KeyboardInterrupt as stopped:
+        again = [word for word in argv if word not in ("--resume", "--overwrite")]
         command = shlex.join([sys.executable, sys.argv[0], *again, "--resume"])
         kept = "" if "--dry-run" in argv else f"; what is done is kept. Go on with: {command}"
         print(f"\n{program}: stopped{kept}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
-    except (ValueError, OSError, NonFiniteLoss, BrokenProcessPool, torch.OutOfMemoryError) as error:
+        sys.exit(143 if isinstance(stopped, Terminated) else 130)
+    except ONE_LINE as error:
         if "--traceback" in argv:
             traceback.print_exc()
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            names = [name for name in ("batch_size", "context", "d_model", "hidden") if hasattr(small, name)]
-            message = "out of GPU memory; lower " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
-        usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
-        if not usage and isinstance(error, OSError) and error.errno is not None:  # not a failed download
-            message += "; what is done is kept, go on with --resume"
-        print(f"{program}: {message}", file=sys.stderr)
-        sys.exit(2 if usage else 1)
+        is_usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError))
+        print(f"{program}: {one_line(error, small, is_usage)}", file=sys.stderr)
+        sys.exit(2 if is_usage else 1)
 
 
-def _join_processes() -> None:
+def one_line(error: Exception, small: Any, is_usage: bool) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        sizes = ("batch_size", "context", "d_model", "hidden")
+        flags = [flag(name) for name in sizes if hasattr(small, name)]
+        return f"out of GPU memory; lower {' or '.join(flags)}"
+    message = " ".join(str(error).split())
+    if (
+        isinstance(error, OSError) and error.errno is not None and not is_usage
+    ):  # no failed download
+        message += "; what is done is kept, go on with --resume"
+    return message
+
+
+def join_processes() -> None:
     """Become one of torchrun's processes. Only the first one prints."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1221,144 +1758,167 @@ def _join_processes() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def _stop(number: int, frame: object) -> NoReturn:
-    """The first signal ends the run in order. `timeout` and impatient people send more, which would cut that short."""
+def stop(number: int, frame: object) -> NoReturn:
+    """The first signal ends the run in order. `timeout` and impatient people send more."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _run(
-    main: Callable, small: object, full: object, claims: Sequence, argv: list[str], program: str, actions: dict
+def run_script(
+    main: Callable,
+    small: Any,
+    full: Any,
+    argv: list[str],
+    claims: Sequence[Claim] | None,
+    actions: dict[str, tuple],
 ) -> int:
-    options, settings = _parse(program, main, small, full, argv, actions)
-    claims = [dataclasses.replace(claim) for claim in claims]
+    start = time.monotonic()
+    options, settings = parse(main, small, full, argv, actions)
+    claims = claims_of(main) if claims is None else claims
     if options["list_claims"]:
-        say(format_claims(claims, measured=False))
+        say(list_claims(claims))
         return 0
-    if options["full"] and full is None:
-        raise UsageError(f"there is no full scale yet; `python {program}` runs the small one")
-    for name, value in settings.items():  # else a stage that comes late would find it out
-        rates = value if isinstance(value, tuple) else (value,)
-        if re.search(r"(^|_)lr$", name) and not all(rate is None or rate > 0 for rate in rates):
-            raise UsageError(f"--{name.replace('_', '-')} is {_as_typed(value)}; it must be above 0")
-    run = _make_run(options, program.removesuffix(".py"), claims, actions)
-    run.config = dataclasses.replace(full if options["full"] else small, **settings)
+    run = make_run(
+        script_of(main).stem, full if options["full"] else small, options, settings, actions
+    )
     torch.set_num_threads(run.threads)
-    _barrier()  # before the first process claims the folder that the others have just looked at
-    if run.dry_run or run.actions:
-        main(run.config, run)
-        return 0
+    barrier()  # before one process claims the folder that the others have just looked at
     try:
         if (run.resume or run.overwrite) and run.out.is_dir() and processes()[0] == 0:
-            run.keep_others_out()
-        return _train_and_report(main, run, options["strict"], program)
+            if not (run.dry_run or run.actions):
+                run.keep_others_out()
+        results = main(run.config, run)
+    except Planned:
+        return 0
+    except KeyboardInterrupt:
+        if not (run.begun or run.resume or run.dry_run or run.actions):
+            print(f"\n{script_of(main).name}: stopped before the first step", file=sys.stderr)
+            return 130
+        raise
     finally:
         if run.lock is not None:
             os.close(run.lock)
-
-
-def _train_and_report(main: Callable, run: Run, strict: bool, program: str) -> int:
-    mark, start = run.out / "run.json", time.monotonic()
-    earlier = read_json(mark, "wall_seconds")["wall_seconds"] if run.resume else 0.0
-    try:
-        results = main(run.config, run) or {}
-    except KeyboardInterrupt:
-        if run.begun or run.resume:
-            raise
-        print(f"\n{program}: stopped before the first step", file=sys.stderr)
-        return 130
-    finally:
-        if run.pool is not None:
-            with deferred_signals():
-                run.pool.shutdown(wait=True, cancel_futures=True)
-        wall_seconds = round(earlier + time.monotonic() - start, 1)
-        if run.begun and processes()[0] == 0:
-            write_json(mark, run.record(wall_seconds))
-    if processes()[0] > 0:
+    if run.dry_run or run.actions or processes()[0] > 0:
         return 0
+    return report(main, run, claims, results or Results(), options["strict"], start)
+
+
+def report(
+    main: Callable, run: Run, claims: Sequence[Claim], results: Results, strict: bool, start: float
+) -> int:
+    """Judge, write results.json, and tell a stranger what came out. The exit code."""
+    for claim in claims:
+        claim.judge(results, run.config)
     with atomic_file(run.out / "metrics.jsonl") as file:
-        file.writelines(part.read_bytes() for part in sorted((run.out / "arms").glob("*.jsonl")))
-    report = {
+        for path in sorted((run.out / "arms").glob("*.jsonl")):
+            file.write(path.read_bytes())
+    seconds = round(time.monotonic() - start, 1)
+    content = {
         "method": run.method,
         "scale": run.scale,
         "seeds": run.seeds,
-        "device": torch.cuda.get_device_name() if run.device == "cuda" else run.device,
-        "machine": _machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "git": _git(Path(inspect.getfile(main)).parent),
+        **machine(run.device),
+        "threads": run.threads,
+        "git": git_version(script_of(main).parent),
         "dtype": run.dtype_name,
         "config": dataclasses.asdict(run.config),
         "data": run.data,
-        "wall_seconds": wall_seconds,
-        "results": {**results, "tables": run.tables},
-        "claims": [dataclasses.asdict(claim) for claim in run.claims],
+        "wall_seconds": seconds,
+        "results": {"arms": results, "tables": run.tables},
+        "claims": [claim.record() for claim in claims],
     }
-    write_json(run.out / "results.json", report)
-    if run.claims:
-        say(f"\nclaims of the paper\n{format_claims(run.claims)}")
-    say(f"\nwrote {run.out / 'results.json'} ({wall_seconds:.0f} s)")
-    failed = [claim.id for claim in run.claims if claim.required and claim.holds is not True]
-    if strict and failed:
-        print(f"{program}: required claims that do not hold: {', '.join(failed)}", file=sys.stderr)
-        return 1
-    return 0
+    write_json(run.out / "results.json", content)
+    if claims:
+        seeds = f"{len(run.seeds)} seed{'s' * (len(run.seeds) > 1)}"
+        say(f"\nclaims of the paper, on {seeds}\n{format_claims(claims)}")
+        say(f"\n{HOW_TO_READ}\n{in_short(claims, len(run.seeds))}")
+    say(f"\nwrote {run.out / 'results.json'} ({seconds:.0f} s)")
+    good = ("holds", "seen", "passed")
+    bad = [claim.id for claim in claims if claim.required and claim.verdict not in good]
+    bad += [claim.id for claim in claims if claim.verdict == "failed"]
+    if strict and bad:
+        print(f"required claims that do not hold: {', '.join(bad)}", file=sys.stderr)
+    return int(strict and bool(bad))
 
 
-def _make_run(options: dict, method: str, claims: list[Claim], actions: dict) -> Run:
-    given = {name: options[name] for name in actions if name in options["given"]}
+def make_run(method: str, config: Any, options: dict, settings: dict, actions: dict) -> Run:
+    """Everything that flags can get wrong is refused here, before anything is done."""
+    given, scale = options["given"], "full" if options["full"] else "small"
     for name, least in {"seeds": 1, "workers": 1, "threads": 1, "seed": 0}.items():
-        if name in options["given"] and options[name] < least:
+        if name in given and options[name] < least:
             raise UsageError(f"--{name} is {options[name]}; at least {least} is needed")
     if options["overwrite"] and options["resume"]:
         raise UsageError("--overwrite and --resume exclude each other")
-    scale, cores = ("full" if options["full"] else "small"), _cores()
-    out = options["out"] if "out" in options["given"] else Path("runs") / f"{method}-{scale}"
-    if options["resume"] and not given and not (out / "run.json").exists():
-        raise UsageError(f"--resume: there is no run in {out}")
-    if not (options["resume"] or options["overwrite"] or options["dry_run"] or given):
-        _refuse_a_second_run(out)
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install -r requirements-full.txt")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = options["device"] if options["device"] != "auto" else ("cuda" if there["cuda"] else "cpu")
+    refuse_idle_flags(config, settings, scale)
+    config = dataclasses.replace(config, **settings)
+
+    own = {name: options[name] for name in actions if name in given}
+    out = options["out"] if "out" in given else Path("runs") / f"{method}-{scale}"
+    if options["resume"] and not own and not (out / "run.json").exists():
+        raise UsageError(f"--resume: there is no run in {out}")
+    if not (options["resume"] or options["overwrite"] or options["dry_run"] or own):
+        refuse_a_second_run(out)
+
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if there["cuda"] else "cpu"
     if not there[device]:
         raise UsageError(f"--device {device}: torch finds no such device here; use --device cpu")
-    bf16 = options["dtype"] == "bf16" or (options["dtype"] == "auto" and scale == "full" and device == "cuda")
+    on_gpu = device == "cuda"
+    is_bf16 = options["dtype"] == "bf16" or (
+        options["dtype"] == "auto" and scale == "full" and on_gpu
+    )
     cache = os.environ.get("MOE_DATA", Path(__file__).parent / "data" / "cache")
+    switches = ("resume", "overwrite", "ablate", "dry_run", "compile", "traceback")
     return Run(
         method=method,
         scale=scale,
+        config=config,
         device=device,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=torch.bfloat16 if is_bf16 else torch.float32,
         seeds=list(range(options["seed"], options["seed"] + options["seeds"])),
         out=out,
-        workers=options["workers"] or (torch.cuda.device_count() if device == "cuda" else cores),
-        threads=options["threads"] or (1 if scale == "small" else cores),
-        data_dir=options["data_dir"] if "data_dir" in options["given"] else Path(cache),
+        arms=split_arms(options["arms"]),
+        workers=options["workers"] or (torch.cuda.device_count() if on_gpu else num_cores()),
+        threads=options["threads"] or (1 if scale == "small" else num_cores()),
+        data_dir=options["data_dir"] if "data_dir" in given else Path(cache),
         draw=options["plot"],
-        claims=claims,
-        actions=given,
-        **{name: options[name] for name in ("resume", "overwrite", "ablate", "dry_run", "compile")},
+        actions=own,
+        **{name: options[name] for name in switches},
     )
 
 
-def _refuse_a_second_run(out: Path) -> None:
-    if (out / "run.json").exists() or (out / "arms").exists():
-        raise UsageError(f"{out} holds a run; continue it with --resume or replace it with --overwrite")
+def refuse_idle_flags(config: Any, settings: dict, scale: str) -> None:
+    """A flag that would do nothing, by the Only(...) in the type of its field."""
+    here = {"scale": scale, **vars(config), **settings}
+    for name in settings:
+        for note in getattr(field_types(type(config))[name], "__metadata__", ()):
+            where = note.where if isinstance(note, Only) else {}
+            for key, value in where.items():
+                if here[key] != value:
+                    wanted = "--full" if (key, value) == ("scale", "full") else f"{key} {value}"
+                    raise UsageError(f"{flag(name)} does nothing here; it belongs to {wanted}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
 
 
-def _parse(
-    program: str, main: Callable, small: object, full: object, argv: list[str], actions: dict
+def parse(
+    main: Callable, small: Any, full: Any, argv: list[str], actions: dict[str, tuple]
 ) -> tuple[dict, dict]:
-    """The house flags, and one flag per config field: ({flag: value, "given": names}, {field: value given})."""
-    parser = _Parser(
-        prog=program,
+    """The house flags and a flag a field: ({flag: value, "given": names}, {field: value given})."""
+    parser = Parser(
+        prog=script_of(main).name,
         description=sys.modules[main.__module__].__doc__,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -1366,84 +1926,86 @@ def _parse(
     )
     flags = FLAGS | actions
     for name, (default, kind, text) in flags.items():
-        how = {"action": "store_true"} if default is False else {"type": type(default), "metavar": kind}
-        if isinstance(kind, tuple):
+        how = {"type": type(default), "metavar": kind}
+        if default is False:
+            how = {"action": "store_true"}
+        elif isinstance(kind, tuple):
             how = {"choices": kind}
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **how)
+        elif name == "arms":
+            how["nargs"] = "+"
+        parser.add_argument(flag(name), help=text, **how)
     fields = parser.add_argument_group("settings (small scale / full scale)")
-    comments, hints = _field_comments(type(small)), typing.get_type_hints(type(small))
-    for item in dataclasses.fields(small):
-        values = [_as_typed(getattr(config, item.name)) for config in (small, full) if config is not None]
-        how = {"type": _reader(hints[item.name]), "metavar": item.name.upper()}
-        if hints[item.name] is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        text = f"{comments.get(item.name, '')} ({' / '.join(dict.fromkeys(values))})".replace("%", "%%")
-        fields.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
+    comments, kinds = field_comments(type(small)), field_types(type(small))
+    for name, kind in kinds.items():
+        defaults = {as_typed(getattr(config, name)): None for config in (small, full)}
+        text = f"{comments.get(name, '')} ({' / '.join(defaults)})".replace("%", "%%")
+        how = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"metavar": name.upper()}
+        )
+        fields.add_argument(flag(name), help=text, **how)
+
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        name, known = unknown[0].split("=")[0], [*parser._option_string_actions]
-        word = name.strip("-").removesuffix("s")
-        inside = [flag for flag in known if len(word) > 3 and word in flag]  # --steps: --recover-steps and others
-        inside = inside or [flag for flag in known if {"step": "epoch", "epoch": "step"}.get(word, "?") in flag]
-        near = inside or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        near = similar_flags(unknown[0].split("=")[0], list(parser._option_string_actions))
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"unknown argument {unknown[0]!r}{hint} (see --help)")
-    given = vars(found)
+    given, settings = vars(found), {}
+    for name in kinds.keys() & given.keys():
+        settings[name] = given[name]
+        if kinds[name] is not bool:
+            try:
+                settings[name] = read_value(kinds[name], given[name])
+            except ValueError as error:
+                raise UsageError(f"{flag(name)} is {given[name]!r}; {error}") from error
+        reason = why_not(kinds[name], settings[name])
+        if reason:
+            raise UsageError(f"{flag(name)} is {as_typed(settings[name])}; {reason}")
     options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
-    return options | {"given": set(given)}, {name: given[name] for name in given if name not in flags}
+    if "arms" in given:
+        options["arms"] = ",".join(given["arms"])
+    return {**options, "given": set(given)}, settings
 
 
-def _as_typed(value: object) -> str:
-    """A value as one would type it after its flag."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "empty"
-    return {None: "none", "": "empty"}.get(value, str(value))
+def similar_flags(wrong: str, known: list[str]) -> list[str]:
+    """--steps may be --recover-steps and others; --epochs and --steps mean alike."""
+    word = wrong.strip("-").removesuffix("s")
+    inside = [name for name in known if len(word) > 3 and word in name]
+    other = {"step": "epoch", "epoch": "step"}.get(word, "?")
+    alike = [name for name in known if other in name]
+    return inside or alike or difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
 
 
-def _reader(hint: object) -> Callable[[str], object]:
-    """From a type hint to what reads it: int, finite float, str, tuple[int, ...] ("1,2,3"), T | None ("none")."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    is_tuple = typing.get_origin(options[0]) is tuple
-    element = typing.get_args(options[0])[0] if is_tuple else options[0]
-
-    def read_one(text: str) -> object:
-        value = element(text)
-        if element is float and not math.isfinite(value):
-            raise ValueError(f"{text} is no finite number")
-        return value
-
-    def read(text: str) -> object:
-        if text.lower() == "none" and type(None) in options:
-            return None
-        return tuple(map(read_one, text.split(","))) if is_tuple else read_one(text)
-
-    read.__name__ = f"comma-separated {element.__name__}" if is_tuple else element.__name__
-    return read
+def num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _field_comments(kind: type) -> dict[str, str]:
-    """The trailing comment of every field, so that help and source cannot disagree."""
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(kind)).readline):
-        field_name = re.match(r"\s*(\w+)\s*:", token.line)
-        if token.type == tokenize.COMMENT and field_name:
-            comments[field_name.group(1)] = token.string.lstrip("# ")
-    return comments
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _machine() -> str:
+def machine(device: str) -> dict:
+    """Where numbers come from: another CPU, or other threads, give other last digits."""
     name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{platform.system()}, {found.group(1) if found else name}, {_cores()} cores"
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = found.group(1) if found else name
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "machine": f"{platform.system()}, {name}, {num_cores()} cores",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions,
+    }
 
 
-def _git(folder: Path) -> str:
+def git_version(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return done.stdout.strip()

@@ -59,8 +59,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
-from common import Claim, Run
+import bridge as common
+from bridge import Claim, Run
 from data import images
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -64,9 +64,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
+import bridge as common
 import kernels
-from common import Claim, Run
+from bridge import Claim, Run
 from data import pretrained, tasks
 from data import text as text_data
 

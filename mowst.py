@@ -71,8 +71,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
-from common import Claim, Run
+import bridge as common
+from bridge import Claim, Run
 from data import graphs
 from data.graphs import Adjacency, Graph
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from forked import ROOT, ForkServer
 
+import bridge
 import common
 
 
@@ -76,9 +77,11 @@ def command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(module, *flags):
-        full = getattr(module, "FULL", None)
+        argv = [str(flag) for flag in flags]
         with pytest.raises(SystemExit) as stop:
-            common.run(module.main, module.SMALL, full, module.CLAIMS, [str(flag) for flag in flags])
+            if hasattr(module, "CLAIMS"):  # a script of the first edition
+                bridge.run(module.main, module.SMALL, module.FULL, module.CLAIMS, argv)
+            common.run(module.main, module.SMALL, module.FULL, argv)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err)
 

@@ -28,9 +28,9 @@ def play(script, flags, folder, prepare):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), number)
     torch.set_num_threads(1)
-    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # Python would start another server here
-    get = multiprocessing.get_context  # the workers come from the same one, sent what spawned ones are
-    multiprocessing.get_context = lambda method=None: get("forkserver" if method == "spawn" else method)
+    # Python would start another server here; the script's jobs come from the same one.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    multiprocessing.forkserver.ensure_running = lambda: None
     for action in prepare:
         action()
     sys.argv = [str(ROOT / script), *map(str, flags)]

@@ -16,7 +16,7 @@ from forked import ended
 from tiny import ADAMOE
 
 import adamoe
-import common
+import bridge as common
 import kernels
 
 F64 = torch.float64

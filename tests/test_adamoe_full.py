@@ -21,7 +21,7 @@ from forked import finished
 from torch import nn
 
 import adamoe
-import common
+import bridge as common
 import kernels
 from data import pretrained, tasks
 

@@ -18,7 +18,7 @@ from forked import ended, finished, wait_until
 from tiny import BTM
 
 import btm
-import common
+import bridge as common
 from data import text as text_data
 
 F64 = torch.float64

@@ -15,7 +15,7 @@ from test_behavior import write_census, write_kuairand
 from tiny import HOME
 from torch import nn
 
-import common
+import bridge as common
 import home
 import kernels
 from data import behavior

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from tiny import MCSMOE
 
-import common
+import bridge as common
 import kernels
 import mcsmoe
 from mcsmoe import DenseExperts, Expert, LowRankExperts, LowRankSparseLinear, SparseMoE

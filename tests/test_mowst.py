@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from forked import finished, wait_until
 from tiny import MOWST
 
-import common
+import bridge as common
 import mowst
 from data import graphs
 from data.graphs import Adjacency, Sparse

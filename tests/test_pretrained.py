@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import common
+import bridge as common
 import mcsmoe
 from data import pretrained, tasks
 

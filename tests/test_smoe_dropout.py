@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny import SMOE_DROPOUT
 
-import common
+import bridge as common
 import smoe_dropout as smoe
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import adamoe
 import btm
-import common
+import bridge as common
 import dual_head_kd
 import home
 import mcsmoe

@@ -4,75 +4,103 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from common import Check, Count, Job, Margin, Only, Positive, Results, Run, check, claim  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Config:
-    steps: int = 30  # optimizer steps
-    lr: float = 0.1  # peak
-    widths: tuple[int, ...] = (4,)  # of the layer
-    budget: float | None = None  # optional number
+class Config(common.Settings):
+    steps: Count = 30  # optimizer steps
+    lr: Positive = 0.1  # peak
+    widths: tuple[Count, ...] = (4,)  # of the layer
+    budget: Positive | None = None  # optional number
+    kind: Literal["plain", "fancy"] = "plain"  # of layer
     bias: bool = True  # with a bias
-    batch_size: int = 8  # examples
+    batch_size: Count = 8  # examples
     nan_at: int = -1  # step with a NaN in the data
-    pause: float = 0.0  # seconds a step
+    crash_at: int = -1  # step with a mistake in the program
+    pause: Annotated[float, common.Range(0)] = 0.0  # seconds a step
+    pages: Annotated[Count, Only(scale="full")] = 7  # of a book that only the full scale reads
 
 
 SMALL = Config()
 FULL = replace(SMALL, steps=60)
-CLAIMS = [
-    common.Claim("toy.learns", "the loss falls", "not verified", required=True),
-    common.Claim("toy.fails", "the loss falls below zero", "-1", required=True),
-    common.Claim("toy.open", "something else", "not verified"),
-]
+ARMS = ("one", "two", "three")
 
 
-def train_arm(config: Config, arm: str, seed: int, run: common.Run) -> dict:
-    run.path(arm, seed, ".pid").write_text(str(os.getpid()))
-    torch.manual_seed(seed)
-    model = run.prepare(nn.Linear(4, 1, bias=config.bias))
+def train_arm(job: Job) -> dict:
+    config = job.config
+    job.path(".pid").write_text(str(os.getpid()))
+    model = job.prepare(nn.Linear(4, 1, bias=config.bias))
 
     def batches(step: int) -> torch.Tensor:
-        x = torch.randn(config.batch_size, 4, generator=torch.Generator().manual_seed(1000 * seed + step))
-        return (x * (float("nan") if step == config.nan_at else 1.0)).to(run.device)
+        generator = torch.Generator().manual_seed(1000 * job.seed + step)
+        x = torch.randn(config.batch_size, 4, generator=generator)
+        return (x * (float("nan") if step == config.nan_at else 1.0)).to(job.run.device)
 
     def loss_fn(x: torch.Tensor, step: int):
-        noisy = nn.functional.dropout(x, 0.2)  # draws from torch's own stream, which a checkpoint must carry on
+        if step == config.crash_at:
+            raise KeyError("a mistake")
+        noisy = nn.functional.dropout(x, 0.2)  # draws from torch's own stream: a checkpoint has it
         loss = (model(noisy) - x.sum(1, keepdim=True)).square().mean()
         return loss, {"half": loss.detach() / 2}
 
     def on_step(step: int) -> None:
         time.sleep(config.pause)
 
-    options = run.train_options(arm, seed)
-    last = common.train(model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step, **options)
+    last = job.train(model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step)
+    common.save(job.path(".pt"), model.state_dict())
     return {"loss": last["loss"], "weight": model.weight.tolist()}
 
 
-def main(config: Config, run: common.Run) -> dict:
+def rebuild(job: Job, state: dict) -> nn.Module:
+    model = nn.Linear(4, 1, bias=job.config.bias)
+    common.load_state(model, state, "the weights")
+    return model
+
+
+load_trained = partial(common.load_trained, config_type=Config, rebuild=rebuild)
+
+
+@claim("the loss falls", required=True)
+def learns(results: Results, config: Config) -> Margin:
+    return Margin(10.0 - results.of("one", "loss"), "it did", {"loss": results.of("one", "loss")})
+
+
+@claim("the loss falls below zero", paper="-1", required=True)
+def fails(results: Results, config: Config) -> Margin:
+    return Margin(-results.of("one", "loss"), "it did not")
+
+
+@claim("something else")
+def other(results: Results, config: Config) -> Margin:
+    return Margin(results.ahead("three", "one", "loss"), "level")
+
+
+@check("a loss is a number")
+def numbers(results: Results, config: Config) -> Check:
+    return Check(bool((results.of("one", "loss") >= 0).all()), "it is")
+
+
+def main(config: Config, run: Run) -> Results:
+    arms = run.choose(ARMS, default=ARMS[:2], more=ARMS[2:])
     model = nn.Linear(4, 1)
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size is {config.batch_size}; at least 1 is needed")
-    if run.dry_run:
-        run.estimate(model, lambda: model(torch.randn(8, 4)).sum().backward(), config.steps)
-        return {}
-    run.header("no text", 1.0)
-    arms = ["one", "two"] + ["three"] * run.ablate
-    found = run.map_arms(train_arm, [(config, arm, seed) for arm in arms[:2] for seed in run.seeds])
-    found += run.map_arms(train_arm, [(config, arm, seed) for arm in arms[2:] for seed in run.seeds])
-    run.table("losses", ["arm", "loss"], [[arm, common.show([found[i]["loss"]])] for i, arm in enumerate(arms)])
-    run.claim("toy.learns", "it did", {"loss": found[0]["loss"]}, margins=[1.0, 2.0])
-    run.claim("toy.fails", "it did not", {}, margins=[-1.0, 2.0])
-    run.plot("toy", [lambda ax: common.bars(ax, {"a": 1.0}, ylabel="height")])
-    return {"arms": found}
+    step = lambda: model(torch.randn(8, 4)).sum().backward()
+    run.plan("no text", model, step, config.steps * len(arms) * len(run.seeds))
+    results = run.train_arms(train_arm, arms[:2])
+    results |= run.train_arms(train_arm, arms[2:])
+    run.table("losses", *results.table(results, {"loss": ("loss", 3)}))
+    run.plot([lambda ax: common.dots(ax, {arm: results.of(arm, "loss") for arm in results})])
+    return results
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, FULL, CLAIMS, data_parallel=True)
+    common.run(main, SMALL, FULL, data_parallel=True)
