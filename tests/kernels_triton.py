@@ -15,7 +15,11 @@ DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 gpu_only = pytest.mark.skipif(kernels.INTERPRETED, reason="needs a GPU")
 # Relative Frobenius error of each result. Rounding exactly where the kernels round gives 4e-7, 5e-4 and 4e-3; the
 # interpreter truncates to bfloat16 instead of rounding, which doubles the error of every store.
-BOUND = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 2.5e-2 if kernels.INTERPRETED else 8e-3}
+BOUND = {
+    torch.float32: 2e-6,
+    torch.float16: 1.5e-3,
+    torch.bfloat16: 2.5e-2 if kernels.INTERPRETED else 8e-3,
+}
 RESULTS = ("out", "dx", "dgates", "dw1", "dw2", "db1", "db2")
 
 
@@ -35,7 +39,9 @@ def poison(monkeypatch):
     return buffers
 
 
-def problem(tokens, top_k, experts, d_model, d_ff, dtype=torch.float32, glu=False, bias=False, nulls=0.0):
+def problem(
+    tokens, top_k, experts, d_model, d_ff, dtype=torch.float32, glu=False, bias=False, nulls=0.0
+):
     """x, expert_index, gates, w1, w2, b1, b2, d_out with weights scaled by 1 / sqrt(fan in)."""
 
     def new(*shape, scale=1.0):
@@ -45,22 +51,42 @@ def problem(tokens, top_k, experts, d_model, d_ff, dtype=torch.float32, glu=Fals
     expert_index[torch.rand(tokens, top_k, device=DEVICE) < nulls] = -1
     hidden = d_ff * (2 if glu else 1)
     gates = torch.rand(tokens, top_k, device=DEVICE).requires_grad_()
-    w1, w2 = new(experts, d_model, hidden, scale=d_model**-0.5), new(experts, d_ff, d_model, scale=d_ff**-0.5)
+    w1, w2 = (
+        new(experts, d_model, hidden, scale=d_model**-0.5),
+        new(experts, d_ff, d_model, scale=d_ff**-0.5),
+    )
     b1, b2 = (new(experts, hidden), new(experts, d_model)) if bias else (None, None)
-    return [new(tokens, d_model), expert_index, gates, w1, w2, b1, b2, new(tokens, d_model).detach()]
+    return [
+        new(tokens, d_model),
+        expert_index,
+        gates,
+        w1,
+        w2,
+        b1,
+        b2,
+        new(tokens, d_model).detach(),
+    ]
 
 
 def run(inputs, act="gelu", glu=False, backend="triton"):
     """The output and all gradients, by name."""
     *inputs, d_out = inputs
     out = kernels.moe_mlp(*inputs, act=act, glu=glu, backend=backend)
-    leaves = {n: t for n, t in zip(RESULTS[1:], [inputs[0], *inputs[2:]]) if t is not None and t.requires_grad}
+    leaves = {
+        n: t
+        for n, t in zip(RESULTS[1:], [inputs[0], *inputs[2:]])
+        if t is not None and t.requires_grad
+    }
     grads = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype))
     return {"out": out.detach()} | dict(zip(leaves, grads))
 
 
 def leaf(t, dtype=None):
-    return t.detach().to(dtype or t.dtype).requires_grad_() if t is not None and t.is_floating_point() else t
+    return (
+        t.detach().to(dtype or t.dtype).requires_grad_()
+        if t is not None and t.is_floating_point()
+        else t
+    )
 
 
 def double(inputs):
@@ -70,7 +96,9 @@ def double(inputs):
 def assert_close(given, wanted, dtype):
     for name in wanted:
         error = (given[name].double() - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-30)
-        bound = BOUND[dtype] * (2.5 if name == "dgates" else 1)  # a short dot product, whose terms may cancel
+        bound = BOUND[dtype] * (
+            2.5 if name == "dgates" else 1
+        )  # a short dot product, whose terms may cancel
         assert error <= bound, f"{name}: relative error {error:.1e} > {bound:.1e}"  # NaN fails, too
 
 
@@ -79,7 +107,17 @@ CASES = [
     (17, 2, 4, 24, 40, "gelu", True, True, 0.3),
     (25, 3, 5, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
     (40, 1, 1, 48, 24, "relu", False, True, 0.0),  # one expert, several row tiles
-    (21, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: the same expert several times a token
+    (
+        21,
+        8,
+        4,
+        16,
+        40,
+        "none",
+        False,
+        True,
+        0.2,
+    ),  # top_k > num_experts: the same expert several times a token
     (1, 1, 64, 8, 8, "silu", True, True, 0.0),  # nearly all experts empty
     (12, 2, 9, 40, 40, "gelu", False, False, 0.0),
 ]
@@ -91,7 +129,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Under the interpreter, each case in two dtypes.
 @pytest.mark.parametrize(
     "case, dtype",
-    [(c, d) for i, c in enumerate(CASES) for j, d in enumerate(DTYPES) if i % 3 != j or not kernels.INTERPRETED],
+    [
+        (c, d)
+        for i, c in enumerate(CASES)
+        for j, d in enumerate(DTYPES)
+        if i % 3 != j or not kernels.INTERPRETED
+    ],
 )
 def test_matches_float64(case, dtype):
     *sizes, act, glu, bias, nulls = case
@@ -100,7 +143,9 @@ def test_matches_float64(case, dtype):
 
 
 def test_all_null_gives_exact_zeros():
-    for name, value in run(problem(9, 2, 4, 16, 24, glu=True, bias=True, nulls=1.1), glu=True).items():
+    for name, value in run(
+        problem(9, 2, 4, 16, 24, glu=True, bias=True, nulls=1.1), glu=True
+    ).items():
         assert (value == 0).all(), name
 
 
@@ -108,7 +153,9 @@ def test_any_strides():
     """Transposed weight views, sliced x, gates of stride > 1, and the expanded gradient of a plain sum."""
     x, index, gates, w1, w2, b1, b2, _ = problem(17, 2, 4, 24, 40, glu=True, bias=True, nulls=0.2)
     x = torch.cat([x, x], 1).detach()[:, 24:].requires_grad_()
-    w1, w2 = (w.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for w in (w1, w2))
+    w1, w2 = (
+        w.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for w in (w1, w2)
+    )
     gates = gates.detach().t().contiguous().t().requires_grad_()
     inputs = [x, index, gates, w1, w2, b1, b2, torch.ones((), device=DEVICE).expand(17, 24)]
     given = run(inputs, glu=True)
@@ -122,7 +169,14 @@ def test_tile_map_lists_every_row_once():
     _, _, tiles = kernels._map_tiles(torch.arange(70, dtype=torch.int32, device=DEVICE), offsets)
     count, *pairs = tiles.tolist()
     assert count == 1 + 1 + 3 + 1
-    assert list(zip(pairs[::2], pairs[1::2]))[:count] == [(1, 0), (2, 16), (4, 17), (4, 33), (4, 49), (5, 50)]
+    assert list(zip(pairs[::2], pairs[1::2]))[:count] == [
+        (1, 0),
+        (2, 16),
+        (4, 17),
+        (4, 33),
+        (4, 49),
+        (5, 50),
+    ]
     assert all(value == -(2**30) for value in pairs[2 * count :])
 
 
@@ -132,7 +186,9 @@ def test_null_rows_are_never_written_and_empty_experts_get_zero(poison):
     given = run(inputs, glu=True)
     assert (given["dw1"][3] == 0).all() and (given["dw2"][3] == 0).all()
     live = int((inputs[1] >= 0).sum())
-    by_row = [b for b in poison if b.dim() == 2 and b.shape[0] == 40]  # z, a, y, dz, s * a, parts of ds, rows of dx
+    by_row = [
+        b for b in poison if b.dim() == 2 and b.shape[0] == 40
+    ]  # z, a, y, dz, s * a, parts of ds, rows of dx
     assert len(by_row) == 7
     for buffer in by_row:
         assert buffer[:live].isfinite().all() and buffer[live:].isnan().all()
@@ -153,7 +209,11 @@ def test_nan_stays_where_it_is():
     given = run(inputs, glu=True)
     for name in RESULTS:
         assert torch.equal(given[name], wanted[name]), name
-    assert (given["out"][4] == 0).all() and (given["dx"][4] == 0).all() and (given["dgates"][index < 0] == 0).all()
+    assert (
+        (given["out"][4] == 0).all()
+        and (given["dx"][4] == 0).all()
+        and (given["dgates"][index < 0] == 0).all()
+    )
 
 
 def test_nan_of_live_rows_is_not_hidden():
@@ -163,32 +223,78 @@ def test_nan_of_live_rows_is_not_hidden():
     assert run(inputs, "relu")["out"][2].isnan().all()
 
 
-def test_bitwise_properties():
-    inputs = problem(12, 2, 3, 24, 40, glu=True, bias=True, nulls=0.2)
-    inputs[6] = None  # the share of b2 in dgates is one dense product, whose rounding torch decides
-    x, index, gates, w1, w2, b1, b2, d_out = inputs
-    first = run(inputs, glu=True)
-    again = run(inputs, glu=True)
-    assert all(torch.equal(first[name], again[name]) for name in first), "two runs differ"
+def small_integers(tokens, top_k, experts, d_model, d_ff, nulls):
+    """A problem whose every product and sum is a whole number below 2**24: exact in fp32, in whatever order."""
+
+    def new(low, high, *shape):
+        values = torch.randint(low, high + 1, shape, device=DEVICE)
+        return values.float().requires_grad_()
+
+    _, expert_index, *_ = problem(tokens, top_k, experts, 1, 1, nulls=nulls)
+    x = new(-2, 2, tokens, d_model)
+    gates = new(1, 3, tokens, top_k)
+    w1 = new(-1, 1, experts, d_model, 2 * d_ff)
+    w2 = new(-1, 1, experts, d_ff, d_model)
+    b1 = new(-2, 2, experts, 2 * d_ff)
+    b2 = new(-2, 2, experts, d_model)
+    d_out = new(-2, 2, tokens, d_model).detach()
+    return [x, expert_index, gates, w1, w2, b1, b2, d_out]
+
+
+def test_exact_properties():
+    """What must hold bit by bit, on numbers that leave a library's matrix product no room to round."""
+    inputs = small_integers(12, 2, 3, 24, 40, nulls=0.2)
+    x, index, gates, *weights, d_out = inputs
+    first = run(inputs, "relu", glu=True)
+    exact = run(double(inputs), "relu", glu=True, backend="torch")
+    for name in exact:
+        assert exact[name].abs().max() < 2**24, "the inputs are too large for the sums to be exact"
+        assert torch.equal(first[name].double(), exact[name]), f"{name} is not exact"
 
     order = torch.randperm(12, device=DEVICE)
-    moved = run([leaf(t) for t in (x[order], index[order], gates[order], w1, w2, b1, b2, d_out[order])], glu=True)
+    moved = [leaf(x[order]), index[order], leaf(gates[order]), *weights, d_out[order]]
+    moved = run(moved, "relu", glu=True)
     for name in ("out", "dx", "dgates"):
-        assert torch.equal(moved[name], first[name][order]), f"{name} depends on the order of the tokens"
+        assert torch.equal(moved[name], first[name][order]), f"{name} depends on the order"
 
-    label = torch.randperm(3, device=DEVICE)  # new name of each expert
-    old = label.argsort()
-    renamed_index = torch.where(index < 0, index, label[index.clamp(min=0)])
-    renamed = run([x, renamed_index, gates, *(leaf(w[old]) for w in (w1, w2, b1)), None, d_out], glu=True)
+    new_name = torch.randperm(3, device=DEVICE)  # of each expert
+    old_name = new_name.argsort()
+    renamed = torch.where(index < 0, index, new_name[index.clamp(min=0)])
+    renamed = [x, renamed, gates, *[leaf(weight[old_name]) for weight in weights], d_out]
+    renamed = run(renamed, "relu", glu=True)
     for name in first:
-        wanted = first[name] if name in ("out", "dx", "dgates") else first[name][old]
+        by_token = name in ("out", "dx", "dgates")
+        wanted = first[name] if by_token else first[name][old_name]
         assert torch.equal(renamed[name], wanted), f"{name} depends on the names of the experts"
 
-    wide_index, wide_gates = (torch.cat([index, index.new_full((12, 1), -1)], 1), torch.cat([gates, gates[:, :1]], 1))
-    wider = run([x, wide_index, leaf(wide_gates), w1, w2, b1, b2, d_out], glu=True)
+    wide_index = torch.cat([index, index.new_full((12, 1), -1)], 1)
+    wide_gates = leaf(torch.cat([gates, gates[:, :1]], 1))
+    wider = run([x, wide_index, wide_gates, *weights, d_out], "relu", glu=True)
+    wider["dgates"] = wider["dgates"][:, :2]
     for name in first:
-        value = wider[name][:, :2] if name == "dgates" else wider[name]
-        assert torch.equal(value, first[name]), f"{name} changes when a null pick is added"
+        assert torch.equal(wider[name], first[name]), f"{name} changes when a null pick is added"
+
+
+def test_two_runs_are_equal_bit_by_bit():
+    inputs = problem(12, 2, 3, 24, 40, glu=True, bias=True, nulls=0.2)
+    first = run(inputs, glu=True)
+    again = run(inputs, glu=True)
+    for name in first:
+        assert torch.equal(first[name], again[name]), name
+
+
+@gpu_only
+def test_rows_do_not_depend_on_their_place():
+    """The same sums in the same order wherever a row lies in its tile: on a GPU for any numbers."""
+    inputs = problem(300, 2, 3, 64, 96, glu=True, bias=True, nulls=0.2)
+    x, index, gates, *weights, d_out = inputs
+    inputs[6] = weights[3] = None  # the share of b2 in dgates is one dense product of torch
+    first = run(inputs, glu=True)
+    order = torch.randperm(300, device=DEVICE)
+    moved = [leaf(x[order]), index[order], leaf(gates[order]), *weights, d_out[order]]
+    moved = run(moved, glu=True)
+    for name in ("out", "dx", "dgates"):
+        assert torch.equal(moved[name], first[name][order]), f"{name} depends on the order"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,7 +332,10 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("tokens, top_k, d_model", [(0, 2, 8), (5, 0, 8), (5, 2, 0)])
 def test_nothing_to_do_is_left_to_torch(launches, tokens, top_k, d_model):
     x, index, gates, w1, w2, b1, b2, d_out = problem(tokens, top_k, 3, d_model or 8, 16, bias=True)
-    inputs = [leaf(t) for t in (x[:, :d_model], gates, w1[:, :d_model], w2[..., :d_model], b1, b2[:, :d_model])]
+    inputs = [
+        leaf(t)
+        for t in (x[:, :d_model], gates, w1[:, :d_model], w2[..., :d_model], b1, b2[:, :d_model])
+    ]
     x, gates, w1, w2, b1, b2 = inputs
     dispatch = kernels.make_dispatch(index, 3)
     h = kernels.gather(x, dispatch)
@@ -253,7 +362,9 @@ def test_frozen_tensors_cost_no_launch(launches):
     launches.clear()
     dispatch = kernels.make_dispatch(index, 3)
     h = kernels.gather(x, dispatch).requires_grad_()
-    lora_a, lora_b = (torch.randn(3, *s, device=DEVICE, requires_grad=True) for s in ((16, 4), (4, 16)))
+    lora_a, lora_b = (
+        torch.randn(3, *s, device=DEVICE, requires_grad=True) for s in ((16, 4), (4, 16))
+    )
     low = kernels.grouped_mm(kernels.grouped_mm(h, lora_a, dispatch), lora_b, dispatch)
     (kernels.grouped_mm(h, w1, dispatch) + low).sum().backward()
     assert launches.count(kernels.expert_dw) == 2 and lora_a.grad is not None and w1.grad is None
@@ -272,7 +383,9 @@ def test_one_large_buffer_is_freed_before_the_next(monkeypatch):
 
     def tracked(like, *shape, dtype=None):
         buffer = like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like)
-        alive[tuple(buffer.shape)] = [tuple(t().shape) for t in kept if t() is not None]  # the latest of this shape
+        alive[tuple(buffer.shape)] = [
+            tuple(t().shape) for t in kept if t() is not None
+        ]  # the latest of this shape
         kept.append(weakref.ref(buffer))
         return buffer
 
@@ -309,7 +422,9 @@ def test_training_gives_the_losses_of_the_torch_path(dtype):
         for _ in range(3):
             gates, expert_index = (x @ router).softmax(-1).topk(2)
             weights = (w1.to(dtype), w2.to(dtype))
-            out = kernels.moe_mlp(x.to(dtype), expert_index, gates, *weights, act="silu", glu=True, backend=backend)
+            out = kernels.moe_mlp(
+                x.to(dtype), expert_index, gates, *weights, act="silu", glu=True, backend=backend
+            )
             loss = (out.float() - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -327,7 +442,9 @@ def test_smoe_dropout_trains_to_the_same_losses():
     for backend in ("masked", "torch", "triton"):
         generator = torch.Generator().manual_seed(2)
         options = {"init": 0.3, "router_init": 0.3, "generator": generator, "backend": backend}
-        layer = smoe_dropout.SMoEDropout(d_model=16, d_ff=32, num_experts=4, k=2, **options).to(DEVICE)
+        layer = smoe_dropout.SMoEDropout(d_model=16, d_ff=32, num_experts=4, k=2, **options).to(
+            DEVICE
+        )
         x = torch.randn(2, 6, 16, generator=generator).to(DEVICE)
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)
         losses[backend] = []
@@ -381,7 +498,10 @@ def test_torch_compile_without_graph_breaks():
     out = torch.compile(layer, fullgraph=True)(*inputs[:7])
     leaves = [inputs[0], *inputs[2:7]]
     given = dict(zip(RESULTS, (out.detach(), *torch.autograd.grad(out, leaves, inputs[7]))))
-    wanted = {name: 2 * value.double() for name, value in run(double(inputs), "silu", True, "torch").items()}
+    wanted = {
+        name: 2 * value.double()
+        for name, value in run(double(inputs), "silu", True, "torch").items()
+    }
     assert_close(given, wanted, torch.bfloat16)
 
 
@@ -407,7 +527,9 @@ def test_full_tiles_match_float64_and_repeat(tokens, dtype):
     first = run(inputs, "silu", True)
     assert_close(first, run(double(inputs), "silu", True, "torch"), dtype)
     for _ in range(5):  # a result that moves between equal runs is a race
-        assert all(torch.equal(a, b) for a, b in zip(first.values(), run(inputs, "silu", True).values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(first.values(), run(inputs, "silu", True).values())
+        )
 
 
 @gpu_only
@@ -419,7 +541,11 @@ def test_more_elements_than_int32_counts(sizes):
     inputs = problem(*sizes, torch.bfloat16, glu=True)
     inputs[1][-64:] = sizes[2] - 1  # the last expert serves the last tokens
     given = run(inputs, "silu", True)
-    last = [t[-64:] for t in inputs[:3]] + [t[-1:] for t in inputs[3:5]] + [None, None, inputs[7][-64:]]
+    last = (
+        [t[-64:] for t in inputs[:3]]
+        + [t[-1:] for t in inputs[3:5]]
+        + [None, None, inputs[7][-64:]]
+    )
     last[1] = torch.zeros_like(last[1])
     wanted = run(double(last), "silu", True, "torch")
     assert_close(
