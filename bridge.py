@@ -41,7 +41,9 @@ class Claim:
     text: str
     paper: str
     required: bool = False
-    measured: str = ""
+    measured: str = "not measured; run --ablate"
+    values: dict = field(default_factory=dict)
+    holds: bool | None = None
 
 
 def verdict(margins: Sequence[float]) -> bool:
@@ -121,6 +123,10 @@ class Run(common.Run):
             if len(self.seeds) == 1:  # parts of one trained model are not seeds
                 by_seed = by_seed.mean(keepdims=True)
             self.found[id] = Margin(by_seed, measured, values)
+        claim = next(claim for claim in self.claims if claim.id == id)
+        claim.measured, claim.values, claim.holds = measured, values, holds
+        if margins is not None:
+            claim.holds = verdict(by_seed)
 
     def map_arms(self, train_arm: Callable, jobs: Sequence[tuple[Any, str, int]]) -> list[dict]:
         made = [(Job(self, arm, seed), OldTrain(train_arm, config)) for config, arm, seed in jobs]
@@ -162,6 +168,10 @@ def run(
             found = main(config, old[0])
         finally:
             vars(new).update({name: getattr(old[0], name) for name in vars(new)})
+        kept = {claim.id: claim.required for claim in old[0].claims}  # main may have dropped some
+        judged[:] = [
+            replace(claim, required=kept[claim.id]) for claim in judged if claim.id in kept
+        ]
         return found
 
     def measured(id: str, results: Results, config: Any) -> Margin | Check:
@@ -172,8 +182,8 @@ def run(
 
     judged = []
     for claim in claims:
-        fields = {**vars(claim), "measure": partial(measured, claim.id)}
-        judged.append(common.Claim(**fields))
+        measure = partial(measured, claim.id)
+        judged.append(common.Claim(claim.id, claim.text, claim.paper, claim.required, measure))
     common.run(adapted, small, full, argv, judged, actions, data_parallel)
 
 

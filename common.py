@@ -336,6 +336,10 @@ def load_state(model: nn.Module, state: object, source: str | Path) -> None:
     model.load_state_dict(state)
 
 
+def digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -733,8 +737,6 @@ def train(
         return total, {**values, **(more or {})}
 
     def keep(step: int) -> None:
-        if not is_finite(model):  # it must not replace the last good checkpoint
-            raise NonFiniteLoss(f"a weight is not finite after step {step - 1}")
         if checkpoint is not None and rank == 0:
             random = [torch.get_rng_state()]
             if device.type == "cuda":
@@ -758,7 +760,9 @@ def train(
                 if due or ends or len(log.waiting) >= log_every:
                     log.flush()
                     bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
-                if due or ends:
+                if (due or ends) and not is_finite(model):  # before it replaces the last good one
+                    raise NonFiniteLoss(f"a weight is not finite after step {step}")
+                if due or received:
                     keep(step + 1)
                     saved = time.monotonic()
                 if received:
@@ -1385,12 +1389,15 @@ class Run:
         mark, arms, now = self.out / "run.json", self.out / "arms", self.identity()
         if self.resume:
             before = read_json(mark, identity=dict)["identity"]
-            for key, value in {**now["config"], **now}.items():
-                old = before.get("config", {}).get(key) if key in now["config"] else before.get(key)
-                if key != "config" and old != value:
-                    raise UsageError(
-                        f"--resume: {self.out} was run with {key} = {old}, not {value}"
-                    )
+            for old, new in [(before.get("config", {}), now["config"]), (before, now)]:
+                for key in new:
+                    if key not in old:
+                        raise UsageError(
+                            f"{mark} is damaged (no {key}); start anew with --overwrite"
+                        )
+                    if key != "config" and old[key] != new[key]:
+                        differs = f"{key} = {old[key]}, not {new[key]}"
+                        raise UsageError(f"--resume: {self.out} was run with {differs}")
         try:
             if self.overwrite:
                 results = [self.out / "results.json", self.out / "metrics.jsonl"]
@@ -1455,7 +1462,14 @@ class Job:
         return [json.loads(line) for line in self.path(".jsonl").read_text().splitlines()]
 
     def result(self) -> dict:
-        return read_json(self.path(".json"), result=dict)["result"]
+        """What its train function returned. Raises UsageError when a digit of it was changed."""
+        found = read_json(self.path(".json"), result=dict, sha256=str)
+        if found["sha256"] != digest(found["result"]):
+            damaged = f"{self.path('.json')} is damaged, its SHA-256 is another"
+            raise UsageError(
+                f"{damaged}; {afresh(self.path('.json'))} or start anew with --overwrite"
+            )
+        return found["result"]
 
     def do(self, train_arm: Callable) -> None:
         start = time.monotonic()
@@ -1467,7 +1481,7 @@ class Job:
         barrier()
         if processes()[0] == 0:
             about = {"arm": self.arm, "seed": self.seed, "seconds": seconds}
-            write_json(self.path(".json"), {**about, "result": result})
+            write_json(self.path(".json"), {**about, "result": result, "sha256": digest(result)})
             self.path(".ckpt").unlink(missing_ok=True)
             tqdm.write(f"  {self.arm}, seed {self.seed}: {seconds:.1f} s", file=sys.stderr)
         barrier()
@@ -1814,6 +1828,7 @@ def report(
         for path in sorted((run.out / "arms").glob("*.jsonl")):
             file.write(path.read_bytes())
     seconds = round(time.monotonic() - start, 1)
+    arms = {"arms": results} if isinstance(results, Results) else results  # of bridge.py
     content = {
         "method": run.method,
         "scale": run.scale,
@@ -1825,7 +1840,7 @@ def report(
         "config": dataclasses.asdict(run.config),
         "data": run.data,
         "wall_seconds": seconds,
-        "results": {"arms": results, "tables": run.tables},
+        "results": {**arms, "tables": run.tables},
         "claims": [claim.record() for claim in claims],
     }
     write_json(run.out / "results.json", content)

@@ -90,6 +90,6 @@ def test_seeds_trained_apart_become_one_run(tmp_path, command_line):
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused():
     with pytest.raises(common.UsageError, match="a batch of 3 cannot be cut into 4 parts; raise --batch-size"):
-        common._parts(torch.zeros(3, 2), 4)
-    parts = common._parts((torch.arange(5), torch.arange(5)), 2)
+        common.parts_of(torch.zeros(3, 2), 4)
+    parts = common.parts_of((torch.arange(5), torch.arange(5)), 2)
     assert [(part[0].tolist(), share) for part, share in parts] == [([0, 1, 2], 0.6), ([3, 4], 0.4)]

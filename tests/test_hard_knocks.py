@@ -74,7 +74,7 @@ def poison(after):
 
 @pytest.fixture(scope="module")
 def pool():
-    with ThreadPoolExecutor(common._cores()) as executor:
+    with ThreadPoolExecutor(common.num_cores()) as executor:
         yield executor
 
 
@@ -199,19 +199,8 @@ def hold(folder, held, release):
     release.wait(120)
 
 
-def change_weights(folder):
-    """A hand-edited file of weights; returns its name, None where a script leaves none."""
-    for path in sorted(folder.glob("arms/*-seed0.*")):
-        if path.suffix == ".pt":
-            common.save(path, {"embedding.weight": torch.ones(3, 3)})
-            return path.name
-        if path.suffix == ".npz":
-            common.save_arrays(path, {"embedding.weight": torch.ones(3, 3)})
-            return path.name
-
-
 def refusals(fork, name, folder, whole):
-    """A folder that is held by another run, changed, or cannot be written: [(case, exit code, stderr)]."""
+    """A folder that is held by another run, or cannot be written: [(case, exit code, stderr)]."""
     told, flags, run = [], [*FLAGS[name], "--workers", "1", "--out"], folder / "held"
     shutil.copytree(whole.folder, run)
     content = lambda: {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -228,9 +217,6 @@ def refusals(fork, name, folder, whole):
     assert content() == before
     os.kill(holder.pid, signal.SIGKILL)  # which releases the folder
     ended(holder)
-    what = change_weights(run)
-    ask("changed weights" if what else "nothing to change", "held", "--resume")
-    assert not what or f"{what} is damaged" in told[-1][2]
     (folder / "closed").mkdir()
     (folder / "file").write_text("")
     ask("below a file", "file/out")
@@ -243,27 +229,24 @@ def refusals(fork, name, folder, whole):
 
 @pytest.fixture(scope="module")
 def refused(request, fork, pool, whole, tmp_path_factory):
-    test = "test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line"
+    test = "test_a_folder_that_is_held_or_read_only_is_refused_in_one_line"
     return after_whole_runs(refusals, names_of(request, test), fork, pool, whole, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_a_folder_that_is_held_changed_or_read_only_is_refused_in_one_line(name, refused):
+def test_a_folder_that_is_held_or_read_only_is_refused_in_one_line(name, refused):
     expected = {
         "held": "is in use by another run (process ",
-        "changed weights": "and go on with --resume",
         "below a file": "--out file/out cannot be written: Not a directory",
         "read-only": "--out closed/out cannot be written: Permission denied",
     }
     told = refused[name][1].result()
     for case, code, err in told:
-        if case == "nothing to change":
-            assert code == 0
-        elif case == "read-only" and code == 0:
+        if case == "read-only" and code == 0:
             pytest.skip("here permission bits bind nobody")
         else:
             assert code == 2 and expected[case] in err and err.count("\n") == 1, (case, code, err)
-    assert len(told) == 5
+    assert len(told) == 4
 
 
 def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
@@ -278,52 +261,37 @@ def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
     assert ended(again) == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["results"]["arms"]
 
 
-CTRL_C_AT_A_WORKERS_START = """
-import multiprocessing.util as util, os, pathlib, runpy, signal, sys, time
-
-start = util.spawnv_passfds
-
-def start_and_interrupt(path, args, fds):
-    pid = start(path, args, fds)
-    if any("spawn_main" in str(arg) for arg in args):
-        os.killpg(0, signal.SIGINT)
-        time.sleep(0.2)  # for another thread to take it
-        status = pathlib.Path(f"/proc/{pid}/status")
-        if status.exists():
-            held = int(status.read_text().split("SigBlk:")[1].split()[0], 16)
-            print("held back:", bool(held >> signal.SIGINT - 1 & 1))
-    return pid
-
-util.spawnv_passfds = start_and_interrupt
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows starts processes in another way")
-def test_ctrl_c_while_workers_import_torch_is_one_line(tmp_path):
-    """The terminal sends it to all processes of the run, here at the moment when the first worker begins."""
-    command = [sys.executable, "-c", CTRL_C_AT_A_WORKERS_START, ROOT / TOY, "--workers", "2", "--out", "out"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.run(command, cwd=tmp_path, **pipes)
-    out, err = process.stdout, process.stderr
+def test_ctrl_c_while_processes_start_is_one_line(tmp_path):
+    """The fork server ignores it from its first moment; the run itself ends in order."""
+    command = [sys.executable, ROOT / TOY, "--workers", "2", "--out", "out", "--pause", "0.05"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "run.json").exists():  # the next thing that it does: start the fork server
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the run
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
-    assert "held back: True" in out or "held back" not in out
-    assert not list(tmp_path.glob("out/arms/*.pid"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_that_come_in_a_volley_end_a_run_in_order(fork, tmp_path, number):
-    """`timeout` sends two; a second one used to cut the farewell to the workers short, and the run hung."""
-    process = fork(TOY, "--workers", "2", "--steps", "400", "--pause", "0.02", "--out", "cut", folder=tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == 2, process)
-    for _ in range(40):
+@pytest.mark.parametrize("times, apart", [(40, 0.002), (2, 0.1)])
+def test_signals_that_come_in_a_volley_end_a_run_in_order(fork, tmp_path, number, workers, times, apart):
+    """`timeout` sends two, impatient people more: one line, the exit code of the first, all is kept."""
+    flags = ("--steps", "400", "--pause", "0.02", "--out", "cut")
+    process = fork(TOY, "--workers", workers, *flags, folder=tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == workers, process)
+    for _ in range(times):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-        time.sleep(0.002)
-    assert ended(process, within=20) == 128 + number, (tmp_path / "err").read_text()
+        time.sleep(apart)
+    assert ended(process, within=60) == 128 + number, (tmp_path / "err").read_text()
     said = (tmp_path / "err").read_text()
-    assert "Traceback" not in said and said.count("--resume") == 1 and list(tmp_path.glob("cut/arms/*.ckpt"))
+    assert "Traceback" not in said and said.count("--resume") == 1
+    assert list(tmp_path.glob("cut/arms/*.ckpt"))
 
 
 # --- damage --------------------------------------------------------------------------------------------------
@@ -422,7 +390,7 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
     "name, content",
     [
         ("run.json", {"identity": []}),
-        ("run.json", {"identity": {}, "wall_seconds": "long"}),
+        ("run.json", {"identity": {}}),
         ("arms/one-seed0.json", {"result": {"loss": 0.0}}),
         ("arms/one-seed0.json", "[" * 100_000),
         ("arms/one-seed0.json", lambda text: text.replace('"loss": 3', '"loss": 4')),
@@ -433,7 +401,7 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
         ("arms/two-seed0.ckpt", {"step": "3"}),
         ("arms/two-seed0.ckpt", {"step": 2.5}),
         ("arms/two-seed0.ckpt", {"last": None}),
-        ("arms/two-seed0.ckpt", {"rng": torch.ones(3)}),
+        ("arms/two-seed0.ckpt", {"random": [torch.ones(3)]}),
         ("arms/two-seed0.ckpt", {"model": {"weight": torch.ones(2, 2)}}),
         ("arms/two-seed0.ckpt", {"model": {"weight": torch.full((1, 4), torch.nan), "bias": torch.zeros(1)}}),
         ("arms/two-seed0.ckpt", {"optimizer": {"state": {0: MOMENTS}}}),
@@ -446,7 +414,7 @@ def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_pa
     (out / "arms" / "two-seed0.json").unlink()
     model = torch.nn.Linear(4, 1)
     good = {"model": model.state_dict(), "optimizer": common.adamw(model, 0.1).state_dict(), "step": 2}
-    common.save(out / "arms" / "two-seed0.ckpt", {**good, "last": {"loss": 1.0}, "rng": random})
+    common.save(out / "arms" / "two-seed0.ckpt", {**good, "last": {"loss": 1.0}, "random": [random]})
     if name.endswith(".ckpt"):
         common.save(out / name, {**common.load(out / name), **content} if content != {"step": 3} else content)
     else:
@@ -492,7 +460,7 @@ def test_files_that_would_unpack_to_any_size_are_refused(tmp_path, monkeypatch):
     common.save(path, {"w": torch.zeros(1_000_000)})
     recompressed(path)
     assert path.stat().st_size < 10_000
-    with pytest.raises(common.UsageError, match="bomb.ckpt is not a readable checkpoint .*compressed"):
+    with pytest.raises(common.UsageError, match="bomb.ckpt is not a readable file of tensors .*compressed"):
         common.load(path)
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, node_features=np.zeros((1000, 1000)), node_labels=np.zeros(1000), edges=np.zeros((9, 2)))
