@@ -1,4 +1,4 @@
-"""Write the tables of README.md and results/README.md anew from the results: `python results/update_readme.py`.
+"""Write the tables of README.md and results/README.md anew from the results: `python results/update_tables.py`.
 
 A table stands between `<!-- claims: adamoe -->` (or `<!-- papers -->`, `<!-- numbers -->`, ...) and `<!-- end -->`; a
 test checks that both files are what this command makes of them.
@@ -6,11 +6,14 @@ test checks that both files are what this command makes of them.
 
 import json
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS, PAGES = FOLDER / "cpu-2-cores", (FOLDER.parent / "README.md", FOLDER / "README.md")
-WORDS = {True: "holds", False: "does not hold", None: "not measured"}
 PAPERS = {  # script: (paper, problem, idea, the claim whose number the README quotes)
     "adamoe": (
         "AdaMoE (Zeng et al. 2024)",
@@ -61,12 +64,27 @@ def report(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def verdict_of(claim: dict) -> str:
+    """The verdict by the one rule; results of the first edition recorded margins, not verdicts."""
+    if "verdict" in claim:
+        return claim["verdict"]
+    if claim["holds"] is None:
+        return "not measured"
+    margins = claim["values"].get("margin")
+    if isinstance(margins, list):
+        return common.verdict(margins)
+    return "passed" if claim["holds"] else "failed"  # exact, or all of several margins
+
+
 def claims_table(method: str) -> str:
     """Every claim of a method as measured over the seeds of its committed result."""
     lines = ["| claim | | verdict | measured | paper |", "|---|---|---|---|---|"]
     for claim in report(method)["claims"]:
         kind = "required" if claim["required"] else "open"
-        cells = [f"`{claim['id']}`", kind, WORDS[claim["holds"]], claim["measured"], claim["paper"]]
+        if claim.get("is_check"):
+            kind = "check"
+        name = claim["id"].partition(".")[2]
+        cells = [f"`{name}`", kind, verdict_of(claim), claim["measured"], claim["paper"]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -79,27 +97,33 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def required_verdicts(method: str) -> str:
+    """ "3 of 5 hold; undecided: `a`; contradicted: `b`", of the required claims."""
+    required = [claim for claim in report(method)["claims"] if claim["required"]]
+    by_verdict: dict[str, list[str]] = {}
+    for claim in required:
+        by_verdict.setdefault(verdict_of(claim), []).append(claim["id"].partition(".")[2])
+    good = len(by_verdict.pop("holds", [])) + len(by_verdict.pop("passed", []))
+    parts = [f"{good} of {len(required)} hold"]
+    for word, names in sorted(by_verdict.items()):
+        parts.append(f"{word}: " + ", ".join(f"`{name}`" for name in names))
+    return "; ".join(parts)
+
+
 def papers_table() -> str:
-    lines = ["| script | paper | problem | idea | time | required claims that hold | open claims that hold |"]
+    lines = ["| script | paper | problem | idea | time | the abstract's claims | seeds |"]
     lines += ["|---" * 7 + "|"]
     for method, (paper, problem, idea, _) in PAPERS.items():
-        cells = []
-        for required in (True, False):
-            found = [claim for claim in report(method)["claims"] if claim["required"] is required]
-            failed = [f"`{claim['id'].split('.')[1]}`" for claim in found if claim["holds"] is False]
-            unknown = sum(claim["holds"] is None for claim in found)
-            text = f"{sum(claim['holds'] is True for claim in found)} of {len(found)}"
-            text += f"; not: {', '.join(failed)}" * bool(failed) + f"; {unknown} not measured" * bool(unknown)
-            cells.append(text)
         seconds = f"{report(method + '-default')['wall_seconds']:.0f} s"  # python NAME.py on two cores
-        cells = [f"[{method}.py]({method}.py)", paper, problem, idea, seconds, *cells]
-        lines.append(f"| {' | '.join(cells)} |")
+        seeds = f"0-{max(report(method)['seeds'])}"
+        cells = [f"[{method}.py]({method}.py)", paper, problem, idea, seconds]
+        lines.append(f"| {' | '.join([*cells, required_verdicts(method), seeds])} |")
     return "\n".join(lines)
 
 
 def numbers_table() -> str:
-    """One claim of each method: its number on seeds 0-2 beside the paper's."""
-    lines = ["| claim | this code, small scale, seeds 0-2 | the paper |", "|---|---|---|"]
+    """One claim of each method: its number beside the paper's."""
+    lines = ["| claim | this code, small scale | the paper |", "|---|---|---|"]
     for method, (*_, quoted) in PAPERS.items():
         claim = next(claim for claim in report(method)["claims"] if claim["id"].endswith(f".{quoted}"))
         lines.append(f"| `{claim['id']}` | {claim['measured']} | {claim['paper']} |")
