@@ -187,6 +187,17 @@ def run(
     common.run(adapted, small, full, argv, judged, actions, data_parallel)
 
 
+def linear(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[int], float]:
+    """Linear warm-up to 1, then a straight line down to `final` at the last step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+
+    return factor
+
+
 class Trained(NamedTuple):
     """Whose weights a file holds."""
 

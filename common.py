@@ -529,10 +529,9 @@ def adamw(
         is_bias = parameter.dim() < 2 or name.rsplit(".", 1)[-1].startswith("b")
         if parameter.requires_grad:
             (kept if is_bias else decayed).append(parameter)
-    groups = []
-    for parameters, decay in ((decayed, weight_decay), (kept, 0.0)):
-        if parameters:
-            groups.append({"params": parameters, "weight_decay": decay})
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
@@ -547,26 +546,6 @@ def cosine(steps: int, warmup: int = 0, final: float = 0.1) -> Schedule:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
-
-
-def linear(steps: int, warmup: int = 0, final: float = 0.0) -> Schedule:
-    """Linear warm-up to 1, then a straight line down to `final` at the last step."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
-
-    return factor
-
-
-def milestones(steps: Sequence[int], gamma: float = 0.1) -> Schedule:
-    """Times gamma from each of the given steps on."""
-
-    def factor(step: int) -> float:
-        return gamma ** sum(step >= milestone for milestone in steps)
 
     return factor
 
@@ -1639,16 +1618,14 @@ def load_trained(
     left = read_json(mark, method=str, config=dict, data_dir=str, identity=dict)
     if left["method"] != script.stem:
         raise UsageError(f"{path} was left by {left['method']}.py, not by {script.name}")
-    expected = {item.name for item in dataclasses.fields(config_type)}
-    odd = sorted(expected ^ set(left["config"]))
+    odd = left["config"].keys() ^ {item.name for item in dataclasses.fields(config_type)}
     if odd:
-        other = f"{path} is of another version of {script.name}"
-        differs = f"{mark} differs in the settings {', '.join(odd[:3])}"
-        raise UsageError(f"{other}: {differs}; run it again with --overwrite")
+        differs = f"{mark} differs in the settings {', '.join(sorted(odd)[:3])}"
+        raise UsageError(f"{path} is of another version of {script.name}: {differs}")
+    settings = {}
+    for name, value in left["config"].items():
+        settings[name] = tuple(value) if isinstance(value, list) else value
     try:
-        settings = {}
-        for name, value in left["config"].items():
-            settings[name] = tuple(value) if isinstance(value, list) else value
         dtype = getattr(torch, left["identity"]["dtype"])
         config, folder = config_type(**settings), path.parent.parent
         run = Run(left["method"], left["scale"], "cpu", dtype, [int(seed)], folder, config)

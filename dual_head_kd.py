@@ -525,8 +525,12 @@ def fit(
         fused=True if run.device == "cuda" else None,
     )
     schedule = common.cosine(steps, min(config.warmup, steps // 5), final=0.0)
-    if config.milestones:
-        schedule = common.milestones([round(share * steps) for share in config.milestones])
+    if config.milestones:  # the official step schedule
+        falls = [round(share * steps) for share in config.milestones]
+
+        def schedule(step: int) -> float:
+            return 0.1 ** sum(step >= fall for fall in falls)
+
     steps_per_epoch = len(data.train_y) // config.batch_size
 
     def test(step: int) -> dict:

@@ -199,8 +199,13 @@ def hold(folder, held, release):
     release.wait(120)
 
 
+def ascii_only():
+    """As where the locale is C: a character that the terminal lacks used to end the run."""
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
 def refusals(fork, name, folder, whole):
-    """A folder that is held by another run, or cannot be written: [(case, exit code, stderr)]."""
+    """A folder that is held, cannot be written or was run otherwise: [(case, exit code, stderr)]."""
     told, flags, run = [], [*FLAGS[name], "--workers", "1", "--out"], folder / "held"
     shutil.copytree(whole.folder, run)
     content = lambda: {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -217,6 +222,9 @@ def refusals(fork, name, folder, whole):
     assert content() == before
     os.kill(holder.pid, signal.SIGKILL)  # which releases the folder
     ended(holder)
+    ask("other threads", "held", "--resume", "--threads", "2")
+    ask("ascii", "ascii", "--dry-run", prepare=(ascii_only,))
+    assert "small scale" in (folder / "out").read_text()
     (folder / "closed").mkdir()
     (folder / "file").write_text("")
     ask("below a file", "file/out")
@@ -237,16 +245,19 @@ def refused(request, fork, pool, whole, tmp_path_factory):
 def test_a_folder_that_is_held_or_read_only_is_refused_in_one_line(name, refused):
     expected = {
         "held": "is in use by another run (process ",
+        "other threads": "held was run with threads = 1, not 2",
         "below a file": "--out file/out cannot be written: Not a directory",
         "read-only": "--out closed/out cannot be written: Permission denied",
     }
     told = refused[name][1].result()
     for case, code, err in told:
-        if case == "read-only" and code == 0:
+        if case == "ascii":
+            assert code == 0, err
+        elif case == "read-only" and code == 0:
             pytest.skip("here permission bits bind nobody")
         else:
             assert code == 2 and expected[case] in err and err.count("\n") == 1, (case, code, err)
-    assert len(told) == 4
+    assert len(told) == 6
 
 
 def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
