@@ -1,20 +1,21 @@
-"""The expert kernels against float64, then against the clock, on this machine's GPU or on one thread of its CPU.
+"""The expert kernels against float64, then against the clock: a GPU, or one thread of a CPU.
 
-What is timed is one mixture layer with silu(gate) * up: forward and backward, or forward alone for the shapes named
-"decode". All contenders of a shape get the same numbers and take turns, in alternating order, so that whatever slows
-the machine slows all of them; a ratio is taken within each turn, and its median is printed. "dense" is one MLP of
-equal FLOPs, without routing: what the sorting, gathering and scattering of a mixture can at best hide behind.
+Timed is one mixture layer with silu(gate) * up: forward and backward, or forward alone where the
+shape is named "decode". All contenders get the same numbers and take turns, so that whatever slows
+the machine slows all of them; a ratio is taken within each turn, and its median is printed.
 
-    total_vs_dense   speed as a share of the dense layer's      of_best    as a share of the fastest contender's
-    of_floor         as a share of what arithmetic and memory of this machine allow: every launch takes the longer of
-                     FLOPs / (FLOP/s of a large product) and bytes / (bytes/s of a large copy), every tensor moved once
-    peak_mib         memory beyond the inputs, beside what the tensors should take (GPU)
-    spread           quartile distance over median of the turns; "ours again" times ours twice: what differs is noise
+    total_vs_dense   speed as a share of "dense", one MLP of equal FLOPs without any routing
+    of_best          speed as a share of the fastest contender's
+    of_floor         speed as a share of what this machine's arithmetic and memory allow: a launch
+                     takes the longer of FLOPs / (FLOP/s of a large product) and bytes / (bytes/s
+                     of a large copy), every tensor moved once
+    spread           quartile distance over median; "ours again" is noise as well
+    peak_mib         memory beyond the inputs, beside what the tensors should take
 
 Run      python results/benchmark_kernels.py [--shape NAME ...] [--json PATH] [--plot PATH]
-Draw     python results/benchmark_kernels.py --from JSON [JSON ...] --plot PATH       times nothing
-Peers    transformers' experts, ScatterMoE and Liger join where they can be imported; Liger only with --liger, since
-         its autotuner tries 240 candidates a shape, which takes half an hour.
+Draw     python results/benchmark_kernels.py --from JSON [JSON ...] --plot PATH
+Peers    transformers, ScatterMoE and Liger join where they can be imported; Liger only with
+         --liger, since its autotuner tries 240 candidates a shape, which takes half an hour.
 """
 
 import argparse
@@ -35,227 +36,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import contenders as field  # noqa: E402, I001
 import kernels  # noqa: E402
+from contenders import CPU_SHAPES, DTYPE, GPU_SHAPES, Problem, Shape  # noqa: E402
 
-# -------------------------------------------------------------------------------------------------
-# Shapes and inputs
-# -------------------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    tokens: int
-    top_k: int
-    num_experts: int
-    d_model: int
-    d_ff: int
-    train: bool = True  # False: forward alone, without gradients, as in decoding
-
-    def __str__(self) -> str:
-        picks = f"{self.top_k} of {self.num_experts} experts"
-        return f"{self.tokens:,} tokens, {picks}, {self.d_model} x {self.d_ff}"
-
-
-# The kernels have three columns of tiles: from 128 rows an expert, from 48, and below. Of each family of models one
-# shape a column, the most telling first.
-GPU_SHAPES = {
-    "qwen3-8k": Shape(8192, 8, 128, 2048, 768),
-    "qwen3-1k": Shape(1024, 8, 128, 2048, 768),  # 64 rows an expert
-    "qwen3-decode": Shape(64, 8, 128, 2048, 768, train=False),  # 4
-    "mixtral-8k": Shape(8192, 2, 8, 4096, 14336),
-    "mixtral-256": Shape(256, 2, 8, 4096, 14336),  # 64
-    "mixtral-decode": Shape(16, 2, 8, 4096, 14336, train=False),  # 4
-    "olmoe-8k": Shape(8192, 8, 64, 2048, 1024),
-    "deepseek-4k": Shape(4096, 8, 256, 7168, 2048),  # 128
-    "deepseek-decode": Shape(128, 8, 256, 7168, 2048, train=False),  # 4
-    "teaching": Shape(8192, 2, 8, 512, 2048),
-    "tiny": Shape(4096, 2, 16, 128, 256),
-    "qwen3-32k": Shape(32768, 8, 128, 2048, 768),
-    "olmoe-32k": Shape(32768, 8, 64, 2048, 1024),
-    "deepseek-16k": Shape(16384, 8, 256, 7168, 2048),
-}
-CPU_SHAPES = {
-    "512-8of64-64x64": Shape(512, 8, 64, 64, 64),
-    "512-2of64-256x256": Shape(512, 2, 64, 256, 256),
-    "512-2of8-1024x512": Shape(512, 2, 8, 1024, 512),
-    "2k-2of8-64x128": Shape(2048, 2, 8, 64, 128),
-    "2k-2of8-256x512": Shape(2048, 2, 8, 256, 512),
-    "2k-8of64-64x64": Shape(2048, 8, 64, 64, 64),
-    "2k-8of64-256x128": Shape(2048, 8, 64, 256, 128),
-    "8k-2of8-64x128": Shape(8192, 2, 8, 64, 128),
-    "8k-8of64-64x64": Shape(8192, 8, 64, 64, 64),
-    "decode-1-8of64-256x256": Shape(1, 8, 64, 256, 256, train=False),
-    "decode-16-8of64-64x64": Shape(16, 8, 64, 64, 64, train=False),
-}
 CHECKED = Shape(1024, 2, 8, 192, 320)  # where all are compared with float64
-DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 BOUND = {"cuda": 2e-2, "cpu": 1e-5}  # relative error beyond which a result is wrong
 
-
-class Problem(NamedTuple):
-    x: Tensor  # [tokens, d_model]
-    expert_index: Tensor  # [tokens, top_k]
-    gates: Tensor  # [tokens, top_k], fp32
-    w1: Tensor  # [num_experts, d_model, 2 * d_ff], columns gate | up
-    w2: Tensor  # [num_experts, d_ff, d_model]
-    d_out: Tensor  # [tokens, d_model], the gradient of the output
-
-    def leaves(self) -> list[Tensor]:
-        return [self.x, self.gates, self.w1, self.w2]
-
-
-def make_problem(shape: Shape, device: str) -> Problem:
-    """Random numbers, never zeros: those draw less power, and time too well."""
-    new = partial(torch.randn, device=device, dtype=DTYPE[device])
-    x = new(shape.tokens, shape.d_model)
-    d_out = new(shape.tokens, shape.d_model)
-    gates = torch.rand(shape.tokens, shape.top_k, device=device).softmax(dim=-1)
-    # On a GPU stored as nn.Linear does, [out, in]: peers take nothing else, ours takes either.
-    w1 = new(shape.num_experts, 2 * shape.d_ff, shape.d_model).mul_(shape.d_model**-0.5).mT
-    w2 = new(shape.num_experts, shape.d_model, shape.d_ff).mul_(shape.d_ff**-0.5).mT
-    if device == "cpu":  # there all but transformers like [in, out] more
-        w1 = w1.contiguous()
-        w2 = w2.contiguous()
-    problem = Problem(x, route(shape, device), gates, w1, w2, d_out)
-    for leaf in problem.leaves():
-        leaf.requires_grad_(shape.train)
-    return problem
-
-
-def route(shape: Shape, device: str, routing: str = "balanced") -> Tensor:
-    """expert_index [tokens, top_k], random. skewed: every second token goes to expert 0."""
-    score = torch.rand(shape.tokens, shape.num_experts, device=device)
-    if routing == "skewed":
-        score[::2, 0] += 1
-    if routing == "half empty":
-        score[:, shape.num_experts // 2 :] -= 1
-    expert_index = score.topk(shape.top_k).indices
-    if routing == "half null":
-        null = torch.rand(shape.tokens, shape.top_k, device=device) < 0.5
-        expert_index = expert_index.masked_fill(null, -1)
-    return expert_index
-
-
-def stored_out_in(problem: Problem) -> Problem:
-    """The same numbers, with weights that lie in memory as [out, in]; a copy only where they do not yet."""
-    stored = []
-    for w in (problem.w1, problem.w2):
-        copy = w.detach().mT.contiguous().mT
-        stored.append(copy.requires_grad_(w.requires_grad))
-    return problem._replace(w1=stored[0], w2=stored[1])
-
-
 # -------------------------------------------------------------------------------------------------
-# Contenders: problem -> the layer as a function without arguments. What a user prepares once is not timed.
+# Jobs: what is timed
 # -------------------------------------------------------------------------------------------------
-
-
-def activate(z: Tensor) -> Tensor:
-    gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def ours(p: Problem) -> Callable:
-    return partial(kernels.moe_mlp, *p[:5], act="silu", glu=True)
-
-
-def dense(p: Problem) -> Callable:
-    """One expert, nothing to sort."""
-    w1, w2 = p.w1.squeeze(0), p.w2.squeeze(0)
-    return lambda: activate(p.x @ w1) @ w2
-
-
-def where_loop(p: Problem) -> Callable:
-    """What one would write first: every expert looks for its tokens. Also the reference, in float64."""
-
-    def forward() -> Tensor:
-        out = torch.zeros_like(p.x)
-        for expert in range(len(p.w1)):
-            token, pick = torch.where(p.expert_index == expert)
-            y = activate(p.x[token] @ p.w1[expert]) @ p.w2[expert]
-            out = out.index_add(0, token, (y * p.gates[token, pick, None]).to(out.dtype))
-        return out
-
-    return forward
-
-
-def torch_grouped_mm(p: Problem) -> Callable:
-    """Sort and copy the rows, torch's grouped product twice, sum in fp32."""
-    multiply = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    top_k = p.gates.shape[1]
-
-    def forward() -> Tensor:
-        dispatch = kernels.make_dispatch(p.expert_index, len(p.w1))
-        slot, ends = dispatch.slot.long(), dispatch.offsets[1:]
-        token = slot // top_k
-        rows = p.x.index_select(0, token)
-        y = multiply(activate(multiply(rows, p.w1, offs=ends)), p.w2, offs=ends)
-        y = y.float() * p.gates.reshape(-1, 1).index_select(0, slot)
-        return y.new_zeros(p.x.shape).index_add(0, token, y).to(p.x.dtype)
-
-    return forward
-
-
-def transformers_experts(implementation: str, p: Problem) -> Callable:
-    """The experts of transformers' Mixtral, which all its mixtures share, with one of its formulations."""
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
-
-    num_experts, d_ff, d_model = p.w2.shape
-    config = MixtralConfig(hidden_size=d_model, intermediate_size=d_ff, num_local_experts=num_experts)
-    config._experts_implementation = implementation
-    with torch.device("meta"):  # no memory for weights that are replaced at once
-        experts = MixtralExperts(config)
-    del experts.gate_up_proj, experts.down_proj
-    experts.gate_up_proj = p.w1.mT
-    experts.down_proj = p.w2.mT
-    return partial(experts, p.x, p.expert_index, p.gates)
-
-
-def scatter_moe(p: Problem) -> Callable:
-    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
-
-    gates = p.gates.to(p.x.dtype)
-
-    def forward() -> Tensor:
-        order = flatten_sort_count(p.expert_index, num_experts=len(p.w1))
-        z = parallel_linear(p.x, p.w1, p.gates.shape[1], *order, grouped_out=True)
-        return parallel_linear(activate(z), p.w2, 1, *order, gates=gates, grouped_in=True)
-
-    return forward
-
-
-def liger(p: Problem) -> Callable:
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-    gates = p.gates.to(p.x.dtype)
-    index = p.expert_index.int()
-    return partial(LigerFusedMoEFunction.apply, p.x, p.w1.mT, p.w2.mT, index, gates)
-
-
-CONTENDERS = {
-    "ours": ours,
-    "F.grouped_mm": torch_grouped_mm,
-    "ScatterMoE": scatter_moe,
-    "Liger": liger,
-    "transformers grouped": partial(transformers_experts, "grouped_mm"),
-    "transformers eager": partial(transformers_experts, "eager"),
-    "where loop": where_loop,
-    "dense": dense,
-}
-GPU_ONLY = ("ScatterMoE", "Liger")
-STORED_OUT_IN = ("transformers grouped", "transformers eager")
-# Both index w[expert], and autograd makes a gradient of the size of ALL experts for each of them.
-LOOPS = ("transformers eager", "where loop")
-LOOP_BYTES = {"cuda": 1e12, "cpu": 3e10}  # what such gradients may move in a step; one second or so
-
-
-def loop_bytes(shape: Shape, device: str) -> int:
-    """An expert's gradient is written once as zeros, then added to the sum: two reads and a write."""
-    weights = 3 * shape.num_experts * shape.d_model * shape.d_ff * DTYPE[device].itemsize
-    return 4 * shape.num_experts * weights if shape.train else 0
 
 
 class Job(NamedTuple):
@@ -264,14 +57,14 @@ class Job(NamedTuple):
 
 
 def make_job(contender: str, problem: Problem) -> Job:
-    if contender in STORED_OUT_IN:
-        problem = stored_out_in(problem)
-    forward = CONTENDERS[contender](problem)
+    if contender in field.STORED_OUT_IN:
+        problem = field.stored_out_in(problem)
+    forward = field.CONTENDERS[contender](problem)
     if not problem.x.requires_grad:
         return Job(forward)
     leaves = problem.leaves()
     if contender == "dense":
-        del leaves[1]  # it has no gates
+        leaves = [problem.x, problem.w1, problem.w2]
     return Job(forward, lambda out: torch.autograd.grad(out, leaves, problem.d_out))
 
 
@@ -288,26 +81,25 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:150]}"
 
 
-def check_contenders(contenders: list[str], device: str) -> dict[str, float]:
+def check_contenders(names: list[str], device: str) -> dict[str, float]:
     """The largest relative error of output and gradients against the plain loop in float64."""
     torch.manual_seed(0)
-    problem = make_problem(CHECKED, device)
+    problem = field.make_problem(CHECKED, device)
+    exact = Problem(*[t.detach().double() if t.is_floating_point() else t for t in problem])
+    for leaf in exact.leaves():
+        leaf.requires_grad_()
 
     def results(contender: str, problem: Problem) -> list[Tensor]:
         job = make_job(contender, problem)
         out = job.forward()
         return [out.detach(), *job.backward(out)]
 
-    exact = [t.detach().double() if t.is_floating_point() else t for t in problem]
-    exact = Problem(*exact)
-    for leaf in exact.leaves():
-        leaf.requires_grad_()
     wanted = results("where loop", exact)
     errors = {}
-    for contender in contenders:
-        given = attempt(contender, results, contender, problem)
+    for name in names:
+        given = attempt(name, results, name, problem)
         if given is not None:
-            errors[contender] = max(relative_error(*pair) for pair in zip(given, wanted))
+            errors[name] = max(relative_error(*pair) for pair in zip(given, wanted))
     return errors
 
 
@@ -332,6 +124,7 @@ TURNS = {"cuda": 20, "cpu": 9}
 WARM_UP_TURNS = 2
 JOB_SECONDS = 1.5  # a job that has used them up gets no further turn
 CPU_TURN_SECONDS = 0.02  # a short job is repeated that long in a turn, and averaged
+CEILING_SIZE = {"cuda": 8192, "cpu": 1024}
 WARM_UP_SECONDS = 1.0  # for clocks to settle before ceilings are measured
 
 
@@ -353,7 +146,9 @@ def time_on_cpu(job: Job) -> Timing:
 
 
 def time_on_gpu(job: Job) -> Timing:
-    torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()  # drives the inputs from the L2 cache
+    torch.empty(
+        2**28, dtype=torch.uint8, device="cuda"
+    ).zero_()  # drives the inputs from the L2 cache
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
@@ -415,10 +210,11 @@ def as_cuda_graph(job: Job) -> Job:
 
 
 def compile_kernels(shape: Shape) -> None:
-    """Leaves the shape's kernels in Triton's cache on disk. Fewer experts with as many rows each need the same."""
+    """Into Triton's cache on disk. Fewer experts with as many rows each need the same kernels."""
     num_experts = min(16, shape.num_experts)
     tokens = max(1, shape.tokens * num_experts // shape.num_experts)
-    job = make_job("ours", make_problem(shape._replace(tokens=tokens, num_experts=num_experts), "cuda"))
+    few = shape._replace(tokens=tokens, num_experts=num_experts)
+    job = make_job("ours", field.make_problem(few, "cuda"))
     out = job.forward()
     if job.backward:
         job.backward(out)
@@ -426,7 +222,7 @@ def compile_kernels(shape: Shape) -> None:
 
 
 def compile_side_by_side(shapes: list[Shape]) -> None:
-    """One process a shape: a kernel takes seconds to compile, and one process compiles them one by one."""
+    """One process a shape: a kernel takes seconds, and a process compiles one after the other."""
     workers = min(8, len(shapes), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
@@ -435,7 +231,7 @@ def compile_side_by_side(shapes: list[Shape]) -> None:
 
 def measure_ceilings(device: str) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s of a large copy, on random data."""
-    size = 8192 if device == "cuda" else 1024
+    size = CEILING_SIZE[device]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPE[device]) for _ in range(2))
     source, target = (torch.randn(4 * size * size, device=device) for _ in range(2))
     time_job = time_on_gpu if device == "cuda" else time_on_cpu
@@ -452,8 +248,8 @@ def measure_ceilings(device: str) -> tuple[float, float]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. A step frees and asks again for tens of megabytes of gradients; returned to the
-    system, they would come back page by page, and those page faults would be timed with the arithmetic."""
+    """Have glibc keep what is freed. Every step frees tens of megabytes of gradients and asks for
+    them again; returned to the system, they would come back page by page, in time we measure."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError):  # other systems have no such switch
         for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -486,7 +282,7 @@ def launches(shape: Shape, itemsize: int) -> list[tuple[int, int]]:
 
 
 def peak_formula(shape: Shape, itemsize: int) -> int:
-    """Bytes beyond the inputs: output and rows; to train, also z, dz, gated a, dx, and the weights' gradients."""
+    """Bytes beyond the inputs: output and rows; to train also z, dz, gated a and all gradients."""
     rows = shape.tokens * shape.top_k
     if not shape.train:
         return itemsize * (shape.tokens * shape.d_model + rows * (shape.d_ff + shape.d_model))
@@ -494,41 +290,31 @@ def peak_formula(shape: Shape, itemsize: int) -> int:
     return itemsize * (activations + 3 * shape.num_experts * shape.d_model * shape.d_ff)
 
 
-COLUMNS = (
-    "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense of_best peak_mib peak_formula_mib"
-).split()
+COLUMNS = "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense of_best".split()
+COLUMNS += ["peak_mib", "peak_formula_mib"]
 ROUTINGS = ("skewed", "half empty", "half null")
 LESS_WORK = ("make_dispatch", "ours, half null")  # no FLOPs to compare
 GRAPHED = ("ours", "dense")
 GRAPH_ELEMENTS = 2**24  # rows * d_model up to which launching matters
 
 
-def make_jobs(shape: Shape, contenders: list[str], device: str) -> dict[str, Job]:
-    problem = make_problem(shape, device)
-    of_equal_flops = shape._replace(tokens=shape.tokens * shape.top_k, top_k=1, num_experts=1)
+def make_jobs(shape: Shape, names: list[str], device: str) -> dict[str, Job]:
+    problem = field.make_problem(shape, device)
     jobs = {}
-    for contender in contenders:
-        moved = loop_bytes(shape, device)
-        if contender in LOOPS and moved > LOOP_BYTES[device]:
-            reason = f"its gradients would move {moved / 1e12:.2g} TB"
-            print(f"{contender}: left out, {reason}, {LOOP_BYTES[device] / 1e12:.2g} allowed")
-            continue
-        given = make_problem(of_equal_flops, device) if contender == "dense" else problem
-        job = attempt(contender, make_job, contender, given)
-        if job:
-            jobs[contender] = job
+    for name in field.choose(shape, names, device):
+        jobs[name] = attempt(name, make_job, name, problem)
+    jobs["dense"] = attempt("dense", make_job, "dense", field.make_dense_problem(shape, device))
     jobs["ours again"] = make_job("ours", problem)
     for routing in ROUTINGS if shape.train else ():
-        rerouted = problem._replace(expert_index=route(shape, device, routing))
+        rerouted = problem._replace(expert_index=field.route(shape, device, routing))
         jobs[f"ours, {routing}"] = make_job("ours", rerouted)
-    arguments = (problem.expert_index, shape.num_experts)
-    jobs["make_dispatch"] = Job(partial(kernels.make_dispatch, *arguments))
+    sort = partial(kernels.make_dispatch, problem.expert_index, shape.num_experts)
+    jobs["make_dispatch"] = Job(sort)
     if device == "cuda" and shape.tokens * shape.top_k * shape.d_model <= GRAPH_ELEMENTS:
-        for contender in [name for name in GRAPHED if name in jobs]:
-            graph = attempt(f"{contender}, CUDA graph", as_cuda_graph, jobs[contender])
-            if graph:
-                jobs[f"{contender}, CUDA graph"] = graph
-    return jobs
+        for name in filter(jobs.get, GRAPHED):
+            label = f"{name}, CUDA graph"
+            jobs[label] = attempt(label, as_cuda_graph, jobs[name])
+    return {name: job for name, job in jobs.items() if job}
 
 
 def speed_share(reference: list[Timing], own: list[Timing], column: str) -> float:
@@ -537,19 +323,18 @@ def speed_share(reference: list[Timing], own: list[Timing], column: str) -> floa
     return statistics.median(getattr(one, column) / getattr(two, column) for one, two in pairs)
 
 
-def time_shape(
-    name: str, shape: Shape, contenders: list[str], device: str, rates: tuple[float, float]
-) -> list[dict]:
+def time_shape(name: str, shape: Shape, names: list[str], device: str, rates: tuple) -> list[dict]:
     """One row a job."""
-    what = "forward + backward" if shape.train else "forward alone"
-    print(f"\n{name}: {shape}; {what}", flush=True)
-    timings = take_turns(make_jobs(shape, contenders, device), device)
+    print(
+        f"\n{name}: {shape}; {'forward + backward' if shape.train else 'forward alone'}", flush=True
+    )
+    timings = take_turns(make_jobs(shape, names, device), device)
     itemsize = DTYPE[device].itemsize
     work = launches(shape, itemsize)
     flops = sum(flops for flops, _ in work)
     floor_ms = 1e3 * sum(max(flops / rates[0], moved / rates[1]) for flops, moved in work)
     medians = {job: statistics.median(t.total_ms for t in own) for job, own in timings.items()}
-    peers = [contender for contender in contenders if contender in timings and contender != "dense"]
+    peers = [peer for peer in names if peer in timings]
     best = min(peers, key=medians.get, default=None)
     rows = []
     print(" " * 20, *COLUMNS)
@@ -558,20 +343,20 @@ def time_shape(
         row["forward_ms"] = statistics.median(t.forward_ms for t in own)
         low, _, high = statistics.quantiles([t.total_ms for t in own] * 2, n=4)
         row["spread"] = (high - low) / medians[job]
+        graph = ", CUDA graph" if "CUDA graph" in job else ""
+        reference = timings.get("dense" + graph)  # like is compared with like
         if job not in LESS_WORK:
             row["tflops"] = flops / medians[job] / 1e9
             row["of_floor"] = floor_ms / medians[job]
-            graph = ", CUDA graph" if "CUDA graph" in job else ""
-            if "dense" + graph in timings:  # like is compared with like
-                reference = timings["dense" + graph]
+            if reference:
                 row["fwd_vs_dense"] = speed_share(reference, own, "forward_ms")
                 row["total_vs_dense"] = speed_share(reference, own, "total_ms")
         if job in peers:
             row["of_best"] = speed_share(timings[best], own, "total_ms")
-        if device == "cuda" and "CUDA graph" not in job:
+        if device == "cuda" and not graph:
             row["peak_mib"] = statistics.median(t.peak_bytes for t in own) / 2**20
-            if job == "ours":
-                row["peak_formula_mib"] = peak_formula(shape, itemsize) / 2**20
+        if device == "cuda" and job == "ours":
+            row["peak_formula_mib"] = peak_formula(shape, itemsize) / 2**20
         print_row(row)
         rows.append(row)
     return rows
@@ -602,7 +387,7 @@ LOOKS = {
 
 
 def draw(path: str, figures: dict) -> None:
-    """A line a shape, a mark a contender: its speed as a share of the dense layer's. A failure is said in words."""
+    """A line a shape, a mark a contender: speed as a share of dense's. A failure is told in words."""
     from matplotlib.figure import Figure
 
     names = list(figures["shapes"])
@@ -673,29 +458,13 @@ def parse(argv: list[str] | None, shapes: dict[str, Shape]) -> argparse.Namespac
         if name not in shapes:
             parser.error(f"--shape {name} is not known here; allowed: {', '.join(shapes)}")
     for path in filter(None, (args.json, args.plot)):
-        folder = Path(path).absolute().parent
-        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
             parser.error(f"cannot write {path}: it must lie in an existing, writable folder")
     if args.sources and not args.plot:
         parser.error("--from draws, and needs --plot PATH")
-    for path in args.sources or ():
-        if not Path(path).is_file():
-            parser.error(f"--from {path}: there is no such file")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed")
     return args
-
-
-def choose_contenders(device: str, with_liger: bool) -> list[str]:
-    names = []
-    for name in CONTENDERS:
-        if device == "cpu" and name in GPU_ONLY:
-            continue
-        if name == "Liger" and not with_liger:
-            print("Liger: left out, its autotuner takes half an hour; --liger times it")
-            continue
-        names.append(name)
-    return names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -710,39 +479,52 @@ def main(argv: list[str] | None = None) -> None:
         machine = f"{platform.machine()} CPU, one thread"
         torch.set_num_threads(1)  # small matrices gain nothing from a second core
         keep_freed_memory()
-    versions = f"torch {torch.__version__}, triton {getattr(kernels.triton, '__version__', 'absent')}"
+    versions = (
+        f"torch {torch.__version__}, triton {getattr(kernels.triton, '__version__', 'absent')}"
+    )
     print(f"{machine}, {versions}")
 
-    contenders = choose_contenders(device, args.liger)
-    errors = check_contenders([name for name in contenders if name != "dense"], device)
+    left_out = [
+        "dense",
+        *([] if args.liger else ["Liger"]),
+        *(field.GPU_ONLY if device == "cpu" else ()),
+    ]
+    names = [name for name in field.CONTENDERS if name not in left_out]
+    errors = check_contenders(names, device)
     wrong = {name for name, error in errors.items() if error > BOUND[device]}
     words = [f"{name} {error:.0e}{' WRONG' * (name in wrong)}" for name, error in errors.items()]
     print("relative error against float64: " + ", ".join(words), flush=True)
     if "ours" not in errors or "ours" in wrong:
         sys.exit("benchmark_kernels.py: ours fails this check; nothing is timed")
-    contenders = [*errors, "dense"]
 
     chosen = {name: shapes[name] for name in args.shape or shapes}
     if device == "cuda":
         attempt("compiling side by side", compile_side_by_side, list(chosen.values()))
     rates = measure_ceilings(device)
-    print(f"ceilings: {rates[0] / 1e12:.3g} TFLOP/s large product, {rates[1] / 1e9:.3g} GB/s large copy")
+    words = f"{rates[0] / 1e12:.3g} TFLOP/s large product, {rates[1] / 1e9:.3g} GB/s large copy"
+    print(f"ceilings: {words}", flush=True)
     figures = {"machine": machine, "versions": versions, "errors": errors}
-    figures |= {"flop_rate": rates[0], "byte_rate": rates[1], "shapes": {}, "failed": {}, "rows": []}
+    figures |= {
+        "flop_rate": rates[0],
+        "byte_rate": rates[1],
+        "shapes": {},
+        "failed": {},
+        "rows": [],
+    }
     for name, shape in chosen.items():
-        figures["shapes"][name] = shape
+        figures["shapes"][name] = list(shape)
         try:
-            rows = time_shape(name, shape, contenders, device, rates)
+            rows = time_shape(name, shape, list(errors), device, rates)
             figures["rows"] += rows
             if not any(row["contender"] == "ours" for row in rows):
                 figures["failed"][name] = "ours was not timed"
-        except Exception as error:  # the next shape has its own memory and may do better
+        except Exception as error:  # the next shape needs other memory and may do better
             figures["failed"][name] = first_line(error)
             print(f"{name}: failed, {first_line(error)}", flush=True)
         if args.json:  # after every shape, so that a crash loses no more than one
             write_figures(args.json, figures)
     if args.plot:
-        draw(args.plot, json.loads(json.dumps(figures)))
+        draw(args.plot, figures)
     if figures["failed"]:
         sys.exit(f"benchmark_kernels.py: not timed: {', '.join(figures['failed'])}")
 
