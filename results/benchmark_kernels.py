@@ -387,7 +387,7 @@ LOOKS = {
 
 
 def draw(path: str, figures: dict) -> None:
-    """A line a shape, a mark a contender: speed as a share of dense's. A failure is told in words."""
+    """A line a shape, a mark a contender: speed as a share of dense's. Failures stand in words."""
     from matplotlib.figure import Figure
 
     names = list(figures["shapes"])
@@ -521,6 +521,8 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # the next shape needs other memory and may do better
             figures["failed"][name] = first_line(error)
             print(f"{name}: failed, {first_line(error)}", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # another shape asks for blocks of other sizes
         if args.json:  # after every shape, so that a crash loses no more than one
             write_figures(args.json, figures)
     if args.plot:

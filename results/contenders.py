@@ -130,7 +130,7 @@ def stored_out_in(problem: Problem) -> Problem:
 
 
 # -------------------------------------------------------------------------------------------------
-# Contenders: problem -> the layer, a function without arguments. What is prepared once is not timed.
+# Contenders: problem -> the layer, a function without arguments; what is prepared once is not timed
 # -------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +189,7 @@ def torch_grouped_mm(p: Problem) -> Callable:
 
 
 def transformers_experts(implementation: str, p: Problem) -> Callable:
-    """The experts of transformers' Mixtral in one of the formulations that all its mixtures share."""
+    """The experts of transformers' Mixtral, in a formulation that all its mixtures share."""
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
     num_experts, d_ff, d_model = p.w2.shape

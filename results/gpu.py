@@ -86,7 +86,7 @@ def plan(rehearse: bool = False) -> list[Step]:
         Step("graph", 0.6, [*own, "graph"], "^(CUDA graph|torch.compile)"),
         Step("tests", 1.7, [*pytest, *tests], f"[0-9] {summary}"),
         Step("scripts", 1.0, [*pytest, *SCRIPTS], f"[0-9] {summary}"),
-        Step("adamoe", 0.7, adamoe, "^(arm|original|vanilla|adamoe) .*[^s]$"),
+        Step("adamoe", 0.7, adamoe, "^(arm|original|vanilla|adamoe)  "),
         Step("rest", 0.5, [*own, "rest", *REST], "^relative error"),
     ]
 

@@ -29,6 +29,11 @@ class Event:
         return 1e3 * (later.seconds - self.seconds)
 
 
+class Stream:
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
 class Graph(TorchDispatchMode):
     """torch.cuda.CUDAGraph: keeps operations and results, and writes new results into the old."""
 
@@ -56,7 +61,7 @@ class Graph(TorchDispatchMode):
 
 @contextlib.contextmanager
 def record(graph: Graph, pool=None):
-    """torch.cuda.graph. Interpreted kernels write through pointers: their launches are kept, too."""
+    """torch.cuda.graph. Interpreted kernels write through pointers: their launches are kept too."""
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
@@ -105,8 +110,6 @@ class InThisProcess:
 
 
 def fakes() -> dict:
-    nothing = lambda *args, **kwargs: None
-    stream = SimpleNamespace(wait_stream=nothing)
     return {
         "is_available": lambda: True,
         "get_device_name": lambda *args: "a pretended GPU",
@@ -114,13 +117,14 @@ def fakes() -> dict:
         "mem_get_info": lambda *args: (2**30, 2**30),
         "memory_allocated": lambda *args: 5 * 2**20,
         "max_memory_allocated": lambda *args: 7 * 2**20,
-        "reset_peak_memory_stats": nothing,
-        "synchronize": nothing,
+        "reset_peak_memory_stats": lambda: None,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
         "get_rng_state": lambda *args: torch.get_rng_state(),
-        "set_rng_state": nothing,
+        "set_rng_state": lambda *args: None,
         "Event": Event,
-        "Stream": lambda: stream,
-        "current_stream": lambda *args: stream,
+        "Stream": Stream,
+        "current_stream": lambda *args: Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
         "CUDAGraph": Graph,
         "graph": record,
