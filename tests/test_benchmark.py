@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT / "results"))
 import benchmark_kernels as benchmark  # noqa: E402, I001
 import contenders as field  # noqa: E402
 import gpu  # noqa: E402
-import kernels  # noqa: E402
 
 SHAPE = field.Shape(tokens=6, top_k=2, num_experts=4, d_model=8, d_ff=16)
 needs_matplotlib = pytest.mark.skipif(
