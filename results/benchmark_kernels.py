@@ -146,9 +146,8 @@ def time_on_cpu(job: Job) -> Timing:
 
 
 def time_on_gpu(job: Job) -> Timing:
-    torch.empty(
-        2**28, dtype=torch.uint8, device="cuda"
-    ).zero_()  # drives the inputs from the L2 cache
+    # Drives the inputs from the L2 cache.
+    torch.empty(2**28, dtype=torch.uint8, device="cuda").zero_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
@@ -257,38 +256,8 @@ def keep_freed_memory() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# What a shape has to do
+# A shape: its jobs, its table
 # -------------------------------------------------------------------------------------------------
-
-
-def launches(shape: Shape, itemsize: int) -> list[tuple[int, int]]:
-    """(FLOPs, bytes) of every launch, every tensor moved once."""
-    rows = shape.tokens * shape.top_k
-    x = shape.tokens * shape.d_model  # also out, d_out and dx
-    y = rows * shape.d_model  # also the rows of dx
-    a = rows * shape.d_ff  # act(gate) * up; also its gradient, times the gates
-    z = 2 * a  # gate | up; also its gradient
-    w2 = shape.num_experts * shape.d_ff * shape.d_model
-    w1 = 2 * w2
-    up_flops = 2 * rows * shape.d_model * 2 * shape.d_ff
-    down_flops = up_flops // 2
-    combine = (0, y + x)
-    done = [(up_flops, x + w1 + (z if shape.train else 0) + a), (down_flops, a + w2 + y), combine]
-    if shape.train:
-        done += [(down_flops, x + w2 + z + z + a)]  # d_out and z in, dz and gated a out
-        done += [(up_flops, z + w1 + y), combine]  # dx
-        done += [(down_flops, a + x + w2), (up_flops, x + z + w1)]  # dw2, dw1
-    return [(flops, itemsize * elements) for flops, elements in done]
-
-
-def peak_formula(shape: Shape, itemsize: int) -> int:
-    """Bytes beyond the inputs: output and rows; to train also z, dz, gated a and all gradients."""
-    rows = shape.tokens * shape.top_k
-    if not shape.train:
-        return itemsize * (shape.tokens * shape.d_model + rows * (shape.d_ff + shape.d_model))
-    activations = 2 * shape.tokens * shape.d_model + rows * (5 * shape.d_ff + shape.d_model)
-    return itemsize * (activations + 3 * shape.num_experts * shape.d_model * shape.d_ff)
-
 
 COLUMNS = "forward_ms total_ms spread tflops of_floor fwd_vs_dense total_vs_dense of_best".split()
 COLUMNS += ["peak_mib", "peak_formula_mib"]
@@ -325,12 +294,11 @@ def speed_share(reference: list[Timing], own: list[Timing], column: str) -> floa
 
 def time_shape(name: str, shape: Shape, names: list[str], device: str, rates: tuple) -> list[dict]:
     """One row a job."""
-    print(
-        f"\n{name}: {shape}; {'forward + backward' if shape.train else 'forward alone'}", flush=True
-    )
+    what = "forward + backward" if shape.train else "forward alone"
+    print(f"\n{name}: {shape}; {what}", flush=True)
     timings = take_turns(make_jobs(shape, names, device), device)
     itemsize = DTYPE[device].itemsize
-    work = launches(shape, itemsize)
+    work = field.launches(shape, itemsize)
     flops = sum(flops for flops, _ in work)
     floor_ms = 1e3 * sum(max(flops / rates[0], moved / rates[1]) for flops, moved in work)
     medians = {job: statistics.median(t.total_ms for t in own) for job, own in timings.items()}
@@ -356,7 +324,7 @@ def time_shape(name: str, shape: Shape, names: list[str], device: str, rates: tu
         if device == "cuda" and not graph:
             row["peak_mib"] = statistics.median(t.peak_bytes for t in own) / 2**20
         if device == "cuda" and job == "ours":
-            row["peak_formula_mib"] = peak_formula(shape, itemsize) / 2**20
+            row["peak_formula_mib"] = field.peak_bytes(shape, itemsize) / 2**20
         print_row(row)
         rows.append(row)
     return rows
@@ -482,7 +450,10 @@ def main(argv: list[str] | None = None) -> None:
     versions = (
         f"torch {torch.__version__}, triton {getattr(kernels.triton, '__version__', 'absent')}"
     )
-    print(f"{machine}, {versions}")
+    print(f"{machine}, {versions}", flush=True)
+    chosen = {name: shapes[name] for name in args.shape or shapes}
+    if device == "cuda":
+        attempt("compiling side by side", compile_side_by_side, [CHECKED, *chosen.values()])
 
     left_out = [
         "dense",
@@ -497,9 +468,6 @@ def main(argv: list[str] | None = None) -> None:
     if "ours" not in errors or "ours" in wrong:
         sys.exit("benchmark_kernels.py: ours fails this check; nothing is timed")
 
-    chosen = {name: shapes[name] for name in args.shape or shapes}
-    if device == "cuda":
-        attempt("compiling side by side", compile_side_by_side, list(chosen.values()))
     rates = measure_ceilings(device)
     words = f"{rates[0] / 1e12:.3g} TFLOP/s large product, {rates[1] / 1e9:.3g} GB/s large copy"
     print(f"ceilings: {words}", flush=True)

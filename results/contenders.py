@@ -1,4 +1,4 @@
-"""Whom benchmark_kernels.py times, and on what: shapes, random inputs, one function a contender.
+"""Whom benchmark_kernels.py times, and on what: shapes, their FLOPs and bytes, inputs, contenders.
 
 All compute the same layer, silu(gate) * up between two projections, on the same numbers.
 """
@@ -65,6 +65,42 @@ CPU_SHAPES = {
     "decode-16-8of64-64x64": Shape(16, 8, 64, 64, 64, train=False),
 }
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def launches(shape: Shape, itemsize: int) -> list[tuple[int, int]]:
+    """(FLOPs, bytes) of every launch, every tensor moved once."""
+    rows = shape.tokens * shape.top_k
+    x = shape.tokens * shape.d_model  # also out, d_out and dx
+    y = rows * shape.d_model  # also the rows of dx
+    a = rows * shape.d_ff  # act(gate) * up, also times the gates
+    z = 2 * a  # gate | up, also its gradient
+    matrix = shape.d_ff * shape.d_model
+    w2 = min(shape.num_experts, rows) * matrix  # an expert without a row is not read
+    w1 = 2 * w2
+    dw2 = shape.num_experts * matrix
+    dw1 = 2 * dw2
+    down_flops = 2 * rows * matrix
+    up_flops = 2 * down_flops
+    saved_z = z if shape.train else 0
+    up = (up_flops, x + w1 + saved_z + a)
+    down = (down_flops, a + w2 + y)
+    combine = (0, y + x)
+    done = [up, down, combine]
+    if shape.train:
+        done += [(down_flops, x + w2 + z + z + a)]  # d_out and z in, dz and gated a out
+        done += [(up_flops, z + w1 + y), combine]  # dx
+        done += [(down_flops, a + x + dw2), (up_flops, x + z + dw1)]
+    return [(flops, itemsize * elements) for flops, elements in done]
+
+
+def peak_bytes(shape: Shape, itemsize: int) -> int:
+    """Bytes beyond the inputs: output and rows; to train also z, dz, gated a and all gradients."""
+    rows = shape.tokens * shape.top_k
+    x = shape.tokens * shape.d_model
+    if not shape.train:
+        return itemsize * (x + rows * (shape.d_ff + shape.d_model))
+    weights = 3 * shape.num_experts * shape.d_model * shape.d_ff
+    return itemsize * (2 * x + rows * (5 * shape.d_ff + shape.d_model) + weights)
 
 
 class Problem(NamedTuple):
@@ -208,11 +244,10 @@ def transformers_experts(implementation: str, p: Problem) -> Callable:
 def scatter_moe(p: Problem) -> Callable:
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
-    gates = p.gates.to(p.x.dtype)
-
     def forward() -> Tensor:
         order = flatten_sort_count(p.expert_index, num_experts=len(p.w1))
         z = parallel_linear(p.x, p.w1, p.gates.shape[1], *order, grouped_out=True)
+        gates = p.gates.to(p.x.dtype)
         return parallel_linear(activate(z), p.w2, 1, *order, gates=gates, grouped_in=True)
 
     return forward
@@ -221,9 +256,11 @@ def scatter_moe(p: Problem) -> Callable:
 def liger(p: Problem) -> Callable:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-    gates = p.gates.to(p.x.dtype)
-    index = p.expert_index.int()
-    return partial(LigerFusedMoEFunction.apply, p.x, p.w1.mT, p.w2.mT, index, gates)
+    def forward() -> Tensor:
+        index, gates = p.expert_index.int(), p.gates.to(p.x.dtype)
+        return LigerFusedMoEFunction.apply(p.x, p.w1.mT, p.w2.mT, index, gates)
+
+    return forward
 
 
 CONTENDERS = {

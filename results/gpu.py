@@ -30,6 +30,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -220,24 +221,25 @@ def shape_line(shape: str, rows: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Correctness, speed and a verdict on a new GPU.")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/ and its name")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/NAME OF THE GPU")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     args = parser.parse_args(argv)
     if args.rehearse:
-        name = "rehearsal"
+        folder = args.out or Path(tempfile.mkdtemp(prefix="rehearsal-"))
     elif torch.cuda.is_available():
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+        folder = args.out or ROOT / "results" / name
     else:
         sys.exit("gpu.py: there is no CUDA GPU here; --rehearse runs every step without one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the running step is ended, too
-    folder = (args.out or ROOT / "results" / name).absolute()
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for step in plan():  # figures of an earlier run are not this run's
         (folder / f"{step.name}.json").unlink(missing_ok=True)
     found = run_all(plan(args.rehearse), args.minutes, folder)
     text = "\n".join(table(found, folder))
     (folder / "summary.txt").write_text(text + "\n")
-    print(f"\n{text}")
+    print(f"\n{text}\n\nall of it: {folder}")
     sys.exit(0 if all(result["passed"] for result in found) else 1)
 
 

@@ -66,7 +66,7 @@ RESULTS = ("out", "dx", "dgates", "dw1", "dw2", "db1", "db2")
 
 
 def correct() -> None:
-    """A process a case: they compile side by side, and one that dies leaves the others alone."""
+    """A process a case: they compile side by side, and a CUDA error spoils no other case."""
     options = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
     workers = min(12, os.cpu_count() or 1)
     found, wrong = [], []

@@ -37,7 +37,7 @@ def test_flops_are_those_that_torch_counts_for_the_dense_layer(train):
         out = job.forward()
         if train:
             job.backward(out)
-    counted = sum(flops for flops, _ in benchmark.launches(shape, 4))
+    counted = sum(flops for flops, _ in field.launches(shape, 4))
     assert counted == counter.get_total_flops() > 0
 
 
@@ -49,11 +49,13 @@ def test_bytes_are_those_of_the_tensors():
     x, y, z, a, w1, w2 = (t.nbytes for t in (problem.x, rows, z, a, problem.w1, problem.w2))
     forward = [x + w1 + z + a, a + w2 + y, y + x]
     backward = [x + w2 + 2 * z + a, z + w1 + y, y + x, a + x + w2, x + z + w1]
-    assert [moved for _, moved in benchmark.launches(SHAPE, 4)] == forward + backward
-    assert benchmark.peak_formula(SHAPE, 4) == 2 * x + 2 * z + a + y + w1 + w2
+    assert [moved for _, moved in field.launches(SHAPE, 4)] == forward + backward
+    assert field.peak_bytes(SHAPE, 4) == 2 * x + 2 * z + a + y + w1 + w2
     decode = SHAPE._replace(train=False)
-    assert [moved for _, moved in benchmark.launches(decode, 4)] == [x + w1 + a, a + w2 + y, y + x]
-    assert benchmark.peak_formula(decode, 4) == x + a + y
+    assert [moved for _, moved in field.launches(decode, 4)] == [x + w1 + a, a + w2 + y, y + x]
+    assert field.peak_bytes(decode, 4) == x + a + y
+    one = decode._replace(tokens=1)  # its two picks read two of the four experts
+    assert field.launches(one, 4)[0][1] == x // 6 + w1 // 2 + a // 6
 
 
 def test_shapes_for_a_gpu_reach_every_column_of_tiles():
@@ -121,7 +123,6 @@ def test_shares_are_taken_within_turns():
 @pytest.fixture
 def quick(monkeypatch):
     """Two shapes that take no time."""
-    monkeypatch.setattr(field, "make_problem", field.make_problem)
     monkeypatch.setattr(benchmark, "CHECKED", SHAPE)
     monkeypatch.setattr(benchmark, "TURNS", {"cpu": 2})
     monkeypatch.setattr(benchmark, "CEILING_SIZE", {"cpu": 32})
