@@ -51,8 +51,8 @@ def machine() -> None:
 # Against float64
 # -------------------------------------------------------------------------------------------------
 
-# Relative error of every result: four times that of an emulation which rounds where the kernels
-# round. The interpreter truncates to bf16 instead of rounding.
+# Relative error of every result: two to five times that of an emulation that rounds where they
+# do. The interpreter truncates to bf16 instead of rounding.
 PRECISIONS = {  # name: (dtype, torch's switch, bound)
     "bf16": (torch.bfloat16, "ieee", 2.5e-2 if kernels.INTERPRETED else 8e-3),
     "fp16": (torch.float16, "ieee", 1.5e-3),
