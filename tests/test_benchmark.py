@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,14 +95,15 @@ def test_routings():
 
 
 def test_a_slow_contender_gets_fewer_turns_and_a_failing_one_none(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "JOB_SECONDS", 0.03)
-    monkeypatch.setattr(benchmark, "CPU_TURN_SECONDS", 0.0)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(benchmark, "time_on_cpu", lambda job: job.forward())
 
-    def slow():
-        time.sleep(0.02)
+    def lasts(seconds: float) -> str:
+        clock.now += seconds
+        return "a timing"
 
-    jobs = {"slow": benchmark.Job(lambda: slow() or "run"), "fast": benchmark.Job(lambda: "run")}
+    jobs = {"slow": benchmark.Job(lambda: lasts(1.0)), "fast": benchmark.Job(lambda: lasts(0.01))}
     jobs["broken"] = benchmark.Job(lambda: 1 / 0)
     timings = benchmark.take_turns(jobs, "cpu")
     assert len(timings["slow"]) == 2 and len(timings["fast"]) == 9 and "broken" not in timings
