@@ -236,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for step in plan():  # figures of an earlier run are not this run's
         (folder / f"{step.name}.json").unlink(missing_ok=True)
-    found = run_all(plan(args.rehearse), args.minutes, folder)
+    minutes = 3 * args.minutes if args.rehearse else args.minutes  # interpreted kernels are slow
+    found = run_all(plan(args.rehearse), minutes, folder)
     text = "\n".join(table(found, folder))
     (folder / "summary.txt").write_text(text + "\n")
     print(f"\n{text}\n\nall of it: {folder}")

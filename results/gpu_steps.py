@@ -177,7 +177,8 @@ def graph() -> None:
         medians[name] = sorted(t.total_ms for t in timings)[len(timings) // 2]
     write("graph", medians)
     words = ", ".join(f"{name} {value:.3g} ms" for name, value in medians.items())
-    print(f"torch.compile: right, one graph; {words}")
+    how = "one graph" if "fullgraph" in COMPILE else "not traced in the interpreter"
+    print(f"torch.compile: right, {how}; {words}")
 
 
 def perform(step: str, *shapes: str) -> None:
