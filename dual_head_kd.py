@@ -410,15 +410,14 @@ class Arm:
 
 ARMS = {
     "ce": Arm(lr=1.0),
-    "kd": Arm(0.5, "kd", alpha=0.3),
-    "bkl": Arm(1.0, "bkl", alpha=0.1, ce=0.0),
-    "ce+bkl": Arm(0.5, "bkl", alpha=0.1),
+    "kd": Arm(1.0, "kd", alpha=0.1),
+    "bkl": Arm(2.0, "bkl", alpha=0.03, ce=0.0),
+    "ce+bkl": Arm(1.0, "bkl", alpha=0.1),
     "dual-bkl": Arm(0.5, "bkl", alpha=0.1, aux="linear"),
     "dhkd": Arm(0.5, "bkln", alpha=0.1, aux="linear"),
     "dhkd-mlp": Arm(0.5, "bkln", alpha=0.1, aux="mlp"),
     "dhkd-ga": Arm(0.5, "bkln", alpha=0.1, aux="linear", align=True),
     "ce+bkln": Arm(0.5, "bkln", alpha=0.1),
-    "bkln": Arm(0.5, "bkln", alpha=0.1, ce=0.0),
     "dual-mse": Arm(0.5, "mse", alpha=0.1, aux="linear"),
     "dkd": Arm(0.5, "dkd", alpha=0.3, ramp=20 / 240),
     "dist": Arm(0.5, "dist", alpha=0.3, weight=2.0),
