@@ -1331,6 +1331,12 @@ class Run:
         where = {"dtype": self.dtype_name, "device": self.device, "threads": self.threads}
         return {"config": config, "data": self.data, **where, "torch": torch.__version__}
 
+    def record(self) -> dict:
+        """The content of OUT/run.json: what --resume compares, and what `load_trained` needs."""
+        about = {"method": self.method, "scale": self.scale, "config": self.identity()["config"]}
+        where = {"data_dir": str(self.data_dir.absolute())}
+        return {**about, **where, "identity": self.identity()}
+
     def begin(self) -> None:
         """Claim the folder before the first arm: never mix two runs, never delete one too soon."""
         if self.begun:
@@ -1383,8 +1389,7 @@ class Run:
                 for path in [*arms.glob("*"), *results]:
                     path.unlink(missing_ok=True)
             arms.mkdir(exist_ok=True)
-            about = {"method": self.method, "scale": self.scale, "config": now["config"]}
-            write_json(mark, {**about, "data_dir": str(self.data_dir.absolute()), "identity": now})
+            write_json(mark, self.record())
         except OSError as error:
             raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
 
@@ -1646,7 +1651,7 @@ def load_trained(
 
 FLAGS = {  # name: (default, metavar or choices, help); a default of False makes a switch
     "full": (False, None, "the paper's own scale and data"),
-    "arms": ("", "ARM", "train these: method, or method@field=value,field=value"),
+    "arms": ((), "ARM", "train these: method, or method@field=value,field=value"),
     "ablate": (False, None, "train every arm, not only those that the required claims need"),
     "seed": (0, "N", "first seed"),
     "seeds": (1, "K", "number of seeds: N .. N+K-1"),
@@ -1916,18 +1921,18 @@ def parse(
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags = FLAGS | actions
+    comments, kinds = field_comments(type(small)), field_types(type(small))
+    flags = {name: how for name, how in (FLAGS | actions).items() if name not in kinds}
     for name, (default, kind, text) in flags.items():
         how = {"type": type(default), "metavar": kind}
         if default is False:
             how = {"action": "store_true"}
         elif isinstance(kind, tuple):
             how = {"choices": kind}
-        elif name == "arms":
-            how["nargs"] = "+"
+        elif isinstance(default, tuple):
+            how = {"nargs": "+", "metavar": kind}
         parser.add_argument(flag(name), help=text, **how)
     fields = parser.add_argument_group("settings (small scale / full scale)")
-    comments, kinds = field_comments(type(small)), field_types(type(small))
     for name, kind in kinds.items():
         defaults = {as_typed(getattr(config, name)): None for config in (small, full)}
         text = f"{comments.get(name, '')} ({' / '.join(defaults)})".replace("%", "%%")
@@ -1954,9 +1959,9 @@ def parse(
         reason = why_not(kinds[name], settings[name])
         if reason:
             raise UsageError(f"{flag(name)} is {as_typed(settings[name])}; {reason}")
-    options = {name: given.get(name, default) for name, (default, _, _) in flags.items()}
-    if "arms" in given:
-        options["arms"] = ",".join(given["arms"])
+    options = {name: default for name, (default, _, _) in (FLAGS | actions).items()}
+    options |= {name: given[name] for name in flags.keys() & given.keys()}
+    options["arms"] = ",".join(options["arms"])
     return {**options, "given": set(given)}, settings
 
 

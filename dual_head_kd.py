@@ -346,9 +346,7 @@ class Config(common.Settings):
     student: Model = "resnet8x0.5"  # full: official code
     teacher_file: str = ""  # weights of a teacher trained before (a state dict)
     lr: Positive | None = None  # peak, of every student; none: the arm's own best; full: official
-    alpha: NonNegative | None = (
-        None  # weight of the logit loss; none: the arm's own; full: official
-    )
+    alpha: NonNegative | None = None  # weight of the logit loss; none: likewise; full: official
     temperature: Positive = 2.0  # of the binary losses; official default
     kd_temperature: Positive = 4.0  # of the softmax losses; official default
     teacher_lr: Positive = 0.25  # peak, of the teacher
@@ -362,9 +360,7 @@ class Config(common.Settings):
     momentum: NonNegative = 0.9  # of SGD; official code
     weight_decay: NonNegative = 5e-4  # on all parameters; official code
     stem_stride: Count = 2  # 2 halves the image at once: four times less work
-    augment: Literal["teacher", "all", "none"] = (
-        "teacher"  # who sees random crops and mirror images
-    )
+    augment: Literal["teacher", "all", "none"] = "teacher"  # who sees random crops and mirrors
     train_per_class: Whole = 20  # training images a class; full: 0, all
     val_per_class: Whole = 100  # images a class to choose settings on; full: 0, the paper has none
     test_per_class: Count = 100  # generated test images a class

@@ -818,7 +818,7 @@ def test_every_backbone_runs_on_an_own_graph(command_line, tmp_path, backbone):
     path = own_graph(tmp_path / "own.npz")
     done = command_line(mowst, *MOWST, "--dataset", path, "--backbone", backbone, "--graphs", 2, "--workers", 1)
     assert done.returncode == 0, done.stderr
-    assert "not measured: kinds" in done.stdout
+    assert "not measured:" in done.stdout
     arms = json.loads((tmp_path / "runs" / "mowst-small" / "results.json").read_text())["results"]["arms"]
     assert len(arms["mowst"]) == 2
     for arm in ("ensemble", "posthoc", "moe", "mowst", "mowst_star"):

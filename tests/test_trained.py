@@ -81,7 +81,7 @@ def test_btm(left):
 def test_btm_demix_has_a_feed_forward_for_each_domain(tmp_path):
     config = btm.Config(domains=("python", "docs"), num_layers=1, d_model=16, num_heads=2, context=16)
     run = common.Run("btm", "small", "cpu", torch.float32, [0], tmp_path, config=config)
-    common.write_json(tmp_path / "run.json", run.record(0.0))
+    common.write_json(tmp_path / "run.json", run.record())
     model, tokens = btm.build(config, "", num_domains=2), torch.arange(32).view(2, 16)
     for parameter in model.parameters():  # at the start all feed-forwards are copies of one
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -149,7 +149,7 @@ def test_smoe_dropout(left):
 def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
     config = smoe_dropout.Config(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, task_steps=2)
     run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path, config=config)
-    common.write_json(tmp_path / "run.json", run.record(0.0))
+    common.write_json(tmp_path / "run.json", run.record())
     body = smoe_dropout.build(config, smoe_dropout.trained_arms(config, True)["smoe_dropout"], 0)
     common.save(run.path("smoe_dropout", 0, ".pt"), body.state_dict())
     rows, right = torch.randint(256, (6, 2, 9)), F.one_hot(torch.arange(6) % 2, 2).bool()  # [examples, choices, bytes]
@@ -170,7 +170,7 @@ def saved(tmp_path):
     """A run's folder with the weights of one small model, as if trained: its path."""
     config = smoe_dropout.Config(num_layers=1, d_model=8, d_ff=8, num_experts=4, num_heads=2)
     run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path / "out", config=config)
-    common.write_json(run.out / "run.json", run.record(0.0))
+    common.write_json(run.out / "run.json", run.record())
     path, arm = run.path("dense", 0, ".pt"), smoe_dropout.trained_arms(config, True)["dense"]
     common.save(path, smoe_dropout.build(config, arm, 0).state_dict())
     assert isinstance(smoe_dropout.load_trained(str(path)), common.TransformerLM)
