@@ -1,4 +1,6 @@
-"""Arrays to exchange with other people: an uncompressed .npz without pickle, checked before anything is used."""
+"""Arrays to exchange with other people: an uncompressed .npz without pickle, checked before
+anything is used.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ RESERVED = (META, "file", "allow_pickle")  # the last two are arguments of np.sa
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of it."""
+    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of
+    it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +46,8 @@ def save_arrays(
 ) -> str:
     """Write `arrays` and `meta` (any JSON), whole or not at all. Returns the file's SHA-256 (hex).
 
-    bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite array or a reserved name.
+    bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite array
+    or a reserved name.
     """
     stored = {}
     dtypes = {}
@@ -73,8 +78,8 @@ def load_arrays(
 
     expected  name -> (shape, dtype); it must match exactly
     digest    the SHA-256 that the file must have
-    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members (which could
-    unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
+    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members
+    (which could unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
     """
     if digest is not None and sha256(path) != digest:
         raise ReadError(
@@ -84,7 +89,7 @@ def load_arrays(
     with reading(path) as at:
         at.need(META in stored, f"it lacks {META}, which save_arrays writes")
         header = parse_json(stored.pop(META).tobytes())
-        dtypes, meta = at.take(header, "dtypes meta")
+        dtypes, meta = at.take(header, texts="", other="dtypes meta")
         at.need(not at.unused, f"{META} holds more than dtypes and meta")
         at.need(
             dtypes.keys() == stored.keys(),

@@ -1,14 +1,16 @@
-"""How the readers of this folder open, parse and check a file: they read it right or refuse it in one line.
+"""How the readers of this folder open, parse and check a file: they read it right or refuse it in
+one line.
 
     with reading("notes.jsonl") as at:
         for item in json_lines(at):
-            text, label = at.take(item, "text label", spare="id")
+            text, label = at.take(item, "text", "label", spare="id")
 
-    ReadError: notes.jsonl, line 7: 'label' is missing; needed: text label
+    ReadError: notes.jsonl, line 7: needs text, label; 'label' is missing
 
-Whatever a parser throws inside the block (RecursionError on nested JSON, MemoryError on an absurd header, KeyError,
-csv.Error, a broken zip ...) becomes such a line. Keys and columns that are there and not used are named in a printed
-line, unless a reader lists them as spare: nothing is ignored in silence.
+Whatever a parser throws inside the block (RecursionError on nested JSON, MemoryError on an absurd
+header, KeyError, csv.Error, a broken zip ...) becomes such a line. Keys and columns that are there
+and not used are named in a printed line, unless a reader lists them as spare: nothing is ignored in
+silence.
 """
 
 import contextlib
@@ -39,7 +41,9 @@ class ReadError(ValueError):
 
 
 class Place:
-    """Where a reader stands in its file, the checks it makes there, and what it met and did not use."""
+    """Where a reader stands in its file, the checks it makes there, and what it met and did not
+    use.
+    """
 
     def __init__(self, path: str | Path, way_out: str = ""):
         self.path = path  # as the person typed it
@@ -66,13 +70,20 @@ class Place:
         if not condition:
             raise self.error(what)
 
-    def take(self, item: object, names: str, spare: str = "") -> list:
-        """The values of these keys of a JSON object; `spare` keys are known and not used."""
-        self.need(isinstance(item, dict), f"{shown(item)} is no object; needed: {names}")
-        for name in names.split():
-            self.need(name in item, f"{name!r} is missing; needed: {names}")
-        self.unused |= item.keys() - {*names.split(), *spare.split()}
-        return [item[name] for name in names.split()]
+    def take(self, item: object, texts: str, other: str = "", spare: str = "") -> list:
+        """The values of these keys of a JSON object: `texts` hold words, `other` anything; `spare`
+        ones are not used.
+        """
+        needed = [*texts.split(), *other.split()]
+        self.need(
+            isinstance(item, dict), f"needs an object with {', '.join(needed)}, not {shown(item)}"
+        )
+        for name in needed:
+            self.need(name in item, f"needs {', '.join(needed)}; {name!r} is missing")
+        for name in texts.split():
+            self.word(item[name], name)
+        self.unused |= item.keys() - {*needed, *spare.split()}
+        return [item[name] for name in needed]
 
     def word(self, value: object, what: str) -> str:
         """A text with something in it."""
@@ -81,9 +92,12 @@ class Place:
         value.encode()  # raises for half of a surrogate pair, which no file can hold
         return value
 
+    def items(self, value: object, what: str) -> list:
+        self.need(isinstance(value, list), f"{what}: a list is needed, not {shown(value)}")
+        return value
+
     def words(self, values: object, what: str) -> list[str]:
-        self.need(isinstance(values, list), f"{what}: a list is needed, not {shown(values)}")
-        return [self.word(value, what) for value in values]
+        return [self.word(value, what) for value in self.items(values, what)]
 
     def one_of(self, value: object, allowed: Sequence, what: str) -> int:
         """Its number in `allowed`, whose type counts: neither true nor 1.0 is 1."""
@@ -95,7 +109,7 @@ class Place:
     def number(self, text: str, what: str) -> float:
         """A finite number."""
         try:
-            value = float(text)
+            value = float(text.replace("_", "?"))  # Python reads 1_0 as ten
         except ValueError:
             self.refuse(f"{what} {shown(text)} is not numeric")
         self.need(math.isfinite(value), f"{what} {shown(text)} is not finite")
@@ -132,9 +146,9 @@ def reading(path: str | Path, way_out: str = "") -> Iterator[Place]:
         say_once(f"{path}: there and not used: {names}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Open
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def open_file(path: str | Path) -> IO[bytes]:
@@ -160,15 +174,17 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parse: text, tables, JSON
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterator[str]:
-    """The lines of a UTF-8 text (also .gz) without their ends; at.line follows. Empty ones may stand at the end.
+    """The lines of a UTF-8 text (also .gz) without their ends; at.line follows. Empty ones may
+    stand at the end.
 
-    whole: the last line must have an end, else a file that was cut inside a number would give another number.
+    whole: the last line must have an end, else a file that was cut inside a number would give
+    another number.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_file(at.path))
@@ -196,20 +212,25 @@ def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterat
         at.need(at.line > 0 and empty != 1, "is empty")
 
 
-def table(at: Place, names: str, spare: str = "", delimiter: str = ",") -> Iterator[list[str]]:
-    """The cells of these columns in every row of a CSV file with a header; tabs separate cells without quoting.
+def table(
+    at: Place, needed: Sequence[str], spare: Sequence[str] = (), tabs: bool = False
+) -> Iterator[list[str]]:
+    """The cells of the needed columns, row by row, of a CSV file with a header. tabs: between
+    cells, without quoting.
 
-    A missing or double column and a row of another length are refused; columns that are not `spare` are printed.
+    A missing or double column and a row of another length are refused; columns that are not `spare`
+    are printed.
     """
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    text = (line + "\n" for line in lines(at, whole=delimiter == ","))
-    rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+    if tabs:
+        rows = (line.split("\t") for line in lines(at))
+    else:
+        rows = csv.reader((line + "\n" for line in lines(at, whole=True)), strict=True)
     header = [name.strip() for name in next(rows)]
-    missing = [name for name in names.split() if name not in header]
+    missing = [name for name in needed if name not in header]
     at.need(not missing, f"the header lacks {', '.join(missing)}; it has {', '.join(header[:25])}")
-    at.need(len({*header}) == len(header), "the header has a column twice")
-    at.unused |= {*header} - {*names.split(), *spare.split()}
-    positions = [header.index(name) for name in names.split()]
+    at.need(len(set(header)) == len(header), "the header has a column twice")
+    at.unused |= set(header) - {*needed, *spare}
+    positions = [header.index(name) for name in needed]
     for row in rows:
         if len(row) != len(header):
             at.refuse(f"{len(row)} columns, not {len(header)} as in the header")
@@ -237,15 +258,17 @@ def json_lines(at: Place, longest: int = LONGEST_LINE) -> Iterator[object]:
         yield parse_json(line)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parse: arrays
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_npz(
     path: str | Path, most: int = MOST_BYTES, packed: bool = True
 ) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, never unpickled. most: bytes they may unpack to; packed False: none is compressed."""
+    """All arrays of an .npz, never unpickled. most: bytes they may unpack to; packed False: none is
+    compressed.
+    """
     with reading(path) as at, open_file(path) as file:
         at.need(zipfile.is_zipfile(file), "no zip archive of arrays (.npz)")
         room = os.fstat(file.fileno()).st_size
@@ -277,7 +300,9 @@ def read_npy(path: str | Path) -> np.ndarray:
 
 
 def parse_npy(at: Place, file: IO[bytes], size: int) -> np.ndarray:
-    """An array in NumPy's format: numbers or strings, in machine order. size: bytes that the file has at most."""
+    """An array in NumPy's format: numbers or strings, in machine order. size: bytes that the file
+    has at most.
+    """
     version = np.lib.format.read_magic(file)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -303,19 +328,21 @@ def parse_npy(at: Place, file: IO[bytes], size: int) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Keep what takes minutes to parse
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def cached(
     folder: Path, sources: Sequence[Path], options: str, parse: Callable[[Path], dict]
 ) -> Iterator[tuple[Path, dict]]:
-    """(folder, what parse(folder) returned) with the files that it wrote there, parsed once and kept.
+    """(folder, what parse(folder) returned) with the files that it wrote there, parsed once and
+    kept.
 
-    Kept files are used only while the sources, the options and the files themselves have the very bytes they had, by
-    SHA-256: neither a time stamp nor a size is proof. A folder that cannot be written keeps nothing.
+    Kept files are used only while the sources, the options and the files themselves have the very
+    bytes they had, by SHA-256: neither a time stamp nor a size is proof. A folder that cannot be
+    written keeps nothing.
     """
     key = hashlib.sha256(repr([options, *map(sha256, sources)]).encode()).hexdigest()
     info = _kept(folder, key)
