@@ -366,13 +366,18 @@ TABLE = (
 DATASETS = {dataset.name: dataset for dataset in TABLE}
 
 
+def root(data_dir: str | Path | None = None) -> Path:
+    """Where data sets lie: data_dir, else $MOE_DATA, else data/cache/ of this repository."""
+    given = data_dir or os.environ.get("MOE_DATA") or Path(__file__).resolve().parent / "cache"
+    return Path(given).expanduser()
+
+
 def fetch(name: str, data_dir: str | Path | None = None) -> Path:
     """The folder with the verified files of a data set; downloads what is missing."""
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0)[0]
         raise ValueError(f"unknown data set {name!r}; the nearest is {near}, --list shows all")
-    root = Path(data_dir or os.environ.get("MOE_DATA") or Path(__file__).resolve().parent / "cache")
-    folder, files = root.expanduser() / name, DATASETS[name].files
+    folder, files = root(data_dir) / name, DATASETS[name].files
     # In the marker, so that a corrected row is checked anew.
     table = hashlib.sha256(repr(files).encode()).hexdigest()
     if _is_verified(folder, table):
