@@ -682,7 +682,7 @@ def census(root: Path) -> Behavior:
 
 
 def _census_path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.exists()), None)
 
 
 def _read_census(path: Path) -> list[list[str]]:
@@ -724,7 +724,7 @@ def is_here(name: str, root: Path) -> bool:
         return True
     if name == "census":
         return any(_census_path(root / "census", file) for file in CENSUS_FILES)
-    return all(path.is_file() for path in _kuairand_paths(name, root))
+    return all(path.exists() for path in _kuairand_paths(name, root))
 
 
 def download_size(name: str, root: Path) -> int | None:

@@ -589,9 +589,8 @@ def load(name: str | Path, data_dir: str | Path | None = None) -> Graph:
             raise ValueError(
                 f"dataset {str(name)!r} is neither a file or folder nor one of {', '.join(SIZES)}"
             )
-        return (_read_folder(path) if path.is_dir() else read_npz_graph(path))._replace(
-            name=str(name)
-        )
+        graph = _read_folder(path) if path.is_dir() else read_npz_graph(name)
+        return graph._replace(name=str(name))
     folder = _by_hand(name, data_dir) if name in BY_HAND else download.fetch(name, data_dir)
     match name:
         case "flickr":
@@ -733,7 +732,7 @@ def read_ogb(folder: str | Path, split: str) -> Graph:
     with cached(folder / "parsed", list(sources), "ogb", parse) as (kept, _):
         arrays = [read_npy(kept / f"{path.name.removesuffix('.csv.gz')}.npy") for path in sources]
     x, edges, y, *members = arrays
-    with reading(folder) as at:
+    with reading(folder / "split" / split) as at:
         masks = _member_masks(at, len(x), [members])
     return build_graph(str(folder), x, edges, y, masks)
 

@@ -135,7 +135,7 @@ def reading(path: str | Path, way_out: str = "") -> Iterator[Place]:
     except (ReadError, FileNotFoundError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.filename is not None:
             raise
         reason = str(error)[:200]
         if not reason or isinstance(error, LookupError | RecursionError | MemoryError):

@@ -317,20 +317,19 @@ def test_csv_errors_name_file_and_row(tmp_path):
         graphs.load(folder)
 
 
-def test_flickr_files(tmp_path):
+def write_flickr(folder, **changes):
+    """REFERENCE in the files of GraphSAINT."""
     target, pointers = [1, 0, 2, 1, 3, 2], [0, 1, 3, 5, 6]
-    arrays = {
-        "data": np.ones(6),
-        "indices": np.array(target),
-        "indptr": np.array(pointers),
-        "shape": np.array([4, 4]),
-    }
-    np.savez(tmp_path / "adj_full.npz", **arrays)
-    np.save(tmp_path / "feats.npy", X)
-    (tmp_path / "class_map.json").write_text(
-        json.dumps({str(i): int(label) for i, label in enumerate(Y)})
-    )
-    (tmp_path / "role.json").write_text(json.dumps({"tr": [0, 1], "va": [2], "te": [3]}))
+    arrays = {"data": np.ones(6), "indices": np.array(target), "indptr": np.array(pointers)}
+    np.savez(folder / "adj_full.npz", **{**arrays, "shape": np.array([4, 4]), **changes})
+    np.save(folder / "feats.npy", X)
+    classes = {str(i): int(label) for i, label in enumerate(Y)}
+    (folder / "class_map.json").write_text(json.dumps(classes))
+    (folder / "role.json").write_text(json.dumps({"tr": [0, 1], "va": [2], "te": [3]}))
+
+
+def test_flickr_files(tmp_path):
+    write_flickr(tmp_path)
     assert same(graphs.load(tmp_path), REFERENCE)
     for name, content, message in (
         ("class_map.json", "{}", "class_map.json: does not name the nodes 0 .. 3"),
@@ -346,7 +345,7 @@ def test_flickr_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             graphs.load(tmp_path)
         (tmp_path / name).write_bytes(good)
-    np.savez(tmp_path / "adj_full.npz", **{**arrays, "data": np.full(6, 0.5)})
+    write_flickr(tmp_path, data=np.full(6, 0.5))
     with pytest.raises(ValueError, match="edge weights other than 1"):
         graphs.load(tmp_path)
 
@@ -359,12 +358,17 @@ TWITCH = """views,mature,life_time,created_at,updated_at,numeric_id,dead_account
 """
 
 
-def test_twitch_files(tmp_path):
-    root = tmp_path / "twitch_gamers"
-    root.mkdir()
+def write_twitch(folder):
+    root = folder / "twitch_gamers"
+    root.mkdir(parents=True)
     (root / "large_twitch_features.csv").write_text(TWITCH)
     (root / "large_twitch_edges.csv").write_text("numeric_id_1,numeric_id_2\n0,1\n1,2\n2,3\n")
-    save_splits(tmp_path / "twitch-gamer-splits.npy", [([0, 1], [2], [3])])
+    save_splits(folder / "twitch-gamer-splits.npy", [([0, 1], [2], [3])])
+    return root
+
+
+def test_twitch_files(tmp_path):
+    root = write_twitch(tmp_path)
     graph = graphs.load(tmp_path)
     assert graph.x.shape == (4, 7) and graph.y.tolist() == [1, 0, 1, 0]
     assert torch.equal(graph.edge_index, REFERENCE.edge_index) and torch.equal(
