@@ -354,8 +354,9 @@ LOG_COLUMNS = (
 )
 LOG_SPARE = ("time_ms", "is_hate", "profile_stay_time", "comment_stay_time", "is_rand")
 USER_COLUMNS = (
-    "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range", "fans_user_num_range",
-    "friend_user_num_range", "register_days_range", *(f"onehot_feat{i}" for i in range(18)),
+    "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
+    "fans_user_num_range", "friend_user_num_range", "register_days_range",
+    *(f"onehot_feat{i}" for i in range(18)),
 )  # fmt: skip
 USER_SPARE = (
     "is_lowactive_period",
@@ -373,7 +374,10 @@ PLAIN = {
 }  # fields that are numbers of the log: sizes of their tables
 MISSING = ("", "-124", "nan", "NaN", "NULL")
 ARRAYS = {"ids": np.int32, "labels": np.uint8, "users": np.int32}  # of each part, as kept
-NOTE = "most of KuaiRand comes from the single-column feed, where is_click is a valid play: it counts as a watch task"
+NOTE = (
+    "most of KuaiRand comes from the single-column feed, where is_click is a valid play: "
+    "it counts as a watch task"
+)
 
 
 def _number_words(cells: Sequence[str], vocabulary: dict[str, int]) -> list[int]:
@@ -612,20 +616,21 @@ def _parse(paths: Sequence[Path], hash_bits: int, out: Path) -> dict:
 CENSUS_FILES = ("census-income.data", "census-income.test")
 CENSUS_LIMIT = 1_000_000  # rows of a file; the larger one has 199,523
 CENSUS_COLUMNS = (
-    "age", "class_of_worker", "industry", "occupation", "education", "wage_per_hour", "enrolled", "marital_status",
-    "major_industry", "major_occupation", "race", "hispanic_origin", "sex", "union_member", "unemployment_reason",
-    "employment_status", "capital_gains", "capital_losses", "dividends", "tax_filer", "previous_region",
-    "previous_state", "household_detail", "household_summary", "instance_weight", "migration_msa", "migration_region",
-    "migration_within_region", "same_house", "migration_sunbelt", "num_employed", "parents", "country_father",
-    "country_mother", "country_self", "citizenship", "own_business", "veteran_form", "veteran_benefits",
-    "weeks_worked", "year", "income",
+    "age", "class_of_worker", "industry", "occupation", "education", "wage_per_hour", "enrolled",
+    "marital_status", "major_industry", "major_occupation", "race", "hispanic_origin", "sex",
+    "union_member", "unemployment_reason", "employment_status", "capital_gains", "capital_losses",
+    "dividends", "tax_filer", "previous_region", "previous_state", "household_detail",
+    "household_summary", "instance_weight", "migration_msa", "migration_region",
+    "migration_within_region", "same_house", "migration_sunbelt", "num_employed", "parents",
+    "country_father", "country_mother", "country_self", "citizenship", "own_business",
+    "veteran_form", "veteran_benefits", "weeks_worked", "year", "income",
 )  # fmt: skip
 NOT_FIELDS = ("income", "marital_status", "instance_weight")
 MONEY = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")
 INCOMES = ("- 50000.", "50000+.")
 MARITAL = (
-    "Never married", "Married-civilian spouse present", "Divorced", "Widowed", "Separated", "Married-spouse absent",
-    "Married-A F spouse present",
+    "Never married", "Married-civilian spouse present", "Divorced", "Widowed", "Separated",
+    "Married-spouse absent", "Married-A F spouse present",
 )  # fmt: skip
 CENSUS_GROUPS = {"income": ("over_50k",), "marital": ("never_married",)}
 
@@ -656,7 +661,8 @@ def census(root: Path) -> Behavior:
     else:
         test_from = rows - rows // 10
         val_from = rows - 2 * (rows // 10)
-        note = f"only {found[0].name} is in {folder}: split 80/10/10 by position, which is not the benchmark's split"
+        how = "split 80/10/10 by position, which is not the benchmark's split"
+        note = f"only {found[0].name} is in {folder}: {how}"
     columns = dict(zip(CENSUS_COLUMNS, zip(*itertools.chain(*tables))))
     over_50k = np.array(columns["income"]) == INCOMES[1]
     never_married = np.array(columns["marital_status"]) == MARITAL[0]

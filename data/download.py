@@ -119,7 +119,8 @@ HETEROPHILOUS_FILES = {  # size and SHA-256 at that commit; the larger files wer
     "amazon_ratings": (None, None),
     "questions": (None, None),
 }
-LINKX = "https://raw.githubusercontent.com/CUAI/Non-Homophily-Large-Scale/82f8f05c5c3ec16bd5b505cc7ad62ab5e09051e6/data/"
+LINKX_COMMIT = "82f8f05c5c3ec16bd5b505cc7ad62ab5e09051e6"
+LINKX = f"https://raw.githubusercontent.com/CUAI/Non-Homophily-Large-Scale/{LINKX_COMMIT}/data/"
 PENN94_SPLITS = File(  # size and SHA-256 at that commit
     url=f"{LINKX}splits/fb100-Penn94-splits.npy",
     size=581_866,
@@ -142,7 +143,8 @@ GRAPHS = (
                 ),
             ),
             licence="MIT",
-            citation="Platonov et al. 2023, A Critical Look at the Evaluation of GNNs under Heterophily",
+            citation="Platonov et al. 2023, A Critical Look at the Evaluation of GNNs "
+            "under Heterophily",
         )
         for name, (size, sha) in HETEROPHILOUS_FILES.items()
     ),
@@ -219,7 +221,8 @@ CIFAR10 = File(
     limit=184_380_000,
 )
 CIFAR_CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)"
-SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data/"
+SVAMP_COMMIT = "689d7ccac74b9983a2ac7cc3b264f441b99e7c53"
+SVAMP = f"https://raw.githubusercontent.com/arkilpatel/SVAMP/{SVAMP_COMMIT}/data/"
 SVAMP_FILES = {  # size and SHA-256 at that commit
     "cv_asdiv-a/fold0/train.csv": (
         419_240,
@@ -361,7 +364,8 @@ ARC_FILES = [
 ]
 OBQA = "https://ai2-public-datasets.s3.amazonaws.com/open-book-qa/OpenBookQA-V1-Sep2018.zip"
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
-WIKIQA = "https://download.microsoft.com/download/E/5/F/E5FCFCEE-7005-4814-853D-DAA7C66507E0/WikiQACorpus.zip"
+WIKIQA_ID = "E5FCFCEE-7005-4814-853D-DAA7C66507E0"
+WIKIQA = f"https://download.microsoft.com/download/E/5/F/{WIKIQA_ID}/WikiQACorpus.zip"
 
 
 def _zip(url: str, *members: str) -> File:
@@ -426,7 +430,8 @@ TABLE = (
             File(MRPC_DEV, save_as="mrpc_dev_ids.tsv"),
         ),
         licence="Microsoft Research data licence",
-        citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus; split of GLUE, Wang et al. 2019",
+        citation="Dolan and Brockett 2005, Microsoft Research Paraphrase Corpus; "
+        "split of GLUE, Wang et al. 2019",
     ),
     Dataset(
         name="copa",
@@ -525,7 +530,8 @@ TABLE = (
         name="svamp",
         files=_plain(SVAMP, SVAMP_FILES),
         licence="MIT",
-        citation="Patel et al. 2021, SVAMP; with ASDiv-A (Miao et al. 2020) and MAWPS (Koncel-Kedziorski et al. 2016)",
+        citation="Patel et al. 2021, SVAMP; with ASDiv-A (Miao et al. 2020) and "
+        "MAWPS (Koncel-Kedziorski et al. 2016)",
     ),
 )
 DATASETS = {dataset.name: dataset for dataset in TABLE}

@@ -9,20 +9,20 @@ Every graph comes out as a `Graph`: both directions of every edge, no loops, no 
 Your own graph is an .npz with these arrays (the names of PyTorch Geometric work too):
 
     node_features or x       [nodes, features]
-    node_labels or y         [nodes]; -1 or NaN: unlabelled; text and numbers with gaps are
-    renumbered, and a line says so edges or edge_index      [edges, 2] or [2, edges]
-    train_masks or train_mask, and val, test     [nodes] or [splits, nodes], true and false or 1 and
-    0 train_idx or train_index, and val (valid), test     [members] or [splits, members] of node
-    numbers
+    node_labels or y         [nodes]; -1 or NaN: unlabelled; text, and numbers with gaps, become
+                             0, 1, ... in their order, and a printed line says so
+    edges or edge_index      [edges, 2] or [2, edges]
+    train_masks, val_masks, test_masks   [splits, nodes] or [nodes] (train_mask ...), true or false
+    train_idx, val_idx, test_idx         [splits, members] or [members]: node numbers instead
 
 Without a split, ten random ones of 50/25/25 are drawn. Any other array is refused by its name, edge
-weights too: no method here uses them. Nothing is unpickled; LINKX's splits, published as pickles,
-are read opcode by opcode.
+weights too: no method here uses them. Nothing is unpickled: LINKX publishes its splits as pickles,
+which are read in a world without names, where nothing can be imported or called.
 """
 
 import hashlib
 import importlib.util
-import pickletools
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -75,7 +75,8 @@ BY_HAND = {  # no address that a program can fetch
     ),
     "pokec": (
         ("pokec.mat", "pokec-splits.npy"),
-        "drive.google.com/file/d/1dNs5E7BrWJbgcHeQ_zuy5Ozp2tRCWG0y and /1ZhpAiyTNc0cE_hhgyiqxnkKREHK7MK-_ (LINKX)",
+        "drive.google.com/file/d/1dNs5E7BrWJbgcHeQ_zuy5Ozp2tRCWG0y and "
+        "/1ZhpAiyTNc0cE_hhgyiqxnkKREHK7MK-_ (LINKX)",
     ),
 }
 PARTS = ("train", "val", "test")
@@ -230,7 +231,7 @@ def _features(at: Place, x: np.ndarray) -> np.ndarray:
     if len(wide):
         columns = ", ".join(map(str, wide[:5]))
         say_once(
-            f"{at.path}: feature columns {columns} span 1,000 times the others' range; standardize them"
+            f"{at.path}: feature columns {columns} span 1,000 times the usual; standardize them"
         )
     return single
 
@@ -260,9 +261,8 @@ def _labels(at: Place, y: np.ndarray, num_nodes: int) -> np.ndarray:
     at.need(len(classes) > 1, f"{len(classes)} class(es); at least two are needed")
     if classes.tolist() != list(range(len(classes))):
         ends = f"{classes[0]} .. {classes[-1]}"
-        say_once(
-            f"{at.path}: {known_at}: the {len(classes)} classes {ends} are numbered 0 .. {len(classes) - 1}"
-        )
+        count = len(classes)
+        say_once(f"{at.path}: {known_at}: the {count} classes {ends} are numbered 0 .. {count - 1}")
     labels = np.full(num_nodes, -1)
     labels[known] = numbers
     return labels
@@ -507,14 +507,15 @@ def contextual_sbm(
         or mu_poor < 0
     ):
         raise ValueError(
-            f"num_classes is {num_classes}, num_features {num_features}, degrees {degree_rich} and {degree_poor}, "
-            f"mu {mu_rich} and {mu_poor}; needed: 2 <= num_classes <= num_features, degrees >= 2, mu >= 0"
+            f"num_classes is {num_classes}, num_features {num_features}, degrees {degree_rich} "
+            f"and {degree_poor}, mu {mu_rich} and {mu_poor}; needed: "
+            "2 <= num_classes <= num_features, degrees >= 2, mu >= 0"
         )
     num_train, num_val = (round(share * num_nodes) for share in (train_share, val_share))
     if min(num_train, num_val, num_nodes - num_train - num_val) < num_classes:
         raise ValueError(
-            f"{num_nodes} nodes with train_share {train_share} and val_share {val_share} leave a set smaller than "
-            f"num_classes = {num_classes}"
+            f"{num_nodes} nodes with train_share {train_share} and val_share {val_share} leave "
+            f"a set smaller than num_classes = {num_classes}"
         )
     rng = np.random.default_rng(seed)
     y, kind = rng.integers(num_classes, size=num_nodes), rng.random(num_nodes) < 0.5
@@ -646,7 +647,7 @@ def _read_folder(folder: Path) -> Graph:
             say_once(f"{folder}: of the splits {', '.join(splits)} the first is used")
         return read_ogb(folder, splits[0])
     raise ValueError(
-        f"{folder} holds no graph: needed are raw/ and split/ (OGB), adj_full.npz, or large_twitch_edges.csv"
+        f"{folder} holds no graph: no raw/ and split/, adj_full.npz, or large_twitch_edges.csv"
     )
 
 
@@ -670,7 +671,7 @@ def read_npz_graph(path: str | Path) -> Graph:
             members.append(_one_of(at, arrays, *names[: 6 if part == "val" else 3], needed=False))
         at.need(
             not arrays,
-            f"holds {', '.join(arrays)}, which no method here uses: take it out, or give it a known name",
+            f"holds {', '.join(arrays)}, which no method here uses: take it out or rename it",
         )
         given = [split for split in (masks, members) if any(part is not None for part in split)]
         at.need(len(given) < 2, "has masks and node numbers of splits; give one of them")
@@ -774,7 +775,8 @@ def read_flickr(folder: str | Path) -> Graph:
 
 
 TWITCH_COLUMNS = (
-    "views", "life_time", "created_at", "updated_at", "dead_account", "affiliate", "language", "numeric_id", "mature"
+    "views", "life_time", "created_at", "updated_at", "dead_account", "affiliate", "language",
+    "numeric_id", "mature",
 )  # fmt: skip
 
 
@@ -888,106 +890,35 @@ def read_linkx_splits(path: str | Path, num_nodes: int) -> np.ndarray:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, _ = read_header[version](file)
-        splits = plain_pickle(file.read())
+        splits = _PlainPickle(file).load()
         at.need(shape == (len(splits),), f"its header says {shape}, it holds {len(splits)} splits")
         return _member_masks(
             at, num_nodes, [at.take(split, "", "train valid test") for split in splits]
         )
 
 
-ARRAY_NAMES = {
-    f"{module} {name}"
-    for module, name in [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")]
-    + [(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")]
-}
-PLAIN = {
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "INT",
-    "LONG",
-    "LONG1",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "UNICODE",
-}
-PLAIN |= {"SHORT_BINBYTES", "BINBYTES", "SHORT_BINSTRING", "BINSTRING", "STRING"}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-
-def plain_pickle(content: bytes) -> object:
-    """Lists, dicts, whole numbers and strings out of a pickle, by reading its opcodes: nothing is
-    imported or called.
-
-    An array of objects comes out as the list of its elements. Raises ValueError for any other name
-    or opcode.
+class _Stub(list):
+    """Stands for an array in a pickle, and for its type: of an array's state the list of elements
+    is kept.
     """
-    stack, marks, memo = [], [], {}
-    empty = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
 
-    def since_mark() -> list:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
+    def __init__(self, *arguments: object):
+        super().__init__()
 
-    for opcode, argument, _ in pickletools.genops(content):
-        name = opcode.name
-        if name in PLAIN:
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in empty:
-            stack.append(empty[name]())
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "APPEND":
-            item = stack.pop()
-            stack[-1].append(item)
-        elif name == "APPENDS":
-            items = since_mark()
-            stack[-1].extend(items)
-        elif name == "SETITEM":
-            key, value = stack.pop(-2), stack.pop()
-            stack[-1][key] = value
-        elif name == "SETITEMS":
-            items = since_mark()
-            stack[-1].update(zip(items[::2], items[1::2]))
-        elif name == "LIST":
-            stack.append(since_mark())
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name == "DICT":
-            items = since_mark()
-            stack.append(dict(zip(items[::2], items[1::2])))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            length = int(name[-1])
-            stack[-length:] = [tuple(stack[-length:])]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "GLOBAL":
-            stack.append(_array_name(argument))
-        elif name == "STACK_GLOBAL":
-            module, name = stack.pop(-2), stack.pop()
-            stack.append(_array_name(f"{module} {name}"))
-        elif (
-            name == "REDUCE"
-        ):  # a call, of which only an array's own is known: an empty list stands for its result
-            stack[-2:] = [[]]
-        elif name == "BUILD":  # the state of an array: (version, shape, dtype, order, elements)
-            state = stack.pop()
-            if len(state) == 5 and isinstance(state[4], list):
-                stack[-1].extend(state[4])
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"opcode {name} is not plain data")
-    return stack.pop()
+    def __setstate__(self, state: tuple) -> None:
+        if len(state) == 5 and isinstance(state[4], list):  # version, shape, dtype, order, elements
+            self.extend(state[4])
 
 
-def _array_name(wanted: str) -> str:
-    if wanted not in ARRAY_NAMES:
-        raise ValueError(f"it asks for {wanted.replace(' ', '.')}, which is not plain data")
-    return wanted
+class _PlainPickle(pickle._Unpickler):
+    """Python's own reader of pickles in a world that holds nothing: no name is imported, nothing
+    can be called.
+    """
+
+    STUBS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+    STUBS |= {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
+
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}" not in self.STUBS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+        return _Stub

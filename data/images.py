@@ -202,7 +202,7 @@ def read_records(path: str | Path, label_bytes: int) -> tuple[Tensor, Tensor]:
         whole = len(content) > 0 and len(content) % record == 0
         at.need(
             whole,
-            f"has {len(content):,} bytes, not a whole number of {record}-byte records; it is truncated",
+            f"{len(content):,} bytes are no whole number of {record}-byte records; truncated?",
         )
     records = torch.frombuffer(content, dtype=torch.uint8).view(-1, record)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].long()
@@ -233,11 +233,11 @@ def read_folder(folder: str | Path, train_per_class: int = 0, val_per_class: int
     absent = (torch.bincount(y) == 0).nonzero().flatten().tolist()
     if absent:
         raise ReadError(
-            f"{folder}: labels reach {num_classes - 1}, and no training image has {absent[0]}; is it damaged?"
+            f"{folder}: labels reach {num_classes - 1}, but no training image has {absent[0]}"
         )
     if int(test_y.max()) >= num_classes:
         raise ReadError(
-            f"{path / test_file} has label {int(test_y.max())}; training knows {num_classes} classes"
+            f"{path / test_file}: label {int(test_y.max())}; training knows {num_classes} classes"
         )
     train, val = _hold_out(y, num_classes, train_per_class, val_per_class)
     offset, scale = (255 * torch.tensor(figures).view(3, 1, 1) for figures in MEAN_STD[kinds[0]])
@@ -253,7 +253,7 @@ def _hold_out(
     """Indices to train on and to validate on, each in the order of the file."""
     if min(train_per_class, val_per_class) < 0:
         raise ValueError(
-            f"train_per_class is {train_per_class}, val_per_class {val_per_class}; 0 or more is needed"
+            f"train_per_class is {train_per_class}, val_per_class {val_per_class}; below 0"
         )
     order, count = y.argsort(stable=True), torch.bincount(y, minlength=num_classes)
     place = torch.empty_like(y)  # how many of its class stand before an image

@@ -1,15 +1,18 @@
-"""Pre-trained mixture models from Hugging Face: find the files, load them, hand out plain modules and tensors.
+"""Pre-trained mixture models from Hugging Face: find the files, load them, hand out plain modules
+and tensors.
 
-    load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
-    empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
-    load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
-    place_causal(source, ...)           the same, or random_causal, patched, on its device; under torchrun spread
-    random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
-    TextToText(task, ...)               a task of data/tasks.py for it: batches, logits, answers, scores
+    load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its
+    tensors) empty_switch(folder, make_layer)    the same without weights, to be filled from an
+    export; costs no memory load_causal(folder, dtype)          a causal language model with experts
+    (Mixtral, OLMoE, Qwen-MoE) place_causal(source, ...)           the same, or random_causal,
+    patched, on its device; under torchrun spread random_causal(config, dtype, dev)   the same shape
+    with random weights; shard(model, device) spreads one with FSDP2 TextToText(task, ...)
+        a task of data/tasks.py for it: batches, logits, answers, scores
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
-Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
-safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
+Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a
+checkpoint: weights are safetensors, or a .bin that torch reads with weights_only. A script brings
+its own layer, so this file knows no method.
 """
 
 import os
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 
 from data import tasks
 
-# make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff, d_model], act, capacity)
+# make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
+# d_model], act, capacity)
 MakeLayer = Callable[[Tensor, Tensor, Tensor, str, int], nn.Module]
 WEIGHTS = (
     "model.safetensors",
@@ -47,10 +51,11 @@ def require_transformers():
 
 
 def locate(model: str, data_dir: str | Path) -> Path:
-    """The folder of a checkpoint: `model` itself, or its copy under data_dir, downloaded from the hub if need be.
+    """The folder of a checkpoint: `model` itself, or its copy under data_dir, downloaded from the
+    hub if need be.
 
-    Raises ValueError for a folder that lacks the configuration, weights or tokenizer, FileNotFoundError when the
-    download fails; both say which files belong where.
+    Raises ValueError for a folder that lacks the configuration, weights or tokenizer,
+    FileNotFoundError when the download fails; both say which files belong where.
     """
     folder = _folder(model, data_dir)
     if not folder.is_dir():
@@ -147,7 +152,9 @@ def _switch_config(folder: str | Path):
 
 
 def load_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
-    """An encoder-decoder Switch model in fp32 without dropout, its mixtures replaced. Raises ValueError: damaged."""
+    """An encoder-decoder Switch model in fp32 without dropout, its mixtures replaced. Raises
+    ValueError: damaged.
+    """
     config, model_class = (
         _switch_config(folder),
         require_transformers().SwitchTransformersForConditionalGeneration,
@@ -203,7 +210,9 @@ class TextToText(tasks.PromptBatches):
         return {name: tensor.to(self.device) for name, tensor in super().encode(examples).items()}
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [batch, answer, vocab_size] of the right answer, given its tokens so far, and the labels."""
+        """Logits [batch, answer, vocab_size] of the right answer, given its tokens so far, and the
+        labels.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         shifted = nn.functional.pad(batch["labels"][:, :-1], (1, 0)).clamp(
             min=0
@@ -217,7 +226,9 @@ class TextToText(tasks.PromptBatches):
         )
 
     def answers(self, model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> list:
-        """A class or a text for each row. The first logits depend on no label; longer answers are generated."""
+        """A class or a text for each row. The first logits depend on no label; longer answers are
+        generated.
+        """
         ids = (
             logits[:, :1].argmax(-1) if self.words else generate(model, batch, self.MAX_ANSWER + 1)
         )
@@ -229,7 +240,8 @@ class TextToText(tasks.PromptBatches):
 
 
 def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Tensor:
-    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then padding.
+    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then
+    padding.
 
     batch: {"input_ids", "attention_mask": [batch, tokens]}; time is max_tokens at most.
     """
@@ -237,12 +249,15 @@ def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Ten
     return model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_tokens)[:, 1:]
 
 
-# Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever shares their layout,
-# layer.mlp.gate.weight [experts, d_model], layer.mlp.experts.gate_up_proj [experts, 2 d_ff, d_model] and down_proj.
+# Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever
+# shares their layout, layer.mlp.gate.weight [experts, d_model], layer.mlp.experts.gate_up_proj
+# [experts, 2 d_ff, d_model] and down_proj.
 
 
 def causal_config(folder: str | Path):
-    """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model with experts."""
+    """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model
+    with experts.
+    """
     transformers, config = require_transformers(), _config(folder)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(
         config, "num_experts_per_tok"
@@ -261,7 +276,9 @@ def mixtral_config(
     num_experts: int,
     vocab_size: int = 32000,
 ):
-    """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a value, as there."""
+    """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a
+    value, as there.
+    """
     kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads
     config = require_transformers().MixtralConfig(
         vocab_size=vocab_size,
@@ -289,14 +306,17 @@ def random_causal(config, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def load_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen weights."""
+    """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen
+    weights.
+    """
     return _load(require_transformers().AutoModelForCausalLM, folder, causal_config(folder), dtype)
 
 
 def place_causal(
     source, dtype: torch.dtype, device: str, patch: Callable[[nn.Module], None]
 ) -> nn.Module:
-    """A causal language model after patch(model), on its device; under torchrun spread over all processes by shard().
+    """A causal language model after patch(model), on its device; under torchrun spread over all
+    processes by shard().
 
     source  a folder, or a configuration for random weights. Raises ValueError like load_causal.
     """
@@ -315,8 +335,9 @@ def place_causal(
 def shard(model: nn.Module, device: str) -> nn.Module:
     """Spread a model over the processes of torchrun with FSDP2, a layer at a time. In place.
 
-    Only the first process has to hold the weights; in the others the model may lie on the device "meta". Every process
-    must call this with the same model. A layer's weights come together on each device only while it computes.
+    Only the first process has to hold the weights; in the others the model may lie on the device
+    "meta". Every process must call this with the same model. A layer's weights come together on
+    each device only while it computes.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -342,7 +363,9 @@ def shard(model: nn.Module, device: str) -> nn.Module:
 
 
 def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list[int]:
-    """The token that each word becomes after `before` and a space. Raises ValueError unless it is one token each."""
+    """The token that each word becomes after `before` and a space. Raises ValueError unless it is
+    one token each.
+    """
     start, found = tokenizer(before)["input_ids"], []
     for word in words:
         ids = tokenizer(f"{before} {word}")["input_ids"]
@@ -357,7 +380,9 @@ def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list
 
 
 def encode(tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Tokens [texts, longest] int64, padded with 0 on the right, and lengths [texts]; of a long text, its end."""
+    """Tokens [texts, longest] int64, padded with 0 on the right, and lengths [texts]; of a long
+    text, its end.
+    """
     rows = [torch.tensor(ids[-length:]) for ids in tokenizer(list(texts))["input_ids"]]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(
         [len(row) for row in rows]
@@ -365,7 +390,8 @@ def encode(tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor
 
 
 def last_logits(model: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are padded on the right.
+    """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are
+    padded on the right.
 
     A causal model does not see what follows a position, so that padding needs no mask.
     """
@@ -387,7 +413,9 @@ def published_config(model: str):
 
 
 def find_config(model: str, data_dir: str | Path, may_download: bool = True):
-    """The configuration of a well-known model, or of what locate() finds. Raises ValueError like causal_config."""
+    """The configuration of a well-known model, or of what locate() finds. Raises ValueError like
+    causal_config.
+    """
     if (known := published_config(model)) is not None:
         return known
     if not may_download and not is_here(model, data_dir):
@@ -410,7 +438,9 @@ def device_memory(device: str) -> int:
 
 
 def sizes(config) -> dict[str, int]:
-    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration, whatever it calls them."""
+    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration,
+    whatever it calls them.
+    """
     return {
         "num_layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
@@ -445,7 +475,8 @@ class Questions(NamedTuple):
 def letter_questions(
     folder: str | Path, task: str, data_dir: str | Path, num_train: int, length: int, seed: int
 ) -> tuple[Questions, Questions, list[int], list[str]]:
-    """num_train random training questions, all development questions, the letters' tokens, the words of the first one.
+    """num_train random training questions, all development questions, the letters' tokens, the
+    words of the first one.
 
     Questions with an uncommon number of choices are left out (a few of ARC's have three or five).
     """

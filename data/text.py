@@ -234,7 +234,7 @@ class Split(NamedTuple):
     train: Tensor  # [tokens] uint8 (bytes) or uint16 (token ids)
     dev: Tensor
     test: Tensor
-    digest: str  # first 12 hex digits of a SHA-256; of large files sizes, dev, test and both ends of train
+    digest: str  # 12 hex digits of a SHA-256; from disk over sizes, dev, test, ends of train
     note: str = ""
     vocab_size: int = 256
 
@@ -544,7 +544,7 @@ def check_name(name: str) -> None:
     """
     if not NAME.fullmatch(name) or name == "seed":
         raise ValueError(
-            f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'"
+            f"a domain cannot be called {name[:80]!r}: letters, digits, _ . - and not 'seed'"
         )
 
 

@@ -1,4 +1,6 @@
-"""data/behavior.py: metrics against pairs counted one by one, readers on small files in the published formats."""
+"""data/behavior.py: metrics against pairs counted one by one, readers on small files in the
+published formats.
+"""
 
 import csv
 import gzip
@@ -28,11 +30,13 @@ def gauc(scores, labels, users):
     return expected_auc(scores, labels, users)
 
 
-# --- metrics -------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def by_pairs(scores, truth):
-    """Every ordered pair of different rows, the first positive with p, the second negative with 1 - p."""
+    """Every ordered pair of different rows, the first positive with p, the second negative with 1 -
+    p.
+    """
     won = pairs = 0.0
     for i in range(len(scores)):
         for j in range(len(scores)):
@@ -135,7 +139,7 @@ def test_ranking_leaves_constant_tasks_out_of_the_mean():
     assert found["auc"] == [0.75, None] and found["mean_auc"] == 0.75 and found["mean_gauc"] == 0.75
 
 
-# --- the generated log ---------------------------------------------------------------------------------------
+# --- the generated log ----------------------------------------------------------------------------
 
 
 def test_generated_rates_repeatability_and_truth():
@@ -215,7 +219,7 @@ def test_batches_are_a_function_of_the_step_and_take_each_row_once_an_epoch():
     )
 
 
-# --- KuaiRand ------------------------------------------------------------------------------------------------
+# --- KuaiRand -------------------------------------------------------------------------------------
 
 LOG = (
     "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
@@ -243,7 +247,9 @@ def write_csv(path, header, rows):
 
 
 def write_kuairand(root, version="1k", rows=600, change=lambda kind, row, i: row, drop="", seed=0):
-    """The four files as published, random but for what a test changes: change(kind, row, i) -> row."""
+    """The four files as published, random but for what a test changes: change(kind, row, i) ->
+    row.
+    """
     rng = np.random.default_rng(seed)
     name = {"1k": "1K", "pure": "Pure"}[version]
     folder = root / f"kuairand-{version}" / f"KuaiRand-{name}" / "data"
@@ -587,7 +593,8 @@ def test_published_checksums_and_unknown_names(tmp_path):
         behavior.load("kuairand-1k", tmp_path, hash_bits=40)
 
 
-# --- Census-Income -------------------------------------------------------------------------------------------
+# --- Census-Income
+# -------------------------------------------------------------------------------------------
 
 
 def census_lines(rows, seed=0, change=lambda cells, i: cells):

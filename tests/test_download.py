@@ -1,4 +1,6 @@
-"""data/download.py against a local server that misbehaves on request, and against hostile archives."""
+"""data/download.py against a local server that misbehaves on request, and against hostile
+archives.
+"""
 
 import gzip
 import hashlib
@@ -124,7 +126,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-# ---- download ------------------------------------------------------------------------------------------
+# ---- download ------------------------------------------------------------------------------------
 
 
 def test_downloads_verifies_and_leaves_only_the_file(toy, tmp_path):
@@ -313,7 +315,7 @@ def test_progress_shows_on_a_terminal_only(toy, tmp_path, monkeypatch):
         assert ("toy.bin" in stream.getvalue()) == shown
 
 
-# ---- by hand -------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 
 def test_files_put_there_by_hand_are_accepted_without_a_network(table, offline, tmp_path):
@@ -364,7 +366,7 @@ def test_the_root_is_the_argument_else_the_environment_else_the_cache(toy, tmp_p
     assert fetch("toy", str(tmp_path / "argument")) == tmp_path / "argument/toy"
 
 
-# ---- archives ------------------------------------------------------------------------------------------
+# ---- archives ------------------------------------------------------------------------------------
 
 
 def zipped(*entries) -> bytes:
@@ -635,7 +637,7 @@ def test_damaged_archives_unpack_whole_or_fail_with_one_line(name, table, server
             assert "\n" not in str(error) and list(contents(root)) == [name]
 
 
-# ---- table, command line -------------------------------------------------------------------------------
+# ---- table, command line -------------------------------------------------------------------------
 
 
 def test_every_row_of_the_table_is_well_formed():
@@ -701,7 +703,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130_and_keeps_the_part(server, tmp_pat
 import signal, sys
 from data import download as d
 signal.signal(signal.SIGINT, signal.default_int_handler)
-d.DATASETS["toy"] = d.Dataset("toy", (d.File("{server.url}/toy.bin", {len(BODY)}, "{sha256(BODY)}"),), "", "")
+file = d.File("{server.url}/toy.bin", {len(BODY)}, "{sha256(BODY)}")
+d.DATASETS["toy"] = d.Dataset("toy", (file,), "", "")
 sys.exit(d.main(["toy", "--data-dir", {str(tmp_path)!r}]))
 """
     server.fault = "hangs"

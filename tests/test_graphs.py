@@ -1,4 +1,6 @@
-"""Graphs: what is generated has the promised statistics, what is read is checked, nothing is executed."""
+"""Graphs: what is generated has the promised statistics, what is read is checked, nothing is
+executed.
+"""
 
 import gzip
 import json
@@ -19,7 +21,7 @@ def homophily(graph, of=None):
     return float((same if of is None else same[of[target]]).float().mean())
 
 
-# --- generated -----------------------------------------------------------------------------------------------
+# --- generated ------------------------------------------------------------------------------------
 
 
 def test_generated_graph_has_the_promised_statistics():
@@ -74,7 +76,7 @@ def test_impossible_knobs_are_refused(knobs, message):
         graphs.contextual_sbm(3, **knobs)
 
 
-# --- checks --------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 X, Y, EDGES = np.eye(4), np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 2], [2, 3], [1, 0], [3, 3]])
 MASKS = [
@@ -139,7 +141,7 @@ def test_unlabelled_nodes_enter_no_split():
         )
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def save_npz(path, **changes):
@@ -502,7 +504,7 @@ def test_damaged_mat_files_do_not_end_the_interpreter(tmp_path):
             graphs.read_pokec(path)
 
 
-# --- names ---------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def test_every_name_is_downloadable_or_says_where_it_goes(tmp_path):

@@ -1,4 +1,6 @@
-"""data/images.py: generated classes, augmentation, and the binary version of CIFAR, on files of a few records."""
+"""data/images.py: generated classes, augmentation, and the binary version of CIFAR, on files of a
+few records.
+"""
 
 import hashlib
 import io
@@ -41,7 +43,7 @@ def test_records_are_fine_label_and_planes(tmp_path):
 def test_truncated_files_are_refused_by_name(tmp_path, content):
     write_cifar100(tmp_path)
     (tmp_path / "train.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"train.bin: has {len(content):,} bytes.*truncated"):
+    with pytest.raises(ValueError, match=rf"train.bin: {len(content):,} bytes.*truncated"):
         images.read_folder(tmp_path)
 
 
@@ -78,7 +80,7 @@ def test_folder_without_files_and_unknown_labels(tmp_path):
         images.load(str(tmp_path / "nowhere"), tmp_path)
     with pytest.raises(ValueError, match="label 8; training knows 3"):
         images.read_folder(write_cifar100(tmp_path, test=(0, 8)))
-    with pytest.raises(ValueError, match="labels reach 255, and no training image has 3"):
+    with pytest.raises(ValueError, match="labels reach 255, but no training image has 3"):
         images.read_folder(write_cifar100(tmp_path, train=(0, 1, 2, 255)))  # one flipped byte
     (write_cifar100(tmp_path) / "test_batch.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="holds both cifar100 and cifar10"):

@@ -1,7 +1,9 @@
-"""All readers of data/ under one table of damage: a file is read right or refused in one line that names it.
+"""All readers of data/ under one table of damage: a file is read right or refused in one line that
+names it.
 
 The table that it prints says what happened to every kind of file. "As before" is damage that the
-format does not show (a letter of a text) or that changes nothing; "otherwise" is another file that is sound.
+format does not show (a letter of a text) or that changes nothing; "otherwise" is another file that
+is sound.
 """
 
 import gzip
@@ -186,7 +188,7 @@ def cases(tmp_path):
     return found
 
 
-# ---- damage -------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 ODD_WORDS = [
     b"nan", b"-1", b"1e30", b"inf", b"1.5", b"null", b"true", b"[]", b"{}", b'""', b"9" * 31, b"9" * 5000,
@@ -235,7 +237,9 @@ DAMAGES = (flip, cut, insert, double, replace_number, replace_number, double_lin
 
 
 def damaged(content, packed, random):
-    """A gzip file is damaged inside as often as outside: its checksum would hide what its reader does."""
+    """A gzip file is damaged inside as often as outside: its checksum would hide what its reader
+    does.
+    """
     inside = packed and random.random() < 0.7
     raw = bytearray(gzip.decompress(content) if inside else content)
     DAMAGES[random.integers(len(DAMAGES))](raw, random)
@@ -275,7 +279,8 @@ def test_damaged_files_are_read_or_refused_by_name(cases, capsys):
                 except ValueError as error:
                     message = str(error)
                     assert type(error) is not UnicodeDecodeError and "\n" not in message, message
-                    # What only does not fit the other files of a folder names the folder or the data.
+                    # What only does not fit the other files of a folder names the folder or the
+                    # data.
                     places = (path.name, *map(str, path.parents[:2]), "kuairand-1k", "census")
                     assert any(place in message for place in places), message
                     counts["refused"] += 1
@@ -297,7 +302,7 @@ def test_damaged_files_are_read_or_refused_by_name(cases, capsys):
     assert sum(total.values()) > 5000
 
 
-# ---- what no reader may wait for, or die of -------------------------------------------------------------------
+# ---- what no reader may wait for, or die of ------------------------------------------------------
 
 
 def test_a_pipe_is_refused_and_not_waited_for(cases):

@@ -1,4 +1,6 @@
-"""Text corpora: split by document without leakage, the same on every call, honest about what is missing."""
+"""Text corpora: split by document without leakage, the same on every call, honest about what is
+missing.
+"""
 
 import hashlib
 import json
@@ -27,7 +29,9 @@ def test_no_document_has_a_part_on_both_sides():
 
 @pytest.mark.parametrize("domain", ["python", "docs"])
 def test_validation_is_not_a_copy_of_training(domain):
-    """Help topics quote each other word for word: split by topic alone, two fifths of validation stood in training."""
+    """Help topics quote each other word for word: split by topic alone, two fifths of validation
+    stood in training.
+    """
     corpus = text.load_domain.__wrapped__(domain)
     train, val = whole(corpus.train), whole(corpus.val)
     pieces = [val[i : i + 64] for i in range(0, len(val) - 64, 64)][:600]
@@ -129,11 +133,13 @@ def test_sampled_windows_are_consecutive_bytes_and_repeat_with_the_generator():
         text.sample_windows(data, 1, 51, torch.Generator())
 
 
-# --- domains by provenance, in three parts ---------------------------------------------------------------------
+# --- domains by provenance, in three parts --------------------------------------------------------
 
 
 def verbatim(piece_source: bytes, within: bytes, size: int = 64) -> float:
-    """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form, not content."""
+    """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form,
+    not content.
+    """
     pieces = [piece_source[i : i + size] for i in range(0, len(piece_source) - size, size)][:400]
     pieces = [piece for piece in pieces if sum(chr(byte).isalnum() for byte in piece) > size // 3]
     return sum(piece in within for piece in pieces) / max(1, len(pieces))
@@ -147,7 +153,8 @@ def provenance():
 def test_domains_are_whole_distinct_and_the_same_twice(provenance):
     for name, split in provenance.items():
         sizes = [len(getattr(split, part)) for part in text.PARTS]
-        # btm.py reads 128 test blocks of 64 bytes; a bare environment has 8,441 bytes of licences for them.
+        # btm.py reads 128 test blocks of 64 bytes; a bare environment has 8,441 bytes of licences
+        # for them.
         assert sizes[0] >= 60_000 and sizes[1] >= 5_000 and sizes[2] > 128 * 64, (name, sizes)
         assert all(size <= text.SMALL_SIZES[part] for part, size in zip(text.PARTS, sizes))
         assert split.train.dtype == torch.uint8 and split.vocab_size == 256
@@ -157,7 +164,9 @@ def test_domains_are_whole_distinct_and_the_same_twice(provenance):
 
 
 def test_no_part_of_a_domain_quotes_another_part(provenance):
-    """Also across domains: what an expert learns must not be the text that a novel domain asks for."""
+    """Also across domains: what an expert learns must not be the text that a novel domain asks
+    for.
+    """
     whole_of = {
         name: {part: whole(getattr(split, part)) for part in text.PARTS}
         for name, split in provenance.items()
