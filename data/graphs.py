@@ -797,6 +797,7 @@ def read_twitch(folder: str | Path) -> Graph:
             number = languages.setdefault(language, len(languages))
             x.append([*counts[:2], *dates, counts[2], number, counts[3]])
             y.append(at.one_of(mature, ("0", "1"), "mature"))
+        at.need(len(x) > 1, "holds no nodes")
         at.need(not at.unused, f"has unknown columns: {', '.join(sorted(at.unused))}")
     x = np.array(x)
     x = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0, ddof=1), 1e-12)  # float64: dates are 2e7

@@ -189,12 +189,12 @@ def _replace_mixtures(model: nn.Module, make_layer: MakeLayer) -> nn.Module:
 
 
 def load_tokenizer(folder: str | Path):
+    transformers = require_transformers()
     try:
-        return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}"
-        ) from error
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
 
 
 class TextToText(tasks.PromptBatches):

@@ -142,7 +142,7 @@ def reading(path: str | Path, way_out: str = "") -> Iterator[Place]:
             reason = f"{type(error).__name__} {reason}".strip()
         raise at.error(f"is damaged or of another format ({reason})") from error
     if at.unused:
-        names = ", ".join(shown(name) for name in sorted(at.unused)[:20])
+        names = ", ".join(sorted(map(shown, at.unused))[:20])
         say_once(f"{path}: there and not used: {names}")
 
 
@@ -193,7 +193,8 @@ def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterat
         empty = 0
         while raw := file.readline(longest):
             at.line += 1
-            at.need(len(raw) < longest, f"has more than {longest:,} bytes")
+            if len(raw) >= longest:
+                at.refuse(f"has more than {longest:,} bytes")
             try:
                 line = raw.decode("utf-8-sig" if at.line == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -204,10 +205,8 @@ def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterat
             if empty:
                 at.line = empty
                 at.refuse("empty, with more below")
-            at.need(
-                not whole or raw.endswith(b"\n"),
-                "has no end: the file is cut off (or add a newline)",
-            )
+            if whole and not raw.endswith(b"\n"):
+                at.refuse("has no end: the file is cut off (or add a newline)")
             yield line.rstrip("\r\n")
         at.need(at.line > 0 and empty != 1, "is empty")
 

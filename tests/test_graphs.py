@@ -458,15 +458,25 @@ def test_broken_splits_are_refused(tmp_path):
             assert "s.npy" in str(error)
 
 
+def write_facebook(path):
+    """REFERENCE's edges, with the seven columns of facebook100; the gender of node 2 is not known."""
+    import scipy.io
+    import scipy.sparse
+
+    adjacency = [[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]]
+    info = [
+        [1, 1, 0, 7, 5, 2, 9],
+        [1, 2, 3, 7, 5, 2, 9],
+        [2, 0, 3, 7, 6, 2, 9],
+        [2, 2, 3, 7, 5, 2, 8],
+    ]
+    sparse = scipy.sparse.csc_matrix(np.array(adjacency, float))
+    scipy.io.savemat(path, {"A": sparse, "local_info": np.array(info, np.uint16)})
+
+
 def test_mat_files(tmp_path):
-    io, sparse = pytest.importorskip("scipy.io"), pytest.importorskip("scipy.sparse")
-    adjacency = sparse.csc_matrix(
-        np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], float)
-    )
-    info = np.array(
-        [[1, 1, 0, 7, 5, 2, 9], [1, 2, 3, 7, 5, 2, 9], [2, 0, 3, 7, 6, 2, 9], [2, 2, 3, 7, 5, 2, 8]]
-    )
-    io.savemat(tmp_path / "P.mat", {"A": adjacency, "local_info": info.astype(np.uint16)})
+    io = pytest.importorskip("scipy.io")
+    write_facebook(tmp_path / "P.mat")
     save_splits(tmp_path / "s.npy", [([0], [1], [3])])
     graph = graphs.read_facebook(tmp_path / "P.mat", tmp_path / "s.npy")
     assert torch.equal(graph.edge_index, REFERENCE.edge_index) and graph.y.tolist() == [0, 1, -1, 1]

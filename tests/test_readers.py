@@ -112,6 +112,9 @@ def graph_cases(folder):
             {"edge_index": test_graphs.EDGES.T, "node_feat": test_graphs.X, "label": test_graphs.Y},
         )
         cases["pokec .mat"] = Case(lambda: graphs.read_pokec(path), [path], 6)  # a process each
+        school = folder / "school.mat"
+        test_graphs.write_facebook(school)
+        cases["facebook .mat"] = Case(lambda: graphs.read_facebook(school), [school], 6)
     return cases
 
 
