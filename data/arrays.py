@@ -1,21 +1,29 @@
-"""Arrays to exchange with other people: .npz without pickle, checked before anything is used."""
+"""Arrays to exchange with other people: an uncompressed .npz without pickle, checked before
+anything is used.
+"""
 
-import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.reading import ReadError, parse_json, read_npz, reading, sha256
+
+META = "__meta__"
+RESERVED = (META, "file", "allow_pickle")  # the last two are arguments of np.savez
+
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "wb"):
-    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of it."""
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Write beside `path`, then rename: a reader finds the old file or the new one, never half of
+    it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,66 +41,87 @@ def atomic_file(path: str | Path, mode: str = "wb"):
         temporary.unlink(missing_ok=True)
 
 
-def save_arrays(path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None) -> str:
-    """Arrays to hand to other people: an uncompressed .npz without pickle. Returns its SHA-256 (hex).
+def save_arrays(
+    path: str | Path, arrays: dict[str, Tensor | np.ndarray], meta: dict | None = None
+) -> str:
+    """Write `arrays` and `meta` (any JSON), whole or not at all. Returns the file's SHA-256 (hex).
 
-    `meta` is any JSON. bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite
-    array or a reserved name.
+    bfloat16, which NumPy lacks, is stored as its 16 bits. Raises ValueError for a non-finite array
+    or a reserved name.
     """
-    stored, dtypes = {}, {}
+    stored = {}
+    dtypes = {}
     for name, array in arrays.items():
-        if name in ("__meta__", "file", "allow_pickle"):  # the last two are arguments of np.savez
+        if name in RESERVED:
             raise ValueError(f"{name!r} is a reserved array name")
         tensor = torch.as_tensor(array).detach().cpu().contiguous()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"array {name!r} holds NaN or infinity; nothing was written")
-        dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        stored[name] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        dtypes[name] = dtype_name(tensor)
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16)
+        stored[name] = tensor.numpy()
     header = json.dumps({"dtypes": dtypes, "meta": meta or {}}).encode()
+    stored[META] = np.frombuffer(header, dtype=np.uint8)
+
     with atomic_file(path) as file:
-        np.savez(file, **stored, __meta__=np.frombuffer(header, dtype=np.uint8))
+        np.savez(file, **stored)
     return sha256(path)
 
 
 def load_arrays(
-    path: str | Path, expected: dict[str, tuple[Sequence[int], str]] | None = None, digest: str | None = None
+    path: str | Path,
+    expected: dict[str, tuple[Sequence[int], str]] | None = None,
+    digest: str | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
     """Read what `save_arrays` wrote, trusting nothing: (arrays, meta).
 
-    `expected` maps every name to (shape, dtype) and must match exactly; `digest` is the SHA-256 the file must have.
-    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members (which could
-    unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
+    expected  name -> (shape, dtype); it must match exactly
+    digest    the SHA-256 that the file must have
+    Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members
+    (which could unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
     """
-    path = Path(path)
     if digest is not None and sha256(path) != digest:
-        raise ValueError(f"{path}: the SHA-256 is not the recorded one; the file is damaged or was changed")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("compressed members are refused")
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {name: archive[name] for name in archive.files}
-        header = json.loads(stored.pop("__meta__").tobytes())
-        dtypes, meta = header["dtypes"], header["meta"]
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in stored.items()}
-        for name, tensor in arrays.items():
-            arrays[name] = tensor.view(torch.bfloat16) if dtypes[name] == "bfloat16" else tensor
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged zip can fail in any way
-        raise ValueError(f"{path} is not a readable array file: {error}") from error
-    if expected is not None and set(arrays) != set(expected):
-        odd = sorted(set(arrays) ^ set(expected))
-        raise ValueError(f"{path}: missing or unexpected arrays: {', '.join(odd[:5])}")
-    for name, tensor in arrays.items():
-        found = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if expected is not None and found != (tuple(expected[name][0]), expected[name][1]):
-            raise ValueError(f"{path}: {name} is {found[1]} {list(found[0])}; {expected[name]} is needed")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity")
+        raise ReadError(
+            f"{path}: the SHA-256 is not the recorded one; the file is damaged or was changed"
+        )
+    stored = read_npz(path, packed=False)
+    with reading(path) as at:
+        at.need(META in stored, f"it lacks {META}, which save_arrays writes")
+        header = parse_json(stored.pop(META).tobytes())
+        dtypes, meta = at.take(header, texts="", other="dtypes meta")
+        at.need(not at.unused, f"{META} holds more than dtypes and meta")
+        at.need(
+            dtypes.keys() == stored.keys(),
+            f"{META} names other arrays: {', '.join(sorted(dtypes)[:5])}",
+        )
+        arrays = {}
+        for name, array in stored.items():
+            tensor = torch.from_numpy(array)
+            if (
+                dtypes[name] == "bfloat16" and tensor.dtype == torch.int16
+            ):  # of any other width the shape would change
+                tensor = tensor.view(torch.bfloat16)
+            found = dtype_name(tensor)
+            at.need(found == dtypes[name], f"{name} is stored as {found}, not as {dtypes[name]}")
+            at.need(is_finite(tensor), f"{name} holds NaN or infinity")
+            arrays[name] = tensor
+        if expected is not None:
+            odd = sorted(arrays.keys() ^ expected.keys())
+            at.need(not odd, f"missing or unexpected arrays: {', '.join(odd[:5])}")
+            for name, (shape, dtype) in expected.items():
+                found = f"{dtype_name(arrays[name])} {list(arrays[name].shape)}"
+                at.need(
+                    found == f"{dtype} {list(shape)}",
+                    f"{name} is {found}; {dtype} {list(shape)} is needed",
+                )
     return arrays, meta
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    may_be_odd = tensor.is_floating_point() or tensor.is_complex()
+    return not may_be_odd or bool(torch.isfinite(tensor).all())

@@ -1,13 +1,17 @@
-"""Small images: generated fine-grained classes that need no download, and CIFAR-100/10 in their binary versions.
+"""Small images: generated fine-grained classes that need no download, and CIFAR-100/10 in their
+binary versions.
 
-    generated   superclasses of look-alike fine classes, 16x16x3 floats; another world for every seed
+    generated   superclasses of look-alike fine classes, 16x16x3 floats; another world for every
+                seed
     cifar100    50,000 + 10,000 photographs, 32x32x3 bytes, 100 classes; downloaded and verified
     cifar10     the same with 10 classes
-    a folder    yours: train.bin and test.bin in the binary format of CIFAR-100 (or the six files of CIFAR-10)
+    a folder    yours: train.bin and test.bin in the binary format of CIFAR-100 (or the six files of
+    CIFAR-10)
 
-The binary format is read without pickle: a record is the label (CIFAR-100: a coarse byte, then the fine one) and
-3072 bytes of pixels: the red, green and blue planes, row by row. A whole set fits into the memory of any GPU, so
-`augment` works there on a batch at a time; no worker process, no queue.
+The binary format is read without pickle: a record is the label (CIFAR-100: a coarse byte, then the
+fine one) and 3072 bytes of pixels: the red, green and blue planes, row by row. A whole set fits
+into the memory of any GPU, so `augment` works there on a batch at a time; no worker process, no
+queue.
 """
 
 import hashlib
@@ -15,16 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import download
+from data.reading import ReadError, read_bytes, reading
 
 
 class ImageSet(NamedTuple):
-    """Images [N, 3, height, width], uint8 or float32, and labels [N] int64. A model reads (x - offset) / scale."""
+    """Images [N, 3, height, width], uint8 or float32, and labels [N] int64. A model reads (x -
+    offset) / scale.
+    """
 
     name: str
     train_x: Tensor
@@ -53,9 +59,9 @@ class ImageSet(NamedTuple):
         return (x.float() - self.offset) / self.scale
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generated fine-grained classes
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def fine_grained(
@@ -69,12 +75,17 @@ def fine_grained(
 ) -> ImageSet:
     """num_superclasses * num_fine classes; those of one superclass share most of their picture.
 
-    A class is a smooth random field, its superclass's plus half its own. An image is that field, shifted by up to two
-    pixels (wrapping), mirrored or not, made lighter or darker, tinted, and covered with noise. Raises ValueError for
-    a number below 1 (below 0 for val_per_class).
+    A class is a smooth random field, its superclass's plus half its own. An image is that field,
+    shifted by up to two pixels (wrapping), mirrored or not, made lighter or darker, tinted, and
+    covered with noise. Raises ValueError for a number below 1 (below 0 for val_per_class).
     """
     counts = {"train_per_class": train_per_class, "test_per_class": test_per_class}
-    for name, count in {**counts, "num_superclasses": num_superclasses, "num_fine": num_fine, "size": size}.items():
+    for name, count in {
+        **counts,
+        "num_superclasses": num_superclasses,
+        "num_fine": num_fine,
+        "size": size,
+    }.items():
         if count < 1:
             raise ValueError(f"{name} is {count}; at least 1 is needed")
     if val_per_class < 0:
@@ -86,8 +97,12 @@ def fine_grained(
         return F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
 
     num_classes = num_superclasses * num_fine
-    prototypes = field(num_superclasses, 4).repeat_interleave(num_fine, dim=0) + 0.5 * field(num_classes, 6)
-    prototypes = prototypes / prototypes.std(dim=(1, 2, 3), keepdim=True)  # [classes, 3, size, size]
+    prototypes = field(num_superclasses, 4).repeat_interleave(num_fine, dim=0) + 0.5 * field(
+        num_classes, 6
+    )
+    prototypes = prototypes / prototypes.std(
+        dim=(1, 2, 3), keepdim=True
+    )  # [classes, 3, size, size]
 
     def sample(per_class: int) -> tuple[Tensor, Tensor]:
         y = torch.arange(per_class * num_classes) % num_classes  # any stretch of it is balanced
@@ -99,22 +114,29 @@ def fine_grained(
         x = contrast * _pick(prototypes[y], rows, columns, mirrored) + tint
         return (x + torch.randn(x.shape, generator=generator)).contiguous(), y
 
-    parts = [part for count in (train_per_class, val_per_class, test_per_class) for part in sample(count)]
-    return ImageSet(f"generated-{seed}", *parts, num_classes, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    parts = [
+        part for count in (train_per_class, val_per_class, test_per_class) for part in sample(count)
+    ]
+    return ImageSet(
+        f"generated-{seed}", *parts, num_classes, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    )
 
 
 def _pick(x: Tensor, rows: Tensor, columns: Tensor, mirrored: Tensor) -> Tensor:
-    """x [N, C, ...], rows [N, height], columns [N, width], mirrored [N] bool -> [N, C, height, width], permuted."""
+    """x [N, C, ...], rows [N, height], columns [N, width], mirrored [N] bool -> [N, C, height,
+    width], permuted.
+    """
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def augment(x: Tensor, shift: Tensor, mirrored: Tensor, padding: int = 4) -> Tensor:
-    """Random crop of the zero-padded image, and mirroring: the standard augmentation of CIFAR, on x's own device.
+    """Random crop of the zero-padded image, and mirroring: the standard augmentation of CIFAR, on
+    x's own device.
 
-    x [N, C, height, width], not yet normalised; shift [N, 2] int64 in 0 .. 2 * padding (padding: not moved);
-    mirrored [N] bool -> the same shape and dtype.
+    x [N, C, height, width], not yet normalised; shift [N, 2] int64 in 0 .. 2 * padding (padding:
+    not moved); mirrored [N] bool -> the same shape and dtype.
     """
     height, width = x.shape[2:]
     rows = shift[:, :1] + torch.arange(height, device=x.device)  # [N, height]
@@ -125,11 +147,12 @@ def augment(x: Tensor, shift: Tensor, mirrored: Tensor, padding: int = 4) -> Ten
 def batch_maker(
     data: ImageSet, batch_size: int, seed: int, augmented: bool
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-    """step -> (x [batch_size, 3, height, width] normalised, y, index of each image), a function of the step alone.
+    """step -> (x [batch_size, 3, height, width] normalised, y, index of each image), a function of
+    the step alone.
 
-    The order, and with `augmented` the crops, are drawn an epoch at a time and cut out on the device of the data:
-    images are shifted by up to an eighth of their height, as is usual for CIFAR. The last, smaller batch of an epoch
-    is dropped.
+    The order, and with `augmented` the crops, are drawn an epoch at a time and cut out on the
+    device of the data: images are shifted by up to an eighth of their height, as is usual for
+    CIFAR. The last, smaller batch of an epoch is dropped.
     """
     count, padding, plan = len(data.train_y), data.train_x.shape[2] // 8, {}
 
@@ -142,7 +165,9 @@ def batch_maker(
             mirrored = torch.rand(count, generator=generator) < 0.5
             plan.clear()
             plan[epoch] = [drawn.to(data.train_y.device) for drawn in (order, shift, mirrored)]
-        index, shift, mirrored = (drawn[place * batch_size : (place + 1) * batch_size] for drawn in plan[epoch])
+        index, shift, mirrored = (
+            drawn[place * batch_size : (place + 1) * batch_size] for drawn in plan[epoch]
+        )
         x = data.train_x[index]
         x = augment(x, shift, mirrored, padding) if augmented else x
         return data.prepare(x), data.train_y[index], index
@@ -150,9 +175,9 @@ def batch_maker(
     return batches
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CIFAR
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PIXELS = 3 * 32 * 32
 MEAN_STD = {  # of the training images, in 0 .. 1; the figures every CIFAR repository uses
@@ -172,44 +197,65 @@ def read_records(path: str | Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     label_bytes  2 for CIFAR-100, whose second byte is the fine label; 1 for CIFAR-10
     Raises ValueError when the file is empty or does not end with a whole record.
     """
-    raw, record = np.fromfile(path, dtype=np.uint8), label_bytes + PIXELS
-    if len(raw) == 0 or len(raw) % record:
-        raise ValueError(f"{path} has {len(raw):,} bytes, not a whole number of {record}-byte records; it is truncated")
-    records = torch.from_numpy(raw.reshape(-1, record))
+    record = label_bytes + PIXELS
+    with reading(path) as at:
+        content = bytearray(read_bytes(path))
+        whole = len(content) > 0 and len(content) % record == 0
+        at.need(
+            whole,
+            f"{len(content):,} bytes are no whole number of {record}-byte records; truncated?",
+        )
+    records = torch.frombuffer(content, dtype=torch.uint8).view(-1, record)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].long()
 
 
 def read_folder(folder: str | Path, train_per_class: int = 0, val_per_class: int = 0) -> ImageSet:
     """A folder in the binary format of CIFAR-100 or CIFAR-10, recognised by its file names.
 
-    train_per_class  images of each class to train on, the first in the file; 0: all that are not held out
+    train_per_class  images of each class to train on, the first in the file; 0: all that are not
+                     held out
     val_per_class    images of each class held out for validation, the last in the file
-    Raises FileNotFoundError for a folder without the files, ValueError for a truncated file, labels that the training
-    files do not have, or a class with too few images.
+    Raises FileNotFoundError for a folder without the files, ValueError for a truncated file, labels
+    that the training files do not have, or a class with too few images.
     """
-    folder = Path(folder)
-    kind = next((kind for kind, (_, _, test) in FILES.items() if (folder / test).is_file()), None)
-    if kind is None:
-        raise FileNotFoundError(f"{folder} holds neither train.bin, test.bin (CIFAR-100) nor test_batch.bin (CIFAR-10)")
-    label_bytes, train_files, test_file = FILES[kind]
-    for name in train_files:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds {test_file} but not {name}")
-    x, y = (torch.cat(parts) for parts in zip(*(read_records(folder / name, label_bytes) for name in train_files)))
-    test_x, test_y = read_records(folder / test_file, label_bytes)
+    path = Path(folder).expanduser()
+    kinds = [kind for kind, (_, _, test) in FILES.items() if (path / test).exists()]
+    if not kinds:
+        raise FileNotFoundError(
+            f"{folder} holds neither train.bin, test.bin (CIFAR-100) nor test_batch.bin (CIFAR-10)"
+        )
+    if len(kinds) > 1:
+        raise ReadError(f"{folder} holds both {' and '.join(kinds)}; keep the files of one of them")
+    label_bytes, train_files, test_file = FILES[kinds[0]]
+    parts = [read_records(path / name, label_bytes) for name in train_files]
+    x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    test_x, test_y = read_records(path / test_file, label_bytes)
     num_classes = int(y.max()) + 1
+    absent = (torch.bincount(y) == 0).nonzero().flatten().tolist()
+    if absent:
+        raise ReadError(
+            f"{folder}: labels reach {num_classes - 1}, but no training image has {absent[0]}"
+        )
     if int(test_y.max()) >= num_classes:
-        raise ValueError(f"{folder / test_file} has label {int(test_y.max())}; training knows {num_classes} classes")
+        raise ReadError(
+            f"{path / test_file}: label {int(test_y.max())}; training knows {num_classes} classes"
+        )
     train, val = _hold_out(y, num_classes, train_per_class, val_per_class)
-    offset, scale = (255 * torch.tensor(figures).view(3, 1, 1) for figures in MEAN_STD[kind])
-    name = folder.resolve().name
-    return ImageSet(name, x[train], y[train], x[val], y[val], test_x, test_y, num_classes, offset, scale)
+    offset, scale = (255 * torch.tensor(figures).view(3, 1, 1) for figures in MEAN_STD[kinds[0]])
+    name = path.resolve().name
+    return ImageSet(
+        name, x[train], y[train], x[val], y[val], test_x, test_y, num_classes, offset, scale
+    )
 
 
-def _hold_out(y: Tensor, num_classes: int, train_per_class: int, val_per_class: int) -> tuple[Tensor, Tensor]:
+def _hold_out(
+    y: Tensor, num_classes: int, train_per_class: int, val_per_class: int
+) -> tuple[Tensor, Tensor]:
     """Indices to train on and to validate on, each in the order of the file."""
     if min(train_per_class, val_per_class) < 0:
-        raise ValueError(f"train_per_class is {train_per_class}, val_per_class {val_per_class}; 0 or more is needed")
+        raise ValueError(
+            f"train_per_class is {train_per_class}, val_per_class {val_per_class}; below 0"
+        )
     order, count = y.argsort(stable=True), torch.bincount(y, minlength=num_classes)
     place = torch.empty_like(y)  # how many of its class stand before an image
     place[order] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
@@ -222,8 +268,12 @@ def _hold_out(y: Tensor, num_classes: int, train_per_class: int, val_per_class: 
     return chosen.nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-def load(source: str, data_dir: str | Path, train_per_class: int = 0, val_per_class: int = 0) -> ImageSet:
-    """`cifar100` or `cifar10` (downloaded and verified below data_dir), or a folder in one of their binary formats."""
+def load(
+    source: str, data_dir: str | Path, train_per_class: int = 0, val_per_class: int = 0
+) -> ImageSet:
+    """`cifar100` or `cifar10` (downloaded and verified below data_dir), or a folder in one of their
+    binary formats.
+    """
     if source not in FILES:
         return read_folder(source, train_per_class, val_per_class)
     folder = download.fetch(source, data_dir) / FOLDERS[source]
@@ -237,8 +287,12 @@ def download_size(source: str, data_dir: str | Path) -> int | None:
 
 
 def blank(source: str) -> ImageSet:
-    """Black images in the number and shape of `cifar100` or `cifar10`, to reckon with before a download."""
+    """Black images in the number and shape of `cifar100` or `cifar10`, to reckon with before a
+    download.
+    """
     num_classes, one = int(source.removeprefix("cifar")), torch.ones(3, 1, 1)
     x, y = torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8), torch.arange(60_000) % num_classes
     train, val, test = slice(0, 50_000), slice(0, 0), slice(50_000, 60_000)
-    return ImageSet(source, x[train], y[train], x[val], y[val], x[test], y[test], num_classes, one, one)
+    return ImageSet(
+        source, x[train], y[train], x[val], y[val], x[test], y[test], num_classes, one, one
+    )

@@ -1,15 +1,18 @@
-"""Pre-trained mixture models from Hugging Face: find the files, load them, hand out plain modules and tensors.
+"""Pre-trained mixture models from Hugging Face: find the files, load them, hand out plain modules
+and tensors.
 
-    load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its tensors)
-    empty_switch(folder, make_layer)    the same without weights, to be filled from an export; costs no memory
-    load_causal(folder, dtype)          a causal language model with experts (Mixtral, OLMoE, Qwen-MoE)
-    place_causal(source, ...)           the same, or random_causal, patched, on its device; under torchrun spread
-    random_causal(config, dtype, dev)   the same shape with random weights; shard(model, device) spreads one with FSDP2
-    TextToText(task, ...)               a task of data/tasks.py for it: batches, logits, answers, scores
+    load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its
+    tensors) empty_switch(folder, make_layer)    the same without weights, to be filled from an
+    export; costs no memory load_causal(folder, dtype)          a causal language model with experts
+    (Mixtral, OLMoE, Qwen-MoE) place_causal(source, ...)           the same, or random_causal,
+    patched, on its device; under torchrun spread random_causal(config, dtype, dev)   the same shape
+    with random weights; shard(model, device) spreads one with FSDP2 TextToText(task, ...)
+        a task of data/tasks.py for it: batches, logits, answers, scores
     load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
 
-Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a checkpoint: weights are
-safetensors, or a .bin that torch reads with weights_only. A script brings its own layer, so this file knows no method.
+Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a
+checkpoint: weights are safetensors, or a .bin that torch reads with weights_only. A script brings
+its own layer, so this file knows no method.
 """
 
 import os
@@ -23,9 +26,15 @@ from torch import Tensor, nn
 
 from data import tasks
 
-# make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff, d_model], act, capacity)
+# make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
+# d_model], act, capacity)
 MakeLayer = Callable[[Tensor, Tensor, Tensor, str, int], nn.Module]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def require_transformers():
@@ -33,33 +42,48 @@ def require_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"this needs transformers: pip install -r requirements-full.txt ({error})") from error
+        raise ValueError(
+            f"this needs transformers: pip install -r requirements-full.txt ({error})"
+        ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def locate(model: str, data_dir: str | Path) -> Path:
-    """The folder of a checkpoint: `model` itself, or its copy under data_dir, downloaded from the hub if need be.
+    """The folder of a checkpoint: `model` itself, or its copy under data_dir, downloaded from the
+    hub if need be.
 
-    Raises ValueError for a folder that lacks the configuration, weights or tokenizer, FileNotFoundError when the
-    download fails; both say which files belong where.
+    Raises ValueError for a folder that lacks the configuration, weights or tokenizer,
+    FileNotFoundError when the download fails; both say which files belong where.
     """
     folder = _folder(model, data_dir)
     if not folder.is_dir():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"model {model}: no such folder, and not a name like google/switch-base-32")
+            raise FileNotFoundError(
+                f"model {model}: no such folder, and not a name like google/switch-base-32"
+            )
         _download(model, folder)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    missing += [] if any((folder / name).is_file() for name in WEIGHTS) else ["model.safetensors or pytorch_model.bin"]
+    missing += (
+        []
+        if any((folder / name).is_file() for name in WEIGHTS)
+        else ["model.safetensors or pytorch_model.bin"]
+    )
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; take them from the model's page on huggingface.co")
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}; take them from the model's page on huggingface.co"
+        )
     return folder
 
 
 def _folder(model: str, data_dir: str | Path) -> Path:
     given = Path(model).expanduser()
-    return given if given.is_dir() else Path(data_dir).expanduser() / "models" / model.replace("/", "--")
+    return (
+        given
+        if given.is_dir()
+        else Path(data_dir).expanduser() / "models" / model.replace("/", "--")
+    )
 
 
 def _download(model: str, folder: Path) -> None:
@@ -71,13 +95,17 @@ def _download(model: str, folder: Path) -> None:
         files = huggingface_hub.HfApi().list_repo_files(model)
         kind = "safetensors" if any(name.endswith(".safetensors") for name in files) else "bin"
         part = folder.with_name(folder.name + ".part")
-        huggingface_hub.snapshot_download(model, local_dir=part, allow_patterns=["*.json", "*.model", f"*.{kind}"])
+        huggingface_hub.snapshot_download(
+            model, local_dir=part, allow_patterns=["*.json", "*.model", f"*.{kind}"]
+        )
         part.rename(folder)
     except Exception as error:  # the hub's client raises whatever its transport does
         reason = " ".join(str(error).split())[:120]
         wanted = "config.json, tokenizer.json and model.safetensors or pytorch_model.bin"
         text = f"put {wanted} of https://huggingface.co/{model} into {folder} by hand"
-        raise FileNotFoundError(f"model {model} is not here and cannot be downloaded ({reason}); {text}") from error
+        raise FileNotFoundError(
+            f"model {model} is not here and cannot be downloaded ({reason}); {text}"
+        ) from error
 
 
 def _config(folder: str | Path):
@@ -85,34 +113,52 @@ def _config(folder: str | Path):
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:120]}") from error
+        raise ValueError(
+            f"{folder}/config.json cannot be read: {' '.join(str(error).split())[:120]}"
+        ) from error
 
 
 def _load(model_class, folder: str | Path, config, dtype: torch.dtype) -> nn.Module:
     """Weights into a model class, on the CPU. Raises ValueError: damaged, missing or misshapen."""
-    options = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
     options["ignore_mismatched_sizes"] = True  # they are reported below
     try:
         model, report = model_class.from_pretrained(folder, **options)
     except Exception as error:
-        raise ValueError(f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}") from error
+        raise ValueError(
+            f"{folder} holds no readable weights: {' '.join(str(error).split())[:120]}"
+        ) from error
     wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
     if wrong:
-        raise ValueError(f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}")
+        raise ValueError(
+            f"{folder}: weights missing or of another shape: {', '.join(sorted(wrong)[:3])}"
+        )
     return model.eval()
 
 
 def _switch_config(folder: str | Path):
     config = _config(folder)
     if config.model_type != "switch_transformers":
-        raise ValueError(f"{folder} holds a {config.model_type} model; a switch_transformers one is needed")
+        raise ValueError(
+            f"{folder} holds a {config.model_type} model; a switch_transformers one is needed"
+        )
     config.dropout_rate = 0.0
     return config
 
 
 def load_switch(folder: str | Path, make_layer: MakeLayer) -> nn.Module:
-    """An encoder-decoder Switch model in fp32 without dropout, its mixtures replaced. Raises ValueError: damaged."""
-    config, model_class = _switch_config(folder), require_transformers().SwitchTransformersForConditionalGeneration
+    """An encoder-decoder Switch model in fp32 without dropout, its mixtures replaced. Raises
+    ValueError: damaged.
+    """
+    config, model_class = (
+        _switch_config(folder),
+        require_transformers().SwitchTransformersForConditionalGeneration,
+    )
     return _replace_mixtures(_load(model_class, folder, config, torch.float32), make_layer)
 
 
@@ -143,16 +189,20 @@ def _replace_mixtures(model: nn.Module, make_layer: MakeLayer) -> nn.Module:
 
 
 def load_tokenizer(folder: str | Path):
+    transformers = require_transformers()
     try:
-        return require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:120]}") from error
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
 
 
 class TextToText(tasks.PromptBatches):
     """A task as text to text for an encoder-decoder; see tasks.PromptBatches for the batches."""
 
-    def __init__(self, task: str, data_dir: str | Path, folder: str | Path, max_tokens: int, device: str):
+    def __init__(
+        self, task: str, data_dir: str | Path, folder: str | Path, max_tokens: int, device: str
+    ):
         super().__init__(task, data_dir, load_tokenizer(folder), max_tokens)
         self.device = device
 
@@ -160,18 +210,28 @@ class TextToText(tasks.PromptBatches):
         return {name: tensor.to(self.device) for name, tensor in super().encode(examples).items()}
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [batch, answer, vocab_size] of the right answer, given its tokens so far, and the labels."""
+        """Logits [batch, answer, vocab_size] of the right answer, given its tokens so far, and the
+        labels.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        shifted = nn.functional.pad(batch["labels"][:, :-1], (1, 0)).clamp(min=0)  # T5 starts its answers with token 0
+        shifted = nn.functional.pad(batch["labels"][:, :-1], (1, 0)).clamp(
+            min=0
+        )  # T5 starts its answers with token 0
         return model(**inputs, decoder_input_ids=shifted).logits, batch["labels"]
 
     def token_mask(self, batch: dict[str, Tensor], layer: str) -> Tensor:
         """[batch, time] bool of the stack that a layer, by name, belongs to: False is padding."""
-        return batch["attention_mask"].bool() if layer.startswith("encoder") else batch["labels"] >= 0
+        return (
+            batch["attention_mask"].bool() if layer.startswith("encoder") else batch["labels"] >= 0
+        )
 
     def answers(self, model: nn.Module, batch: dict[str, Tensor], logits: Tensor) -> list:
-        """A class or a text for each row. The first logits depend on no label; longer answers are generated."""
-        ids = logits[:, :1].argmax(-1) if self.words else generate(model, batch, self.MAX_ANSWER + 1)
+        """A class or a text for each row. The first logits depend on no label; longer answers are
+        generated.
+        """
+        ids = (
+            logits[:, :1].argmax(-1) if self.words else generate(model, batch, self.MAX_ANSWER + 1)
+        )
         return self.read_answers(ids)
 
     def scores(self, answers: list, where: slice) -> dict[str, float]:
@@ -180,7 +240,8 @@ class TextToText(tasks.PromptBatches):
 
 
 def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Tensor:
-    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then padding.
+    """What an encoder-decoder answers, greedily: tokens [batch, time], up to the end of text, then
+    padding.
 
     batch: {"input_ids", "attention_mask": [batch, tokens]}; time is max_tokens at most.
     """
@@ -188,20 +249,36 @@ def generate(model: nn.Module, batch: dict[str, Tensor], max_tokens: int) -> Ten
     return model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_tokens)[:, 1:]
 
 
-# Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever shares their layout,
-# layer.mlp.gate.weight [experts, d_model], layer.mlp.experts.gate_up_proj [experts, 2 d_ff, d_model] and down_proj.
+# Causal language models whose feed-forwards are mixtures: Mixtral, OLMoE, Qwen-MoE and whatever
+# shares their layout, layer.mlp.gate.weight [experts, d_model], layer.mlp.experts.gate_up_proj
+# [experts, 2 d_ff, d_model] and down_proj.
 
 
 def causal_config(folder: str | Path):
-    """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model with experts."""
+    """The configuration of a checkpoint. Raises ValueError: damaged, or not a causal language model
+    with experts.
+    """
     transformers, config = require_transformers(), _config(folder)
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "num_experts_per_tok"):
-        raise ValueError(f"{folder} holds a {config.model_type} model; a causal language model with experts is needed")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(
+        config, "num_experts_per_tok"
+    ):
+        raise ValueError(
+            f"{folder} holds a {config.model_type} model; a causal language model with experts is needed"
+        )
     return _plain_forward(config)
 
 
-def mixtral_config(num_layers: int, d_model: int, d_ff: int, num_heads: int, num_experts: int, vocab_size: int = 32000):
-    """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a value, as there."""
+def mixtral_config(
+    num_layers: int,
+    d_model: int,
+    d_ff: int,
+    num_heads: int,
+    num_experts: int,
+    vocab_size: int = 32000,
+):
+    """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a
+    value, as there.
+    """
     kv_heads = num_heads // 4 if num_heads % 4 == 0 else num_heads
     config = require_transformers().MixtralConfig(
         vocab_size=vocab_size,
@@ -229,12 +306,17 @@ def random_causal(config, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def load_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen weights."""
+    """A causal language model on the CPU. Raises ValueError for damaged, missing or misshapen
+    weights.
+    """
     return _load(require_transformers().AutoModelForCausalLM, folder, causal_config(folder), dtype)
 
 
-def place_causal(source, dtype: torch.dtype, device: str, patch: Callable[[nn.Module], None]) -> nn.Module:
-    """A causal language model after patch(model), on its device; under torchrun spread over all processes by shard().
+def place_causal(
+    source, dtype: torch.dtype, device: str, patch: Callable[[nn.Module], None]
+) -> nn.Module:
+    """A causal language model after patch(model), on its device; under torchrun spread over all
+    processes by shard().
 
     source  a folder, or a configuration for random weights. Raises ValueError like load_causal.
     """
@@ -253,8 +335,9 @@ def place_causal(source, dtype: torch.dtype, device: str, patch: Callable[[nn.Mo
 def shard(model: nn.Module, device: str) -> nn.Module:
     """Spread a model over the processes of torchrun with FSDP2, a layer at a time. In place.
 
-    Only the first process has to hold the weights; in the others the model may lie on the device "meta". Every process
-    must call this with the same model. A layer's weights come together on each device only while it computes.
+    Only the first process has to hold the weights; in the others the model may lie on the device
+    "meta". Every process must call this with the same model. A layer's weights come together on
+    each device only while it computes.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -280,12 +363,16 @@ def shard(model: nn.Module, device: str) -> nn.Module:
 
 
 def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list[int]:
-    """The token that each word becomes after `before` and a space. Raises ValueError unless it is one token each."""
+    """The token that each word becomes after `before` and a space. Raises ValueError unless it is
+    one token each.
+    """
     start, found = tokenizer(before)["input_ids"], []
     for word in words:
         ids = tokenizer(f"{before} {word}")["input_ids"]
         if ids[:-1] != start or ids[-1] == tokenizer.unk_token_id:
-            raise ValueError(f"after {before!r}, {word!r} is not one token of this tokenizer: {ids[len(start) :]}")
+            raise ValueError(
+                f"after {before!r}, {word!r} is not one token of this tokenizer: {ids[len(start) :]}"
+            )
         found.append(ids[-1])
     if len(set(found)) < len(found):
         raise ValueError(f"two of the answers {', '.join(words)} are the same token")
@@ -293,18 +380,25 @@ def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list
 
 
 def encode(tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Tokens [texts, longest] int64, padded with 0 on the right, and lengths [texts]; of a long text, its end."""
+    """Tokens [texts, longest] int64, padded with 0 on the right, and lengths [texts]; of a long
+    text, its end.
+    """
     rows = [torch.tensor(ids[-length:]) for ids in tokenizer(list(texts))["input_ids"]]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(
+        [len(row) for row in rows]
+    )
 
 
 def last_logits(model: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are padded on the right.
+    """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are
+    padded on the right.
 
     A causal model does not see what follows a position, so that padding needs no mask.
     """
     positions, column = (lengths - 1).unique(return_inverse=True)
-    logits = model(input_ids=tokens, logits_to_keep=positions.to(tokens.device)).logits  # [batch, positions, vocab]
+    logits = model(
+        input_ids=tokens, logits_to_keep=positions.to(tokens.device)
+    ).logits  # [batch, positions, vocab]
     return logits[torch.arange(len(tokens), device=logits.device), column.to(logits.device)].float()
 
 
@@ -319,11 +413,15 @@ def published_config(model: str):
 
 
 def find_config(model: str, data_dir: str | Path, may_download: bool = True):
-    """The configuration of a well-known model, or of what locate() finds. Raises ValueError like causal_config."""
+    """The configuration of a well-known model, or of what locate() finds. Raises ValueError like
+    causal_config.
+    """
     if (known := published_config(model)) is not None:
         return known
     if not may_download and not is_here(model, data_dir):
-        raise ValueError(f"{model} is not here, so its size is not known; without --dry-run it is downloaded")
+        raise ValueError(
+            f"{model} is not here, so its size is not known; without --dry-run it is downloaded"
+        )
     return causal_config(locate(model, data_dir))
 
 
@@ -340,7 +438,9 @@ def device_memory(device: str) -> int:
 
 
 def sizes(config) -> dict[str, int]:
-    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration, whatever it calls them."""
+    """num_layers, d_model, d_ff of one expert, num_heads and num_experts of a configuration,
+    whatever it calls them.
+    """
     return {
         "num_layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
@@ -359,9 +459,15 @@ class Questions(NamedTuple):
 
     def batch(self, rows: Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
         lengths = self.lengths[rows]
-        return self.tokens[rows, : int(lengths.max())].to(device), lengths.to(device), self.labels[rows].to(device)
+        return (
+            self.tokens[rows, : int(lengths.max())].to(device),
+            lengths.to(device),
+            self.labels[rows].to(device),
+        )
 
-    def train_batch(self, step: int, size: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    def train_batch(
+        self, step: int, size: int, seed: int, device: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
         return self.batch(tasks.epoch_rows(len(self.labels), step, size, seed), device)
 
@@ -369,14 +475,19 @@ class Questions(NamedTuple):
 def letter_questions(
     folder: str | Path, task: str, data_dir: str | Path, num_train: int, length: int, seed: int
 ) -> tuple[Questions, Questions, list[int], list[str]]:
-    """num_train random training questions, all development questions, the letters' tokens, the words of the first one.
+    """num_train random training questions, all development questions, the letters' tokens, the
+    words of the first one.
 
     Questions with an uncommon number of choices are left out (a few of ARC's have three or five).
     """
     tokenizer, (train, dev) = load_tokenizer(folder), tasks.load_task(task, data_dir)
     options = statistics.mode(len(example.choices) for example in dev)
-    train, dev = ([example for example in part if len(example.choices) == options] for part in (train, dev))
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:num_train].tolist()
+    train, dev = (
+        [example for example in part if len(example.choices) == options] for part in (train, dev)
+    )
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[
+        :num_train
+    ].tolist()
     parts = []
     for part in ([train[i] for i in chosen], dev):
         encoded = encode(tokenizer, [tasks.letter_prompt(example) for example in part], length)
@@ -391,5 +502,7 @@ def random_questions(
     """The same from random tokens, to measure costs: nothing can be learnt from them."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (count, length), generator=generator)
-    part = Questions(tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator))
+    part = Questions(
+        tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator)
+    )
     return part, part, [0, 1, 2, 3], [str(token) for token in tokens[0].tolist()]

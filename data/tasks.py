@@ -1,39 +1,46 @@
-"""Tasks to fine-tune on: sentence classification, multiple choice, math word problems. Files in, plain tuples out.
+"""Tasks to fine-tune on: sentence classification, multiple choice, math problems. Files in, plain
+tuples out.
 
-    read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or without any
+    read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or
+                 without any
     read_csqa    CommonsenseQA, five choices     one JSON object a line
-    read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation), Answer
-    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus, split by GLUE's list of ids
-    read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI publish them
-    read_arc, read_hellaswag                     the same; read_arc also reads OpenBookQA
-    read_siqa, read_piqa                         the same, labels in NAME-labels.lst beside NAME.jsonl
-    read_wikiqa  does a sentence answer          TSV with a header that names Question, Sentence, Label
-    read_squad, read_hotpotqa                    one JSON file, as published: answers of any length
+    read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation),
+                 Answer
+    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus, split by GLUE's list
+                 of ids
+    read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI
+    publish them read_arc, read_hellaswag                     the same; read_arc also reads
+    OpenBookQA read_siqa, read_piqa                         the same, labels in NAME-labels.lst
+    beside NAME.jsonl read_wikiqa  does a sentence answer          TSV with a header that names
+    Question, Sentence, Label read_squad, read_hotpotqa                    one JSON file, as
+    published: answers of any length
 
-    Example("a gorgeous film", 1)        Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
-    Question("Who ran?", context="A fox ran.", answers=("a fox", "fox"))
-    Problem("ann has number0 pens and number1 cups . how many things ?", (3.0, 4.0), "+ number0 number1", 7.0)
+    Example("a gorgeous film", 1)      Example("Where do fish live?", 2, choices=("tree", "sky",
+    "sea", ...)) Question("Who ran?", context="A fox ran.", answers=("a fox", "fox"))
+    Problem("ann has number0 pens and number1 cups .", (3.0, 4.0), "+ number0 number1", 7.0)
 
-Readers open the file they are given, read all of it, and refuse what they do not understand with one line that names
-the file and the line: a task that is silently shorter is another task. They never download; `task_files` does, on
-request, through data/download.py. `scores` computes each task's metrics as its published evaluation script does.
+Readers open the file they are given, read all of it, and refuse what they do not understand in one
+line that names the file and the line (ReadError, a ValueError): a task that is silently shorter is
+another task. They never download; `task_files` does, on request, through data/download.py. `scores`
+computes each task's metrics as its published evaluation script does.
 """
 
-import csv
+import functools
 import itertools
-import json
 import math
+import operator
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data import download
+from data.reading import Place, json_lines, lines, parse_json, read_bytes, reading, table
 
 
 class Example(NamedTuple):
@@ -56,7 +63,9 @@ class Question(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A math word problem whose numbers are written number0, number1, ... in question and equation."""
+    """A math word problem whose numbers are written number0, number1, ... in question and
+    equation.
+    """
 
     question: str
     numbers: tuple[float, ...]
@@ -64,346 +73,321 @@ class Problem(NamedTuple):
     answer: float
 
 
-OPERATORS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b if b else math.nan,
-}
+# --------------------------------------------------------------------------------------------------
+# Readers: what a file of each format must hold
+# --------------------------------------------------------------------------------------------------
 
 
-def refuse(path: str | Path, line: int, what: str) -> NoReturn:
-    raise ValueError(f"{path}, line {line}: {what}")
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file, a byte-order mark aside.
-
-    Raises ValueError for bytes that are not UTF-8, an empty line within, or no line at all.
+def reader(read: Callable[[Place], Iterator]) -> Callable[[str | Path], list]:
+    """read(at) yields the examples of the file at.path -> a function from a path to all of them, at
+    least one.
     """
-    number, empty = 0, 0
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                refuse(path, number, "not UTF-8")
-            if empty:
-                refuse(path, empty, "empty")
-            if line.strip():
-                yield number, line
-            else:
-                empty = number
-    if number == 0 or (number == 1 and empty):
-        raise ValueError(f"{path} is empty")
+
+    @functools.wraps(read)
+    def read_file(path: str | Path) -> list:
+        with reading(path) as at:
+            examples = list(read(at))
+            at.need(len(examples) > 0, "holds no examples")
+        return examples
+
+    return read_file
 
 
-def read_tsv(path: str | Path, columns: int) -> Iterator[tuple[int, list[str]]]:
-    """(line number, stripped fields) of a tab-separated file without quoting, as GLUE writes them."""
-    for number, line in read_lines(path):
-        fields = [field.strip() for field in line.split("\t")]
-        if len(fields) != columns:
-            refuse(path, number, f"{len(fields)} tab-separated columns, not {columns}")
-        yield number, fields
-
-
-def read_label(path: str | Path, line: int, text: str, num_classes: int) -> int:
-    if text not in map(str, range(num_classes)):
-        refuse(path, line, f"label {text[:40]!r} is not one of 0 .. {num_classes - 1}")
-    return int(text)
-
-
-def read_sst2(path: str | Path) -> list[Example]:
-    """SST-2, label 1 = positive: GLUE's train.tsv and dev.tsv, or the same two columns without a header.
-
-    Raises FileNotFoundError, or ValueError naming file and line.
+@reader
+def read_sst2(at: Place) -> Iterator[Example]:
+    """SST-2, label 1 = positive: GLUE's train.tsv and dev.tsv, or the same two columns without a
+    header.
     """
-    examples = []
-    for number, (text, label) in read_tsv(path, columns=2):
-        if number == 1 and (text, label) == ("sentence", "label"):
+    for line in lines(at):
+        text, label = _cells(at, line, 2)
+        if at.line == 1 and (text, label) == ("sentence", "label"):
             continue
-        if number == 1 and (text, label) == ("index", "sentence"):
-            refuse(path, 1, "GLUE's test file hides the labels; take dev.tsv")
-        if not text:
-            refuse(path, number, "the sentence is empty")
-        examples.append(Example(text, read_label(path, number, label, 2)))
-    return nonempty(path, examples)
+        if at.line == 1 and (text, label) == ("index", "sentence"):
+            at.refuse("GLUE's test file hides the labels; take dev.tsv")
+        yield Example(at.word(text, "the sentence"), at.one_of(label, ("0", "1"), "label"))
 
 
-def read_csqa(path: str | Path) -> list[Example]:
-    """CommonsenseQA: train_rand_split.jsonl, dev_rand_split.jsonl. Raises like read_sst2."""
-    examples = []
-    for number, line in read_lines(path):
-        try:
-            item = json.loads(line)
-            question, choices = item["question"]["stem"], item["question"]["choices"]
-            labels, texts = [choice["label"] for choice in choices], [choice["text"] for choice in choices]
-        except (ValueError, LookupError, TypeError):
-            refuse(path, number, 'needs {"question": {"stem", "choices": [{"label", "text"}]}, "answerKey"}')
-        if labels != list("ABCDE") or not all(isinstance(text, str) and text.strip() for text in [question, *texts]):
-            refuse(path, number, "needs a question and five choices labelled A to E, all with text")
-        if item.get("answerKey") not in labels:
-            refuse(path, number, "has no answerKey from A to E (the test file hides it; take the dev file)")
-        label = labels.index(item["answerKey"])
-        examples.append(Example(question.strip(), label, choices=tuple(text.strip() for text in texts)))
-    return nonempty(path, examples)
+def _cells(at: Place, line: str, count: int) -> list[str]:
+    cells = [cell.strip() for cell in line.split("\t")]
+    at.need(len(cells) == count, f"{len(cells)} tab-separated columns, not {count}")
+    return cells
 
 
-def read_mrpc(path: str | Path) -> list[Example]:
-    """MRPC, label 1 = paraphrase: the part of msr_paraphrase_train.txt that GLUE trains on (3,668 of 4,076 pairs).
+@reader
+def read_csqa(at: Place) -> Iterator[Example]:
+    """CommonsenseQA: train_rand_split.jsonl, dev_rand_split.jsonl."""
+    for item in json_lines(at):
+        if isinstance(item, dict) and "answerKey" not in item:
+            at.refuse("has no answerKey from A to E (the test file hides it; take the dev file)")
+        text, labels, choices, key = _stem_and_choices(at, item)
+        at.need(labels == list("ABCDE"), "needs five choices labelled A to E")
+        right = at.one_of(key, labels, "answerKey")
+        yield Example(text.strip(), right, choices=tuple(choice.strip() for choice in choices))
 
-    path is that file, or GLUE's mrpc_dev_ids.tsv beside it (two ids a line): then the pairs that it names, the 408 on
-    which GLUE and the papers that use it report. Raises like read_sst2.
+
+def _stem_and_choices(at: Place, item: object) -> tuple[str, list[str], list[str], str]:
+    """The question, labels and texts of its choices, and the right label: CommonsenseQA, ARC,
+    OpenBookQA.
     """
-    path = Path(path)
-    corpus, ids_file = (path.with_name(name) for name in ("msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"))
-    examples, unseen, wanted = [], {tuple(ids) for _, ids in read_tsv(ids_file, columns=2)}, path == ids_file
-    for number, (label, *ids, first, second) in read_tsv(corpus, columns=5):
-        if number == 1:
-            if label != "Quality":
-                refuse(corpus, 1, "needs the header Quality, #1 ID, #2 ID, #1 String, #2 String")
-            continue
-        if not first or not second:
-            refuse(corpus, number, "a sentence is empty")
-        example = Example(first, read_label(corpus, number, label, 2), pair=second)
-        examples += [example] if (tuple(ids) in unseen) == wanted else []
-    return nonempty(path, examples)
+    key, question = at.take(item, "answerKey", "question", spare="id")
+    stem, choices = at.take(question, "stem", "choices", spare="question_concept")
+    pairs = [at.take(choice, "label text") for choice in at.items(choices, "choices")]
+    labels = [label for label, _ in pairs]
+    at.need(len(set(labels)) == len(labels), "a label stands at two choices")
+    return stem, labels, [text for _, text in pairs], key
 
 
-def read_wikiqa(path: str | Path) -> list[Example]:
-    """WikiQA, label 1 = the sentence answers the question. Raises like read_sst2."""
-    examples, columns = [], None
-    for number, line in read_lines(path):
-        fields = [field.strip() for field in line.split("\t")]
-        if columns is None:
-            columns = fields
-            if missing := {"Question", "Sentence", "Label"} - set(columns):
-                refuse(path, 1, f"the header lacks {', '.join(sorted(missing))}")
-            continue
-        if len(fields) != len(columns):
-            refuse(path, number, f"{len(fields)} tab-separated columns, not {len(columns)}")
-        row = dict(zip(columns, fields))
-        if not row["Question"] or not row["Sentence"]:
-            refuse(path, number, "the question or the sentence is empty")
-        examples.append(Example(row["Question"], read_label(path, number, row["Label"], 2), pair=row["Sentence"]))
-    return nonempty(path, examples)
+@reader
+def read_arc(at: Place) -> Iterator[Example]:
+    """ARC and OpenBookQA: two to five choices, labelled A.. or 1..."""
+    for item in json_lines(at):
+        text, labels, choices, key = _stem_and_choices(at, item)
+        at.need(2 <= len(labels) <= 5, f"{len(labels)} choices; two to five are known")
+        yield Example(text, at.one_of(key, labels, "answerKey"), choices=tuple(choices))
 
 
-def read_objects(path: str | Path, read: Callable[[dict], Iterable[Example]], needed: str) -> list[Example]:
-    """The examples of a file with one JSON object a line; read(object) may raise LookupError, TypeError, ValueError."""
-    examples = []
-    for number, line in read_lines(path):
-        try:
-            found = list(read(json.loads(line)))
-            texts = [text for e in found for text in (e.text, e.context or "-", *e.choices)]
-            if not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError("an empty text")
-        except (ValueError, LookupError, TypeError, AttributeError):
-            refuse(path, number, f"needs {needed}")
-        examples += found
-    return nonempty(path, examples)
+MRPC_COLUMNS = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
 
 
-def read_copa(path: str | Path) -> list[Example]:
-    """COPA: which of two sentences is the cause (or effect) of another; pair says which. Raises like read_sst2."""
+@reader
+def read_mrpc(at: Place) -> Iterator[Example]:
+    """MRPC, label 1 = paraphrase: what GLUE trains on of msr_paraphrase_train.txt (3,668 of 4,076
+    pairs).
 
-    def read(item: dict) -> Iterator[Example]:
-        question, label = item["question"], (0, 1).index(item["label"])
-        pair = ("cause", "effect")[("cause", "effect").index(question)]
-        yield Example(item["premise"], label, pair=pair, choices=(item["choice1"], item["choice2"]))
-
-    return read_objects(path, read, '{"premise", "choice1", "choice2", "question": cause or effect, "label": 0 or 1}')
-
-
-def read_winogrande(path: str | Path) -> list[Example]:
-    """WinoGrande: which of two names fills the gap "_". Raises like read_sst2."""
-
-    def read(item: dict) -> Iterator[Example]:
-        if "_" not in item["sentence"]:
-            raise ValueError("no gap")
-        yield Example(item["sentence"], ("1", "2").index(item["answer"]), choices=(item["option1"], item["option2"]))
-
-    return read_objects(path, read, '{"sentence" with a gap _, "option1", "option2", "answer": "1" or "2"}')
-
-
-def read_arc(path: str | Path) -> list[Example]:
-    """ARC and OpenBookQA: three to five choices, labelled A.. or 1... Raises like read_sst2."""
-
-    def read(item: dict) -> Iterator[Example]:
-        question, choices = item["question"]["stem"], item["question"]["choices"]
-        labels = [choice["label"] for choice in choices]
-        if len(set(labels)) != len(labels) or not 2 <= len(labels) <= 5:
-            raise ValueError("labels")
-        yield Example(question, labels.index(item["answerKey"]), choices=tuple(choice["text"] for choice in choices))
-
-    return read_objects(path, read, '{"question": {"stem", "choices": [{"text", "label"}]}, "answerKey": a label}')
+    The path is that file, or GLUE's mrpc_dev_ids.tsv beside it (two ids a line): then the pairs
+    that it names, the 408 on which GLUE and the papers that use it report.
+    """
+    path = Path(at.path)
+    with reading(path.with_name("mrpc_dev_ids.tsv")) as ids_at:
+        dev_ids = {tuple(_cells(ids_at, line, 2)) for line in lines(ids_at)}
+        is_dev = path.name == "mrpc_dev_ids.tsv"
+    found = set()
+    at.path = path.with_name("msr_paraphrase_train.txt")
+    for row in table(at, MRPC_COLUMNS, tabs=True):
+        label, first_id, second_id, first, second = (cell.strip() for cell in row)
+        number = at.one_of(label, ("0", "1"), "label")
+        example = Example(at.word(first, "a sentence"), number, pair=at.word(second, "a sentence"))
+        ids = (first_id, second_id)
+        if (ids in dev_ids) == is_dev:
+            yield example
+        if ids in dev_ids:
+            found.add(ids)
+    at.path, at.line = path.with_name("mrpc_dev_ids.tsv"), 0
+    missing = dev_ids - found
+    at.need(not missing, f"names pairs that msr_paraphrase_train.txt lacks: {sorted(missing)[:3]}")
 
 
-def read_hellaswag(path: str | Path) -> list[Example]:
-    """HellaSwag: which of four endings follows. Raises like read_sst2."""
+@reader
+def read_wikiqa(at: Place) -> Iterator[Example]:
+    """WikiQA, label 1 = the sentence answers the question."""
+    spare = ("QuestionID", "DocumentID", "DocumentTitle", "SentenceID")
+    for row in table(at, ("Question", "Sentence", "Label"), spare, tabs=True):
+        question, sentence, label = (cell.strip() for cell in row)
+        right = at.one_of(label, ("0", "1"), "label")
+        yield Example(
+            at.word(question, "the question"), right, pair=at.word(sentence, "the sentence")
+        )
 
-    def read(item: dict) -> Iterator[Example]:
-        if len(item["endings"]) != 4:
-            raise ValueError("not four")
-        label, endings = range(4).index(item["label"]), tuple(item["endings"])
-        yield Example("Which ending follows?", label, choices=endings, context=item["ctx"])
 
-    return read_objects(path, read, '{"ctx", "endings": four, "label": 0 to 3} (the test file hides the label)')
+@reader
+def read_copa(at: Place) -> Iterator[Example]:
+    """COPA: which of two sentences is the cause (or effect) of another; pair says which."""
+    for item in json_lines(at):
+        names = "premise choice1 choice2 question"
+        premise, first, second, question, label = at.take(item, names, "label", spare="idx")
+        at.one_of(question, ("cause", "effect"), "question")
+        right = at.one_of(label, (0, 1), "label")
+        yield Example(premise, right, pair=question, choices=(first, second))
 
 
-def read_labelled(path: str | Path, make: Callable[[dict, int], Example], labels: tuple[str, ...], needed: str) -> list:
-    """The examples of NAME.jsonl, the right answers of which stand in NAME-labels.lst, line by line."""
-    path = Path(path)
+@reader
+def read_winogrande(at: Place) -> Iterator[Example]:
+    """WinoGrande: which of two names fills the gap "_"."""
+    for item in json_lines(at):
+        sentence, first, second, answer = at.take(
+            item, "sentence option1 option2 answer", spare="qID"
+        )
+        at.need("_" in sentence, "the sentence has no gap _")
+        yield Example(sentence, at.one_of(answer, ("1", "2"), "answer"), choices=(first, second))
+
+
+@reader
+def read_hellaswag(at: Place) -> Iterator[Example]:
+    """HellaSwag: which of four endings follows. The test file hides the label."""
+    spare = "ind activity_label ctx_a ctx_b split split_type source_id"
+    for item in json_lines(at):
+        context, endings, label = at.take(item, "ctx", "endings label", spare)
+        endings = at.words(endings, "endings")
+        at.need(len(endings) == 4, f"needs four endings, not {len(endings)}")
+        right = at.one_of(label, (0, 1, 2, 3), "label")
+        yield Example("Which ending follows?", right, choices=tuple(endings), context=context)
+
+
+def _labelled(at: Place, allowed: Sequence[str]) -> Iterator[tuple[object, int]]:
+    """The objects of NAME.jsonl, each with its label, line by line, from NAME-labels.lst."""
+    path = Path(at.path)
     answers = path.with_name(f"{path.stem}-labels.lst")
-    found = list(read_lines(answers))
-    for number, label in found:
-        if label.strip() not in labels:
-            refuse(answers, number, f"label {label[:40]!r} is not one of {', '.join(labels)}")
-    indices = (labels.index(label.strip()) for _, label in found)
-    examples = read_objects(path, lambda item: [make(item, next(indices, -1))], needed)
-    if len(examples) != len(found):
-        raise ValueError(f"{path} has {len(examples)} lines, {answers} has {len(found)}")
-    return examples
+    with reading(answers) as labels_at:
+        labels = [labels_at.one_of(line.strip(), allowed, "label") for line in lines(labels_at)]
+    items = list(json_lines(at))
+    at.line = 0
+    at.need(len(items) == len(labels), f"has {len(items)} lines, {answers} has {len(labels)}")
+    for item, label in zip(items, labels):
+        at.line += 1
+        yield item, label
 
 
-def read_siqa(path: str | Path) -> list[Example]:
-    """SocialIQA: a context, a question, three answers, labels 1 to 3. Raises like read_sst2."""
-
-    def make(item: dict, label: int) -> Example:
-        answers = (item["answerA"], item["answerB"], item["answerC"])
-        return Example(item["question"], label, choices=answers, context=item["context"])
-
-    return read_labelled(path, make, ("1", "2", "3"), '{"context", "question", "answerA", "answerB", "answerC"}')
+@reader
+def read_siqa(at: Place) -> Iterator[Example]:
+    """SocialIQA: a context, a question, three answers, labels 1 to 3."""
+    for item, label in _labelled(at, ("1", "2", "3")):
+        context, question, *answers = at.take(item, "context question answerA answerB answerC")
+        yield Example(question, label, choices=tuple(answers), context=context)
 
 
-def read_piqa(path: str | Path) -> list[Example]:
-    """PIQA: which of two solutions reaches the goal, labels 0 and 1. Raises like read_sst2."""
-    make = lambda item, label: Example(item["goal"], label, choices=(item["sol1"], item["sol2"]))
-    return read_labelled(path, make, ("0", "1"), '{"goal", "sol1", "sol2"}')
+@reader
+def read_piqa(at: Place) -> Iterator[Example]:
+    """PIQA: which of two solutions reaches the goal, labels 0 and 1."""
+    for item, label in _labelled(at, ("0", "1")):
+        goal, first, second = at.take(item, "goal sol1 sol2", spare="id")
+        yield Example(goal, label, choices=(first, second))
 
 
-def read_multirc(path: str | Path) -> list[Example]:
-    """MultiRC, label 1 = the answer is right: one example an answer, text the passage, pair question and answer."""
-    number = itertools.count()
-
-    def read(item: dict) -> Iterator[Example]:
-        for question in item["passage"]["questions"]:
-            which = next(number)
-            for answer in question["answers"]:
-                pair = f"{question['question'].strip()} {answer['text'].strip()}"
-                label = (0, 1).index(answer["label"])
-                yield Example(item["passage"]["text"], label, pair=pair, question=which)
-
-    needed = '{"passage": {"text", "questions": [{"question", "answers": [{"text", "label": 0 or 1}]}]}}'
-    return read_objects(path, read, needed)
-
-
-def read_questions(path: str | Path, read: Callable[[object], Iterator[Question]], needed: str) -> list[Question]:
-    """The questions of one JSON document. read may raise LookupError, TypeError, ValueError, AttributeError."""
-    questions = []
-    try:
-        for question in read(json.loads(Path(path).read_bytes())):
-            texts = (question.text, question.context, *question.answers)
-            if not question.answers or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError("an empty text, or no answer")
-            questions.append(question)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}, after {len(questions)} questions: needs {needed}") from error
-    return nonempty(path, questions)
-
-
-def read_squad(path: str | Path) -> list[Question]:
-    """SQuAD 1.1: train-v1.1.json (one answer each), dev-v1.1.json (those of several people). Raises like read_sst2."""
-
-    def read(document: dict) -> Iterator[Question]:
-        for paragraph in (paragraph for article in document["data"] for paragraph in article["paragraphs"]):
-            for item in paragraph["qas"]:
-                answers = tuple(answer["text"] for answer in item["answers"])
-                yield Question(item["question"], paragraph["context"], answers)
-
-    form = '{"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text"}]}]}]}]}'
-    return read_questions(path, read, f"{form}; in version 2.0 some questions have no answer, take 1.1")
-
-
-def read_hotpotqa(path: str | Path) -> list[Question]:
-    """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json. Raises like read_sst2.
-
-    The context is the supporting sentences alone, each paragraph's after its title, as in M-SMoE's released code: ten
-    paragraphs do not fit. A few of the published facts name a sentence that its paragraph lacks; they are passed over.
+@reader
+def read_multirc(at: Place) -> Iterator[Example]:
+    """MultiRC, label 1 = the answer is right: one example an answer, text the passage, pair
+    question and answer.
     """
+    number = itertools.count()
+    for item in json_lines(at):
+        (passage,) = at.take(item, "", "passage", spare="idx version")
+        text, questions = at.take(passage, "text", "questions")
+        for entry in at.items(questions, "questions"):
+            question, answers = at.take(entry, "question", "answers", spare="idx")
+            which = next(number)
+            for answer in at.items(answers, "answers"):
+                words, label = at.take(answer, "text", "label", spare="idx")
+                right = at.one_of(label, (0, 1), "label")
+                yield Example(
+                    text, right, pair=f"{question.strip()} {words.strip()}", question=which
+                )
 
-    def read(document: list) -> Iterator[Question]:
-        for item in document:
-            paragraphs, facts = dict(item["context"]), {}
-            for title, number in item["supporting_facts"]:
-                facts.setdefault(title, []).extend(paragraphs[title][number : number + 1])
-            context = " ".join(f"{title}: {' '.join(map(str.strip, found))}" for title, found in facts.items())
-            yield Question(item["question"], context, (item["answer"],))
 
-    form = '[{"question", "answer", "supporting_facts": [[title, sentence]], "context": [[title, [sentences]]]}]'
-    return read_questions(path, read, f"{form} (the test file hides the answers)")
+@reader
+def read_squad(at: Place) -> Iterator[Question]:
+    """SQuAD 1.1: train-v1.1.json (one answer each), dev-v1.1.json (those of several people)."""
+    number = 0
+    (data,) = at.take(parse_json(read_bytes(at.path)), "", "data", spare="version")
+    for article in at.items(data, "data"):
+        (paragraphs,) = at.take(article, "", "paragraphs", spare="title")
+        for paragraph in at.items(paragraphs, "paragraphs"):
+            context, entries = at.take(paragraph, "context", "qas")
+            for entry in at.items(entries, "qas"):
+                number += 1
+                at.spot = f"question {number}"
+                question, answers = at.take(entry, "question", "answers", spare="id")
+                found = [
+                    at.take(a, "text", spare="answer_start")[0]
+                    for a in at.items(answers, "answers")
+                ]
+                at.need(len(found) > 0, "has no answer, as some in version 2.0; take 1.1")
+                yield Question(question, context, tuple(found))
 
 
-def read_math(path: str | Path) -> list[Problem]:
-    """ASDiv-A, MAWPS or SVAMP in the CSV of github.com/arkilpatel/SVAMP. Raises like read_sst2.
+@reader
+def read_hotpotqa(at: Place) -> Iterator[Question]:
+    """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json. The test file hides the
+    answers.
+
+    The context is the supporting sentences alone, each paragraph's after its title, as in M-SMoE's
+    released code: ten paragraphs do not fit. A few of the published facts name a sentence that its
+    paragraph lacks; they are passed over.
+    """
+    number = 0
+    for item in at.items(parse_json(read_bytes(at.path)), "the file"):
+        number += 1
+        at.spot = f"question {number}"
+        text, answer, facts, context = at.take(
+            item, "question answer", "supporting_facts context", "_id type level"
+        )
+        paragraphs = {}
+        for title, sentences in at.items(context, "context"):
+            at.need(
+                paragraphs.get(title, sentences) == sentences,
+                f"two paragraphs are called {title!r}",
+            )
+            paragraphs[title] = sentences
+        supporting = {}
+        for title, place in at.items(facts, "supporting_facts"):
+            at.need(type(place) is int and place >= 0, f"sentence number {place!r} counts from 0")
+            at.need(title in paragraphs, f"supporting_facts names {title!r}, which context lacks")
+            sentences = at.items(paragraphs[title], "sentences")
+            supporting.setdefault(title, []).extend(sentences[place : place + 1])
+        told = [
+            f"{title}: {' '.join(map(str.strip, found))}" for title, found in supporting.items()
+        ]
+        yield Question(text, at.word(" ".join(told), "supporting_facts"), (answer,))
+
+
+MATH_COLUMNS = ("Question", "Numbers", "Equation", "Answer")
+MATH_SPARE = ("group_nums", "Type", "Variation Type", "Body", "Ques", "Ques_Statement")
+
+
+@reader
+def read_math(at: Place) -> Iterator[Problem]:
+    """ASDiv-A, MAWPS or SVAMP in the CSV of github.com/arkilpatel/SVAMP.
 
     A few equations of MAWPS do not give the stated answer; they are kept as published.
     """
-    needed, problems = ("Question", "Numbers", "Equation", "Answer"), []
-    lines = [f"{line}\n" for _, line in read_lines(path)]
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
-            refuse(path, 1, f"the header lacks {', '.join(missing)}")
-        for row in reader:
-            number = reader.line_num
-            if None in row or None in row.values():
-                refuse(path, number, f"not {len(reader.fieldnames)} columns, as the header has")
-            try:
-                numbers = tuple(map(float, row["Numbers"].split()))
-                answer = float(row["Answer"])
-            except ValueError:
-                refuse(path, number, "Numbers or Answer is not numeric")
-            try:
-                execute(row["Equation"], numbers)
-            except ValueError as error:
-                refuse(path, number, str(error))
-            if not row["Question"].strip() or not all(map(math.isfinite, (*numbers, answer))):
-                refuse(path, number, "the question is empty, or a number is not finite")
-            problems.append(Problem(row["Question"].strip(), numbers, " ".join(row["Equation"].split()), answer))
-    except csv.Error as error:
-        refuse(path, min(reader.line_num + 1, len(lines)), str(error))
-    return nonempty(path, problems)
+    for question, numbers, equation, answer in table(at, MATH_COLUMNS, MATH_SPARE):
+        at.word(question, "the question")
+        values = tuple(at.number(text, "a number of Numbers") for text in numbers.split())
+        try:
+            execute(equation, values)
+        except ValueError as error:
+            at.refuse(str(error))
+        yield Problem(
+            question.strip(), values, " ".join(equation.split()), at.number(answer, "Answer")
+        )
 
 
-def nonempty(path: str | Path, examples: list) -> list:
-    if not examples:
-        raise ValueError(f"{path} holds a header and no examples")
-    return examples
+# --------------------------------------------------------------------------------------------------
+# Math problems as classification
+# --------------------------------------------------------------------------------------------------
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def execute(equation: str, numbers: tuple[float, ...]) -> float:
     """The value of a prefix equation, "- number1 number0"; NaN when it divides by zero.
 
-    Raises ValueError for an unknown operand, a number that is not given, or operands that do not add up.
+    Raises ValueError for an unknown operand, a number that is not given, or operands that do not
+    add up.
     """
     stack: list[float] = []
     for token in reversed(equation.split()):
-        if token in OPERATORS and len(stack) >= 2:
+        if token == "/" and len(stack) >= 2:
+            top, bottom = stack.pop(), stack.pop()
+            stack.append(top / bottom if bottom else math.nan)
+        elif token in OPERATORS and len(stack) >= 2:
             stack.append(OPERATORS[token](stack.pop(), stack.pop()))
         elif token.startswith("number") and token[6:].isdecimal() and int(token[6:]) < len(numbers):
             stack.append(numbers[int(token[6:])])
         elif token.replace(".", "", 1).isdecimal():
             stack.append(float(token))
         else:
-            raise ValueError(f"equation {equation[:80]!r}: cannot apply {token!r} with {len(numbers)} numbers")
+            raise ValueError(
+                f"equation {equation[:80]!r}: cannot apply {token!r} with {len(numbers)} numbers"
+            )
     if len(stack) != 1:
         raise ValueError(f"equation {equation[:80]!r}: {len(stack)} values are left, not one")
     return stack[0]
 
 
 def is_solved(equation: str, problem: Problem) -> bool:
-    """Whether a predicted equation gives the answer: the problem-solving rate counts these, not equal equations."""
+    """Whether a predicted equation gives the answer: the problem-solving rate counts these, not
+    equal equations.
+    """
     try:
         return abs(execute(equation, problem.numbers) - problem.answer) <= 1e-3
     except ValueError:  # it names a number that this problem does not have
@@ -413,65 +397,123 @@ def is_solved(equation: str, problem: Problem) -> bool:
 def byte_rows(texts: Iterable[str], length: int) -> Tensor:
     """Texts as bytes, [num, length] int64: the end of each, padded with newlines on the left."""
     rows = [text.encode()[-length:].rjust(length, b"\n") for text in texts]
-    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), length).long()
+    return (
+        torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+        .view(len(rows), length)
+        .long()
+    )
 
 
 def pose(train: list, dev: list, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A task as classification of byte rows, one row a choice.
 
-    -> training rows [n, choices, length] and classes [n]; development rows [m, choices, length] and, for every class,
-    whether it would be right [m, classes] bool. Choices 1: the classes are the labels, or for math problems the
-    different equations of the training set, right when executing one gives the answer. A problem that needs an
-    equation the training set lacks cannot be solved. Choices > 1: the class is the choice.
+    -> training rows [n, choices, length] and classes [n]; development rows [m, choices, length]
+    and, for every class, whether it would be right [m, classes] bool. Choices 1: the classes are
+    the labels, or for math problems the different equations of the training set, right when
+    executing one gives the answer. A problem that needs an equation the training set lacks cannot
+    be solved. Choices > 1: the class is the choice.
     """
-    texts = lambda example: (
-        [example.question]
-        if isinstance(example, Problem)
-        else [f"{example.text} {c}" for c in example.choices or ("",)]
-    )
-    rows = [
-        byte_rows([t for x in part for t in texts(x)], length).unflatten(0, (len(part), -1)) for part in (train, dev)
-    ]
+    train_rows, dev_rows = _choice_rows(train, length), _choice_rows(dev, length)
     if isinstance(train[0], Problem):
         equations = sorted({problem.equation for problem in train})
         classes = [equations.index(problem.equation) for problem in train]
         right = [[is_solved(equation, problem) for equation in equations] for problem in dev]
     else:
-        classes, num_classes = [x.label for x in train], max(x.label for x in train) + 1
-        right = [[x.label == c for c in range(max(num_classes, len(x.choices)))] for x in dev]
-    return rows[0], torch.tensor(classes), rows[1], torch.tensor(right)
+        classes = [example.label for example in train]
+        num_classes = max(max(classes) + 1, len(train[0].choices))
+        right = [[example.label == label for label in range(num_classes)] for example in dev]
+    return train_rows, torch.tensor(classes), dev_rows, torch.tensor(right)
 
+
+def _choice_rows(examples: list, length: int) -> Tensor:
+    texts = []
+    for example in examples:
+        if isinstance(example, Problem):
+            texts.append(example.question)
+        else:
+            texts += [f"{example.text} {choice}" for choice in example.choices or ("",)]
+    return byte_rows(texts, length).unflatten(0, (len(examples), -1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks by name
+# --------------------------------------------------------------------------------------------------
 
 TASKS = {  # name: (reader, data set of data/download.py, training file, development file)
     "sst2": (read_sst2, "sst2", "SST-2/train.tsv", "SST-2/dev.tsv"),
     "csqa": (read_csqa, "csqa", "train_rand_split.jsonl", "dev_rand_split.jsonl"),
-    "asdiv-a": (read_math, "svamp", "cv_asdiv-a/fold{fold}/train.csv", "cv_asdiv-a/fold{fold}/dev.csv"),
+    "asdiv-a": (
+        read_math,
+        "svamp",
+        "cv_asdiv-a/fold{fold}/train.csv",
+        "cv_asdiv-a/fold{fold}/dev.csv",
+    ),
     "mawps": (read_math, "svamp", "cv_mawps/fold{fold}/train.csv", "cv_mawps/fold{fold}/dev.csv"),
     "svamp": (read_math, "svamp", "mawps-asdiv-a_svamp/train.csv", "mawps-asdiv-a_svamp/dev.csv"),
     "mrpc": (read_mrpc, "mrpc", "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"),
     "copa": (read_copa, "copa", "COPA/train.jsonl", "COPA/val.jsonl"),
     "multirc": (read_multirc, "multirc", "MultiRC/train.jsonl", "MultiRC/val.jsonl"),
-    "winogrande": (read_winogrande, "winogrande", "winogrande_1.1/train_l.jsonl", "winogrande_1.1/dev.jsonl"),
-    "wikiqa": (read_wikiqa, "wikiqa", "WikiQACorpus/WikiQA-train.tsv", "WikiQACorpus/WikiQA-dev.tsv"),
+    "winogrande": (
+        read_winogrande,
+        "winogrande",
+        "winogrande_1.1/train_l.jsonl",
+        "winogrande_1.1/dev.jsonl",
+    ),
+    "wikiqa": (
+        read_wikiqa,
+        "wikiqa",
+        "WikiQACorpus/WikiQA-train.tsv",
+        "WikiQACorpus/WikiQA-dev.tsv",
+    ),
     "squad": (read_squad, "squad", "train-v1.1.json", "dev-v1.1.json"),
-    "hotpotqa": (read_hotpotqa, "hotpotqa", "hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"),
-    # The evaluation sets of AdaMoE's Table 1: development questions, for OpenBookQA the test questions.
-    "arc-c": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-{p}.jsonl" for p in ("Train", "Dev"))),
-    "arc-e": (read_arc, "arc", *(f"ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-{p}.jsonl" for p in ("Train", "Dev"))),
-    "obqa": (read_arc, "obqa", *(f"OpenBookQA-V1-Sep2018/Data/Main/{p}.jsonl" for p in ("train", "test"))),
+    "hotpotqa": (
+        read_hotpotqa,
+        "hotpotqa",
+        "hotpot_train_v1.1.json",
+        "hotpot_dev_distractor_v1.json",
+    ),
+    # The evaluation sets of AdaMoE's Table 1: development questions, for OpenBookQA the test
+    # questions.
+    "arc-c": (
+        read_arc,
+        "arc",
+        "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Train.jsonl",
+        "ARC-V1-Feb2018-2/ARC-Challenge/ARC-Challenge-Dev.jsonl",
+    ),
+    "arc-e": (
+        read_arc,
+        "arc",
+        "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Train.jsonl",
+        "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Dev.jsonl",
+    ),
+    "obqa": (
+        read_arc,
+        "obqa",
+        "OpenBookQA-V1-Sep2018/Data/Main/train.jsonl",
+        "OpenBookQA-V1-Sep2018/Data/Main/test.jsonl",
+    ),
     "siqa": (read_siqa, "siqa", "socialiqa-train-dev/train.jsonl", "socialiqa-train-dev/dev.jsonl"),
-    "piqa": (read_piqa, "piqa", "physicaliqa-train-dev/train.jsonl", "physicaliqa-train-dev/dev.jsonl"),
+    "piqa": (
+        read_piqa,
+        "piqa",
+        "physicaliqa-train-dev/train.jsonl",
+        "physicaliqa-train-dev/dev.jsonl",
+    ),
     "hellaswag": (read_hellaswag, "hellaswag", "hellaswag_train.jsonl", "hellaswag_val.jsonl"),
 }
 
 
 def task_files(name: str, data_dir: str | Path, fold: int = 0) -> tuple[Path, Path]:
-    """Training and development file of a task below data_dir; what is not there is downloaded, with a progress bar.
+    """Training and development file of a task below data_dir; what is not there is downloaded, with
+    a progress bar.
 
-    fold  0-4, of the tasks that are cross-validated. Raises ValueError for an unknown name or fold, DownloadError.
+    fold  0-4, of the tasks that are cross-validated. Raises ValueError for an unknown name or fold,
+          DownloadError.
     """
     if name not in TASKS or fold not in range(5):
-        raise ValueError(f"task is {name!r}, fold {fold}; allowed: {', '.join(TASKS)}, folds 0 to 4")
+        raise ValueError(
+            f"task is {name!r}, fold {fold}; allowed: {', '.join(TASKS)}, folds 0 to 4"
+        )
     _, dataset, *names = TASKS[name]
     paths = [Path(data_dir).expanduser() / dataset / file.format(fold=fold) for file in names]
     if not all(path.is_file() for path in paths):
@@ -486,30 +528,55 @@ def load_task(name: str, data_dir: str | Path, fold: int = 0) -> tuple[list, lis
     return read(train), read(dev)
 
 
-class Prompt(NamedTuple):
-    """A task as text to text: what the model reads, and what it answers."""
+LETTERS = "ABCDE"
+LETTER_TASKS = ("arc-c", "arc-e", "obqa", "siqa", "winogrande", "piqa", "hellaswag", "csqa")
 
-    template: Callable[[Example | Question], str]
+
+def letter_prompt(example: Example) -> str:
+    """A multiple-choice question as text that ends where the letter of the right choice belongs
+    (AdaMoE, Figure 1).
+
+    Letter and choice are one line each; the answer is " A", " B", ... after "Answer:".
+    """
+    prompt = [example.context.strip()] if example.context else []
+    prompt.append(f"Question: {example.text.strip()}")
+    prompt += [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, example.choices)]
+    return "\n".join([*prompt, "Answer:"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks as text to text
+# --------------------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """What the model reads, and what it answers."""
+
+    template: str  # with the names of Example or Question
     words: tuple[str, ...] = ()  # the one-word answer of each class; (): a Question's own answer
     metrics: tuple[str, ...] = ("accuracy",)  # shares; the first is the one that papers quote
 
+    def write(self, example: Example | Question) -> str:
+        return self.template.format(**example._asdict())
 
+
+NO_YES = ("no", "yes")
 SPANS = ("f1", "exact_match")
 PROMPTS = {  # what is short comes first: a prompt that is too long loses its end
-    "sst2": Prompt(lambda e: f"sst2 sentence: {e.text}", ("negative", "positive")),
-    "mrpc": Prompt(lambda e: f"mrpc sentence1: {e.text} sentence2: {e.pair}", ("no", "yes")),
+    "sst2": Prompt("sst2 sentence: {text}", ("negative", "positive")),
+    "mrpc": Prompt("mrpc sentence1: {text} sentence2: {pair}", NO_YES),
     "copa": Prompt(
-        lambda e: f"copa premise: {e.text} question: {e.pair} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")
+        "copa premise: {text} question: {pair} 1: {choices[0]} 2: {choices[1]}", ("1", "2")
     ),
     "multirc": Prompt(
-        lambda e: f"multirc question and answer: {e.pair} paragraph: {e.text}",
-        ("no", "yes"),
+        "multirc question and answer: {pair} paragraph: {text}",
+        NO_YES,
         ("f1", "exact_match", "accuracy"),
     ),
-    "winogrande": Prompt(lambda e: f"winogrande sentence: {e.text} 1: {e.choices[0]} 2: {e.choices[1]}", ("1", "2")),
-    "wikiqa": Prompt(lambda e: f"wikiqa question: {e.text} sentence: {e.pair}", ("no", "yes")),
-    "squad": Prompt(lambda q: f"squad question: {q.text} context: {q.context}", metrics=SPANS),
-    "hotpotqa": Prompt(lambda q: f"hotpotqa question: {q.text} context: {q.context}", metrics=SPANS),
+    "winogrande": Prompt("winogrande sentence: {text} 1: {choices[0]} 2: {choices[1]}", ("1", "2")),
+    "wikiqa": Prompt("wikiqa question: {text} sentence: {pair}", NO_YES),
+    "squad": Prompt("squad question: {text} context: {context}", metrics=SPANS),
+    "hotpotqa": Prompt("hotpotqa question: {text} context: {context}", metrics=SPANS),
 }
 
 
@@ -520,26 +587,33 @@ def load_prompts(name: str, data_dir: str | Path) -> tuple[list, list]:
     return load_task(name, data_dir)
 
 
-def scores(name: str, examples: Sequence[Example | Question], answers: Sequence) -> dict[str, float]:
-    """The metrics of a task in PROMPTS, shares of 1. answers: a class for each example, or for each question a text.
+def scores(
+    name: str, examples: Sequence[Example | Question], answers: Sequence
+) -> dict[str, float]:
+    """The metrics of a task in PROMPTS, shares of 1. answers: a class for each example, or for each
+    question a text.
 
     An answer that is no class (None) is wrong; MultiRC's F1 counts it as a "no".
     """
     if not PROMPTS[name].words:
-        found = [best_match(answer, q.answers, name == "hotpotqa") for answer, q in zip(answers, examples)]
-        return dict(zip(SPANS, (sum(values) / len(found) for values in zip(*found))))
-    right = [answer == e.label for answer, e in zip(answers, examples)]
+        yes_no = name == "hotpotqa"
+        found = [best_match(answer, q.answers, yes_no) for answer, q in zip(answers, examples)]
+        f1, exact = zip(*found)
+        return {"f1": sum(f1) / len(found), "exact_match": sum(exact) / len(found)}
+    right = [answer == example.label for answer, example in zip(answers, examples)]
+    accuracy = sum(right) / len(right)
     if name != "multirc":
-        return {"accuracy": sum(right) / len(right)}
-    agreed = sum(answer == 1 == e.label for answer, e in zip(answers, examples))
-    claimed = sum(answer == 1 for answer in answers) + sum(e.label for e in examples)
-    questions = {e.question: True for e in examples}
-    for e, is_right in zip(examples, right):
-        questions[e.question] &= is_right
+        return {"accuracy": accuracy}
+    agreed = sum(answer == 1 == example.label for answer, example in zip(answers, examples))
+    claimed = sum(answer == 1 for answer in answers) + sum(example.label for example in examples)
+    questions = {example.question: True for example in examples}
+    for example, is_right in zip(examples, right):
+        questions[example.question] &= is_right
     return {
         "f1": 2 * agreed / claimed if claimed else 1.0,  # F1a: over all answers of all questions
-        "exact_match": sum(questions.values()) / len(questions),  # questions with every answer judged right
-        "accuracy": sum(right) / len(right),
+        "exact_match": sum(questions.values())
+        / len(questions),  # questions with every answer judged right
+        "accuracy": accuracy,
     }
 
 
@@ -552,92 +626,113 @@ def normal_form(answer: str) -> list[str]:
 def best_match(answer: str, references: Sequence[str], yes_no: bool = False) -> tuple[float, float]:
     """(F1 of the words, exact match) with the nearest reference, each its own maximum.
 
-    yes_no: as HotpotQA's script has it, a "yes", "no" or "noanswer" shares nothing with any other answer.
+    yes_no: as HotpotQA's script has it, a "yes", "no" or "noanswer" shares nothing with any other
+    answer.
     """
-    given, best = normal_form(answer), (0.0, 0.0)
+    given = normal_form(answer)
+    best_f1 = exact = 0.0
     for reference in map(normal_form, references):
         shared = (Counter(given) & Counter(reference)).total()
-        if yes_no and given != reference and {"yes", "no", "noanswer"} & {" ".join(given), " ".join(reference)}:
+        apart = {"yes", "no", "noanswer"} & {" ".join(given), " ".join(reference)}
+        if yes_no and given != reference and apart:
             shared = 0
-        f1 = 2 * shared / (len(given) + len(reference)) if shared else 0.0
-        best = (max(best[0], f1), max(best[1], float(given == reference)))
-    return best
-
-
-LETTERS = "ABCDE"
-LETTER_TASKS = ("arc-c", "arc-e", "obqa", "siqa", "winogrande", "piqa", "hellaswag", "csqa")
-
-
-def letter_prompt(example: Example) -> str:
-    """A multiple-choice question as text that ends where the letter of the right choice belongs (AdaMoE, Figure 1).
-
-    Letter and choice are one line each; the answer is " A", " B", ... after "Answer:".
-    """
-    lines = [f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, example.choices)]
-    context = [example.context.strip()] if example.context else []
-    return "\n".join([*context, f"Question: {example.text.strip()}", *lines, "Answer:"])
+        if shared:
+            best_f1 = max(best_f1, 2 * shared / (len(given) + len(reference)))
+        exact = max(exact, float(given == reference))
+    return best_f1, exact
 
 
 def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
-    """The token of each word. Raises ValueError for a word that is not one token, or two words with the same."""
-    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    for word, ids in zip(words, tokens):
+    """The token of each word. Raises ValueError for a word that is not one token, or two words with
+    the same.
+    """
+    tokens = []
+    for word in words:
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(f"the answer {word!r} is not one token of this tokenizer: {ids}")
-    if len({ids[0] for ids in tokens}) < len(words):
+        tokens += ids
+    if len(set(tokens)) < len(words):
         raise ValueError(f"two of the answers {', '.join(words)} are the same token")
-    return [ids[0] for ids in tokens]
+    return tokens
 
 
 def epoch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
-    """[size] int64: batch number `step` of the endless sequence of epochs over `count` rows, each in an own order."""
-    first, last = step * size, (step + 1) * size
+    """[size] int64: batch number `step` of the endless sequence of epochs over `count` rows, each
+    in an own order.
+    """
+    first = step * size
+    last = first + size
     epochs = range(first // count, (last - 1) // count + 1)
-    shuffled = lambda epoch: torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.cat([torch.randperm(count, generator=shuffled(epoch)) for epoch in epochs])
-    return order[first - epochs[0] * count : last - epochs[0] * count]
+    orders = []
+    for epoch in epochs:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        orders.append(torch.randperm(count, generator=generator))
+    start = epochs[0] * count
+    return torch.cat(orders)[first - start : last - start]
 
 
 class PromptBatches:
     """A task of PROMPTS for a text-to-text model and its tokenizer (of transformers).
 
-    A batch is {"input_ids", "attention_mask": [batch, tokens], "labels": [batch, answer]}, padded on the right, prompts
-    cut at max_tokens; labels are the answer's tokens (one, or up to MAX_ANSWER), the end of text, -100 for padding.
+    A batch is {"input_ids", "attention_mask": [batch, tokens], "labels": [batch, answer]}, padded
+    on the right, prompts cut at max_tokens; labels are the answer's tokens (one, or up to
+    MAX_ANSWER), the end of text, -100 for padding.
     """
 
-    MAX_ANSWER = 63  # tokens; with the end of text the 64 that one expert of Switch serves in a sequence
+    MAX_ANSWER = (
+        63  # tokens; with the end of text the 64 that one expert of Switch serves in a sequence
+    )
 
     def __init__(self, name: str, data_dir: str | Path, tokenizer, max_tokens: int):
         self.train, self.dev = load_prompts(name, data_dir)
-        self.name, self.tokenizer, self.max_tokens = name, tokenizer, max_tokens
+        self.name = name
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
         self.words = word_ids(tokenizer, PROMPTS[name].words)
 
     def encode(self, examples: Sequence[Example | Question]) -> dict[str, Tensor]:
-        options = {"truncation": True, "max_length": self.max_tokens, "padding": True, "return_tensors": "pt"}
-        batch = self.tokenizer([PROMPTS[self.name].template(example) for example in examples], **options)
+        options = {
+            "truncation": True,
+            "max_length": self.max_tokens,
+            "padding": True,
+            "return_tensors": "pt",
+        }
+        batch = self.tokenizer(
+            [PROMPTS[self.name].write(example) for example in examples], **options
+        )
         if self.words:
             answers = [[self.words[example.label]] for example in examples]
         else:
             texts = [question.answers[0] for question in examples]
-            answers = [ids[: self.MAX_ANSWER] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        rows = [torch.tensor([*ids, self.tokenizer.eos_token_id]) for ids in answers]
+            answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        rows = [torch.tensor([*ids[: self.MAX_ANSWER], end]) for ids in answers]
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": labels,
+        }
 
     def read_answers(self, ids: Tensor) -> list[int | None] | list[str]:
-        """From generated tokens [batch, time]: the class, None where it is no word of the task; or the text."""
+        """From generated tokens [batch, time]: the class, None where it is no word of the task; or
+        the text.
+        """
         if self.words:
-            return [self.words.index(first) if first in self.words else None for first in ids[:, 0].tolist()]
+            classes = {token: label for label, token in enumerate(self.words)}
+            return [classes.get(first) for first in ids[:, 0].tolist()]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def train_batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
         """Batch number `step` of the endless sequence of epochs, each in an order of its own."""
-        return self.encode([self.train[i] for i in epoch_rows(len(self.train), step, size, seed).tolist()])
+        rows = epoch_rows(len(self.train), step, size, seed)
+        return self.encode([self.train[row] for row in rows.tolist()])
 
     def sample(self, num: int, size: int, seed: int) -> list[dict[str, Tensor]]:
         """`num` random training examples (all, if there are fewer) in batches."""
-        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:num].tolist()
-        return self._in_batches([self.train[i] for i in chosen], size)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return self._in_batches([self.train[row] for row in order[:num].tolist()], size)
 
     def dev_batches(self, num: int, size: int) -> list[dict[str, Tensor]]:
         """The development examples in batches; num 0: all."""

@@ -1,31 +1,34 @@
 """Byte corpora that any machine with Python and torch already holds, and the reader's own text.
 
-A language model needs text; a first run should need no download. Every Python brings several megabytes of source
-code, its documentation and licences, and torch brings the headers of its C++ library. Each of these is a *domain*:
+A language model needs text; a first run should need no download. Every Python brings several
+megabytes of source code, its documentation and licences, and torch brings the headers of its C++
+library. Each of these is a *domain*:
 
     python     top-level modules of the standard library        about 4.5 MB
     docs       the language reference behind `help()`           about 0.4 MB
     headers    C++ headers that come with torch                 about 30 MB
 
-A token is a byte, so the vocabulary is 256 and a loss in nats/byte needs no tokenizer to be understood. Documents
-are split whole, and a paragraph that stands in several (help topics quote each other, headers share their licence)
-is kept once, so that validation does not ask for what training has shown. Only equal paragraphs are: in `headers`,
-thousands of which a program wrote, a quarter of validation (in blocks of 64 bytes) stands in training, elsewhere half
-a percent. The bytes differ between installations: their hash is printed, and losses are compared within a machine.
+A token is a byte, so the vocabulary is 256 and a loss in nats/byte needs no tokenizer to be
+understood. Documents are split whole, and a paragraph that stands in several (help topics quote
+each other, headers share their licence) is kept once, so that validation does not ask for what
+training has shown. Only equal paragraphs are: in `headers`, thousands of which a program wrote, a
+quarter of validation (in blocks of 64 bytes) stands in training, elsewhere half a percent. The
+bytes differ between installations: their hash is printed, and losses are compared within a machine.
 
-Where models are compared *by domain* there are more of them, told apart by where they come from (PROVENANCE), each in
-three parts, without near copies: `load_provenance(name)`. A domain of your own is a folder; `prepare` makes one.
+Where models are compared *by domain* there are more of them, told apart by where they come from
+(PROVENANCE), each in three parts, without near copies: `load_provenance(name)`. A domain of your
+own is a folder; `prepare` makes one.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
 import re
-import sys
 import sysconfig
 import unicodedata
 from collections import Counter
@@ -36,6 +39,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from data.reading import ReadError, json_lines, open_file, parse_json, read_bytes, reading, shown
 
 Document = tuple[str, bytes]  # (name, contents)
 
@@ -53,7 +58,11 @@ def _files(root: Path, pattern: str) -> Iterator[Document]:
     """Readable text: no links, nothing hidden, nothing binary."""
     for path in sorted(root.glob(pattern), key=lambda p: p.as_posix()):
         name = path.relative_to(root)
-        if path.is_file() and not path.is_symlink() and not any(part.startswith(".") for part in name.parts):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and not any(part.startswith(".") for part in name.parts)
+        ):
             content = path.read_bytes()
             if not _is_binary(content):
                 yield name.as_posix(), content
@@ -72,8 +81,15 @@ def _docs() -> tuple[list[Document], str]:
         from pydoc_data.topics import topics  # a dict of strings, topic -> text
     except ImportError:  # slim installations leave it out
         stdlib = Path(sysconfig.get_path("stdlib"))
-        packages = [doc for name in ("email", "json", "http", "xml") for doc in _files(stdlib / name, "**/*.py")]
-        return (packages, "this Python has no pydoc_data; the packages email, json, http and xml stand in for it")
+        packages = [
+            doc
+            for name in ("email", "json", "http", "xml")
+            for doc in _files(stdlib / name, "**/*.py")
+        ]
+        return (
+            packages,
+            "this Python has no pydoc_data; the packages email, json, http and xml stand in for it",
+        )
     return [(name, text.encode()) for name, text in sorted(topics.items())], ""
 
 
@@ -94,7 +110,8 @@ def load_domain(name: str, val_share: float = 0.1) -> Corpus:
 
 
 def load_text(path: str | Path, val_share: float = 0.1) -> Corpus:
-    """A file (its last val_share becomes validation) or a folder (split by file; binary files are skipped).
+    """A file (its last val_share becomes validation) or a folder (split by file; binary files are
+    skipped).
 
     Raises FileNotFoundError when the path is missing, ValueError when it holds no text.
     """
@@ -103,23 +120,31 @@ def load_text(path: str | Path, val_share: float = 0.1) -> Corpus:
         raise FileNotFoundError(f"text {path}: no such file or folder")
     if path.is_dir():
         return split_documents(path.name, list(_files(path, "**/*")), val_share)
-    content = path.read_bytes()
+    content = read_bytes(path)
     if _is_binary(content):
-        raise ValueError(f"text {path} is a binary file")
+        raise ReadError(f"text {path} is a binary file")
     return split_documents(path.name, [(path.name, content)], val_share)
 
 
-def split_documents(name: str, documents: list[Document], val_share: float, note: str = "") -> Corpus:
-    """Drop what repeats, hold whole documents out until val_share of the bytes is reached, join the rest.
+def split_documents(
+    name: str, documents: list[Document], val_share: float, note: str = ""
+) -> Corpus:
+    """Drop what repeats, hold whole documents out until val_share of the bytes is reached, join the
+    rest.
 
-    Which documents are held out depends on their contents alone (the order of their hashes), so the split does not
-    move when files are renamed or found in another order. A single document is cut at a line end instead.
+    Which documents are held out depends on their contents alone (the order of their hashes), so the
+    split does not move when files are renamed or found in another order. A single document is cut
+    at a line end instead.
     """
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
-    by_hash = drop_repeats(sorted({content for _, content in documents}, key=lambda c: hashlib.sha256(c).digest()))
+    by_hash = drop_repeats(
+        sorted({content for _, content in documents}, key=lambda c: hashlib.sha256(c).digest())
+    )
     if not by_hash:
-        raise ValueError(f"text {name!r} holds no text ({len(documents)} text files, none with words)")
+        raise ValueError(
+            f"text {name!r} holds no text ({len(documents)} text files, none with words)"
+        )
     budget = val_share * sum(map(len, by_hash))
     if len(by_hash) == 1:
         cut = int(len(by_hash[0]) - budget)
@@ -135,14 +160,17 @@ def split_documents(name: str, documents: list[Document], val_share: float, note
             val = [train.pop(min(range(len(train)), key=lambda i: len(train[i])))]
     train_bytes, val_bytes = b"\n".join(train), b"\n".join(val)
     digest = hashlib.sha256(train_bytes + b"\0" + val_bytes).hexdigest()[:12]
-    as_tensor = lambda raw: (
-        torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-    )
-    return Corpus(name, as_tensor(train_bytes), as_tensor(val_bytes), digest, len(by_hash), note)
+    return Corpus(name, _as_tensor(train_bytes), _as_tensor(val_bytes), digest, len(by_hash), note)
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
 
 
 def drop_repeats(documents: list[bytes], least: int = 30) -> list[bytes]:
-    """Keep the first of equal paragraphs (text between blank lines, at least `least` bytes, white space aside)."""
+    """Keep the first of equal paragraphs (text between blank lines, at least `least` bytes, white
+    space aside).
+    """
     seen: set[bytes] = set()
     kept = []
     for document in documents:
@@ -157,7 +185,8 @@ def drop_repeats(documents: list[bytes], least: int = 30) -> list[bytes]:
 
 
 def sample_windows(data: Tensor, num: int, length: int, generator: torch.Generator) -> Tensor:
-    """num random windows of `length` bytes. data [bytes] uint8 -> [num, length] int64, on data's device.
+    """num random windows of `length` bytes. data [bytes] uint8 -> [num, length] int64, on data's
+    device.
 
     Raises ValueError when the text is shorter than a window.
     """
@@ -168,9 +197,11 @@ def sample_windows(data: Tensor, num: int, length: int, generator: torch.Generat
 
 
 def all_windows(data: Tensor, context: int) -> Tensor:
-    """Windows that predict every byte once: [num, context + 1] int64, each starting at the last byte of the one before.
+    """Windows that predict every byte once: [num, context + 1] int64, each starting at the last
+    byte of the one before.
 
-    What is left at the end and fills no window is dropped. Raises ValueError when there is not one window.
+    What is left at the end and fills no window is dropped. Raises ValueError when there is not one
+    window.
     """
     return _windows(data, context).long()
 
@@ -183,23 +214,27 @@ def spread_windows(data: Tensor, context: int, num: int) -> Tensor:
 
 def _windows(data: Tensor, context: int) -> Tensor:
     if len(data) < context + 1:
-        raise ValueError(f"the text has {len(data)} bytes; a window of context {context} needs {context + 1}")
+        raise ValueError(
+            f"the text has {len(data)} bytes; a window of context {context} needs {context + 1}"
+        )
     return data.unfold(0, context + 1, context)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Domains by provenance, in three parts
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Split(NamedTuple):
-    """One domain; its parts share no document. Tokens are bytes unless a meta.json says otherwise."""
+    """One domain; its parts share no document. Tokens are bytes unless a meta.json says
+    otherwise.
+    """
 
     name: str
     train: Tensor  # [tokens] uint8 (bytes) or uint16 (token ids)
     dev: Tensor
     test: Tensor
-    digest: str  # first 12 hex digits of a SHA-256; of large files sizes, dev, test and both ends of train
+    digest: str  # 12 hex digits of a SHA-256; from disk over sizes, dev, test, ends of train
     note: str = ""
     vocab_size: int = 256
 
@@ -211,12 +246,20 @@ SMALL_SIZES = {"test": 40_000, "dev": 20_000, "train": 400_000}  # bytes
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-def _under(root: Path, endings: tuple[str, ...], skip: tuple[str, ...] = (), names: str = "") -> Iterator[Document]:
-    """Text files below root whose folders are not skipped, in an order that depends on their names alone."""
+def _under(
+    root: Path, endings: tuple[str, ...], skip: tuple[str, ...] = (), names: str = ""
+) -> Iterator[Document]:
+    """Text files below root whose folders are not skipped, in an order that depends on their names
+    alone.
+    """
     found = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith((".", "__"))]
-        paths = (Path(folder, name) for name in files if name.endswith(endings) and re.match(names, name))
+        subfolders[:] = [
+            name for name in subfolders if name not in skip and not name.startswith((".", "__"))
+        ]
+        paths = (
+            Path(folder, name) for name in files if name.endswith(endings) and re.match(names, name)
+        )
         found += [path for path in paths if path.is_file() and not path.is_symlink()]
     by_name = {path.relative_to(root).as_posix(): path for path in found}
     for name in sorted(by_name, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -233,7 +276,16 @@ def _package(name: str) -> Path:
 
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-NOT_PYTHON = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
+NOT_PYTHON = (
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+)
 
 
 def _licences() -> Iterator[Document]:
@@ -255,7 +307,16 @@ def _unicode() -> Iterator[Document]:
 def generated(kind: str, num_lines: int = 12_000) -> Iterator[Document]:
     """Text that needs no files: sums, dates, numerals or records. The same bytes everywhere."""
     rng, lines = random.Random(kind), []
-    numerals = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"))
+    numerals = (
+        (1000, "M"),
+        (900, "CM"),
+        (500, "D"),
+        (400, "CD"),
+        (100, "C"),
+        (90, "XC"),
+        (50, "L"),
+        (40, "XL"),
+    )
     numerals += ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
     for _ in range(num_lines):
         a, b = rng.randrange(4000), rng.randrange(1, 1000)
@@ -279,7 +340,9 @@ def generated(kind: str, num_lines: int = 12_000) -> Iterator[Document]:
 GENERATED = ("sums", "dates", "numerals", "records")
 PROVENANCE: dict[str, Callable[[], Iterable[Document]]] = {
     "python": lambda: _under(STDLIB, (".py",), NOT_PYTHON),
-    "headers": lambda: _under(_package("torch") / "include", (".h",), ("ops", "cuda", "hip", "torch", "google")),
+    "headers": lambda: _under(
+        _package("torch") / "include", (".h",), ("ops", "cuda", "hip", "torch", "google")
+    ),
     "docs": lambda: _docs()[0],
     "operators": lambda: _under(_package("torchgen"), (".yaml",)),
     "unicode": _unicode,
@@ -295,10 +358,11 @@ FEW_FILES = ("docs", "operators", "unicode", "licences", "cmake", "stubs", *GENE
 
 
 def load_provenance(name: str, sizes: dict[str, int] = SMALL_SIZES) -> Split:
-    """One of PROVENANCE in three parts of at most `sizes` bytes. A source that this machine lacks is replaced.
+    """One of PROVENANCE in three parts of at most `sizes` bytes. A source that this machine lacks
+    is replaced.
 
-    Raises ValueError for an unknown name. Every part is made of whole documents; files that are few and large are cut
-    into documents first.
+    Raises ValueError for an unknown name. Every part is made of whole documents; files that are few
+    and large are cut into documents first.
     """
     if name not in PROVENANCE:
         raise ValueError(f"no text domain {name!r}; there are {', '.join(PROVENANCE)}")
@@ -310,7 +374,10 @@ def load_provenance(name: str, sizes: dict[str, int] = SMALL_SIZES) -> Split:
         documents = []
     if sum(len(content) for _, content in documents) < least and name in STAND_INS:
         source = STAND_INS[name]
-        documents, note = list(generated(source)), f"text {name!r} is missing here; generated {source} stand in for it"
+        documents, note = (
+            list(generated(source)),
+            f"text {name!r} is missing here; generated {source} stand in for it",
+        )
     return split_in_three(name, documents, sizes, source in FEW_FILES, note)
 
 
@@ -326,17 +393,29 @@ def _enough(documents: Iterable[Document], num_bytes: int) -> list[Document]:
 
 
 def split_in_three(
-    name: str, documents: list[Document], sizes: dict[str, int] | None = None, few_files: bool = False, note: str = ""
+    name: str,
+    documents: list[Document],
+    sizes: dict[str, int] | None = None,
+    few_files: bool = False,
+    note: str = "",
 ) -> Split:
-    """Whole documents into test, dev and train; by contents alone, so that names and order do not matter.
+    """Whole documents into test, dev and train; by contents alone, so that names and order do not
+    matter.
 
-    sizes      at most so many bytes a part; None: a tenth for test, a twentieth for dev, the rest for train
-    few_files  cut the documents into pieces of about 4 kB, at blank lines or line ends, and deal those out
-    What nearly repeats an earlier paragraph is dropped first. Raises ValueError when a part stays empty.
+    sizes      at most so many bytes a part; None: a tenth for test, a twentieth for dev, the rest
+               for train
+    few_files  cut the documents into pieces of about 4 kB, at blank lines or line ends, and deal
+               those out
+    What nearly repeats an earlier paragraph is dropped first. Raises ValueError when a part stays
+    empty.
     """
-    pieces = [piece for _, content in documents for piece in (_cut(content) if few_files else [content])]
+    pieces = [
+        piece for _, content in documents for piece in (_cut(content) if few_files else [content])
+    ]
     longest = LONGEST_DOCUMENT if sizes else None
-    pieces = sorted({piece[:longest] for piece in pieces}, key=lambda piece: hashlib.sha256(piece).digest())
+    pieces = sorted(
+        {piece[:longest] for piece in pieces}, key=lambda piece: hashlib.sha256(piece).digest()
+    )
     wanted = sum(sizes.values()) * 2 if sizes else None
     pieces = [piece.replace(SEPARATOR, b"") for piece in drop_near_repeats(pieces, wanted)]
     pieces = [piece for piece in pieces if len(piece) >= 200]
@@ -358,7 +437,7 @@ def split_in_three(
     if sizes:
         joined = [text[: sizes[part]] for part, text in zip(PARTS, joined)]
     digest = hashlib.sha256(b"\0\0".join(joined)).hexdigest()[:12]
-    return Split(name, *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in joined), digest, note)
+    return Split(name, *map(_as_tensor, joined), digest, note)
 
 
 def _cut(content: bytes, size: int = 4000) -> Iterator[bytes]:
@@ -373,16 +452,20 @@ def _cut(content: bytes, size: int = 4000) -> Iterator[bytes]:
         start = end
 
 
-def drop_near_repeats(documents: Iterable[bytes], wanted: int | None = None, words: int = 8) -> list[bytes]:
-    """Drop a paragraph when a tenth of its runs of 8 words stood before: licences that differ in name and year,
-    tables whose entries differ in one field. Stops after `wanted` bytes."""
+def drop_near_repeats(
+    documents: Iterable[bytes], wanted: int | None = None, words: int = 8
+) -> list[bytes]:
+    """Drop a paragraph when a tenth of its runs of 8 words stood before: licences that differ in
+    name and year, tables whose entries differ in one field. Stops after `wanted` bytes."""
     seen: set[int] = set()
     kept, taken = [], 0
     for document in documents:
         paragraphs = []
         for paragraph in re.split(rb"\n[ \t\r]*\n", document):
             split = paragraph.split()
-            runs = [hash(tuple(split[i : i + words])) for i in range(max(1, len(split) - words + 1))]
+            runs = [
+                hash(tuple(split[i : i + words])) for i in range(max(1, len(split) - words + 1))
+            ]
             if len(paragraph) < 30 or 10 * sum(run in seen for run in runs) < len(runs):
                 paragraphs.append(paragraph)
                 seen.update(runs)
@@ -394,46 +477,55 @@ def drop_near_repeats(documents: Iterable[bytes], wanted: int | None = None, wor
 
 
 def load_split(folder: str | Path) -> Split:
-    """A domain on disk: train, dev (or valid) and test, each a .txt, .jsonl or .bin file in `folder`.
+    """A domain on disk: train, dev (or valid) and test, each a .txt, .jsonl or .bin file in
+    `folder`.
 
     txt    raw bytes, mapped into memory, documents separated by a zero byte
     jsonl  {"text": "..."} a line
     bin    token ids, little-endian uint16, mapped; meta.json beside it holds {"vocab_size": n}
     Raises FileNotFoundError for a missing folder or part, ValueError for contents that do not fit.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"domain {folder}: no such folder; --prepare makes one (data/README.md)")
-    parts, endings = [], set()
-    for part in PARTS:
-        names = ("dev", "valid") if part == "dev" else (part,)
-        found = [folder / (name + ending) for name in names for ending in (".txt", ".jsonl", ".bin")]
-        found = [path for path in found if path.is_file()]
-        if not found:
-            raise FileNotFoundError(f"domain {folder}: there is no {names[-1]}.txt, .jsonl or .bin")
-        if len(found) > 1:
-            raise ValueError(f"domain {folder}: {found[0].name} and {found[1].name}; keep one of them")
-        parts.append(_read_part(found[0]))
-        endings.add(found[0].suffix == ".bin")
-    if len(endings) > 1:
-        raise ValueError(f"domain {folder}: token ids (.bin) and text cannot be mixed")
-    vocab_size = 256
-    if endings == {True}:
-        try:
-            vocab_size = int(json.loads((folder / "meta.json").read_text())["vocab_size"])
-        except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f'domain {folder}: meta.json must hold {{"vocab_size": n}} ({error})') from error
-        largest = max(int(part.numpy().max()) for part in parts)
-        if largest >= vocab_size:
-            raise ValueError(f"domain {folder}: token id {largest}, but meta.json says vocab_size {vocab_size}")
-        if vocab_size > 65_536:  # an embedding of that size would be made
-            raise ValueError(
-                f"domain {folder}: meta.json says vocab_size {vocab_size}; token ids of 16 bits end at 65,535"
-            )
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"domain {folder}: no such folder; --prepare makes one (data/README.md)"
+        )
+    files = [_part_file(path, *names) for names in (("train",), ("dev", "valid"), ("test",))]
+    endings = {file.suffix for file in files}
+    if ".bin" in endings and len(endings) > 1:
+        raise ReadError(f"domain {folder}: token ids (.bin) and text cannot be mixed")
+    parts = [_read_part(file) for file in files]
+    vocab_size = _vocab_size(path / "meta.json", parts) if ".bin" in endings else 256
     train, dev, test = parts
-    ends = [part.numpy().tobytes() for part in (train[:100_000], train[-100_000:], dev, test)]
-    sizes = repr([len(part) for part in parts]).encode()
-    return Split(folder.name, *parts, hashlib.sha256(b"\0\0".join([sizes, *ends])).hexdigest()[:12], "", vocab_size)
+    hashed = [repr([len(part) for part in parts]).encode()]
+    hashed += [part.numpy().tobytes() for part in (train[:100_000], train[-100_000:], dev, test)]
+    digest = hashlib.sha256(b"\0\0".join(hashed)).hexdigest()[:12]
+    return Split(path.name, *parts, digest, "", vocab_size)
+
+
+def _part_file(folder: Path, *names: str) -> Path:
+    """The one file of a part; of its names the last is asked for."""
+    found = [folder / (name + ending) for name in names for ending in (".txt", ".jsonl", ".bin")]
+    found = [path for path in found if path.exists()]
+    if not found:
+        raise FileNotFoundError(f"domain {folder}: there is no {names[-1]}.txt, .jsonl or .bin")
+    if len(found) > 1:
+        raise ReadError(f"domain {folder}: {found[0].name} and {found[1].name}; keep one of them")
+    return found[0]
+
+
+def _vocab_size(path: Path, parts: list[Tensor]) -> int:
+    with reading(path, 'it must hold {"vocab_size": n}') as at:
+        at.need(path.exists(), "is missing")
+        (vocab_size,) = at.take(parse_json(read_bytes(path)), "", "vocab_size")
+        # An embedding of that size is made, and ids of 16 bits end there.
+        at.need(
+            type(vocab_size) is int and 0 < vocab_size <= 65_536,
+            f"vocab_size is {shown(vocab_size)}",
+        )
+        largest = max(int(part.numpy().max()) for part in parts)
+        at.need(largest < vocab_size, f"token id {largest}, but vocab_size is {vocab_size}")
+    return vocab_size
 
 
 def find_split(name: str, root: Path) -> Split:
@@ -447,41 +539,46 @@ def find_split(name: str, root: Path) -> Split:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a name that leads out of its folder, or is kept for the seed of a forest."""
+    """Raises ValueError for a name that leads out of its folder, or is kept for the seed of a
+    forest.
+    """
     if not NAME.fullmatch(name) or name == "seed":
-        raise ValueError(f"a domain cannot be called {name[:80]!r}: letters, digits, '_', '.' and '-', and not 'seed'")
+        raise ValueError(
+            f"a domain cannot be called {name[:80]!r}: letters, digits, _ . - and not 'seed'"
+        )
 
 
 def _read_part(path: Path) -> Tensor:
-    if path.stat().st_size < 2:
-        raise ValueError(f"{path} is empty")
-    if path.suffix == ".jsonl":
-        text = SEPARATOR.join(_lines(path))
-        if not text:
-            raise ValueError(f"{path} holds no text")
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    if path.suffix == ".bin" and path.stat().st_size % 2:
-        raise ValueError(f"{path} has an odd number of bytes; token ids are uint16")
-    dtype = np.dtype("<u2") if path.suffix == ".bin" else np.uint8
-    return torch.from_numpy(np.memmap(path, dtype, mode="c"))  # copy-on-write: torch wants writable memory
+    with reading(path) as at:
+        if path.suffix == ".jsonl":
+            text = SEPARATOR.join(document["text"].encode() for document in _documents(path))
+            at.need(bool(text), "holds no text")
+            return _as_tensor(text)
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            at.need(size >= 2, "is empty")
+            at.need(
+                path.suffix != ".bin" or size % 2 == 0,
+                "has an odd number of bytes; token ids are uint16",
+            )
+            dtype = np.dtype("<u2") if path.suffix == ".bin" else np.uint8
+            return torch.from_numpy(
+                np.memmap(file, dtype, mode="c")
+            )  # copy-on-write: torch wants writable memory
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                document = json.loads(line)
-                document["text"].encode()
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f'{path}, line {number}: not {{"text": "..."}} ({error})') from error
+def _documents(path: Path) -> Iterator[dict]:
+    """The objects of a file with {"text": "..."} a line."""
+    with reading(path, 'a line must be {"text": "..."}') as at:
+        for document in json_lines(at, longest=1 << 28):
+            (text,) = at.take(document, "", "text", spare="meta")
+            at.need(isinstance(text, str), f"text is {shown(text)}")
+            text.encode()  # raises for half of a surrogate pair
             yield document
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    return (document["text"].encode() for document in _json_lines(path))
-
-
-# The Pile's names of its parts: the public corpus whose documents say where they come from (Gao et al. 2020).
+# The Pile's names of its parts: the public corpus whose documents say where they come from (Gao et
+# al. 2020).
 PILE = {
     "Pile-CC": "web",
     "ArXiv": "arxiv",
@@ -502,46 +599,74 @@ PILE = {
 }
 
 
-def prepare(source: str | Path, root: str | Path, domain: str = "") -> tuple[dict[str, dict[str, int]], Counter]:
-    """Write root/<domain>/{train,dev,test}.txt from a file or folder: ({domain: {part: bytes}}, labels found).
+def prepare(
+    source: str | Path, root: str | Path, domain: str = ""
+) -> tuple[dict[str, dict[str, int]], Counter]:
+    """Write root/<domain>/{train,dev,test}.txt from a file or folder: ({domain: {part: bytes}},
+    labels found).
 
-    With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one domain. Without, the
-    lines of .jsonl files are dealt out by their meta.pile_set_name. Documents that are equal are kept once; which part
-    a document goes to depends on its contents alone. A domain is replaced only when all of it is written.
-    Raises FileNotFoundError, or ValueError naming what was found.
+    With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one
+    domain. Without, the lines of .jsonl files are dealt out by their meta.pile_set_name. Documents
+    that are equal are kept once; which part a document goes to depends on its contents alone. A
+    domain is replaced only when all of it is written. Raises FileNotFoundError, or ValueError
+    naming what was found.
     """
-    source, found = Path(source).expanduser(), Counter()
     if domain:
         check_name(domain)
-    if not source.exists():
+    paths = _sources(source)
+    found: Counter[str] = Counter()
+    if not domain:
+        sizes = _write_parts(
+            _pile_parts([path for path in paths if path.suffix == ".jsonl"], found), Path(root)
+        )
+        if not sizes:
+            labels = [
+                f"{label or 'no meta.pile_set_name'} ({count})"
+                for label, count in found.most_common(20)
+            ]
+            raise ReadError(
+                f"{source}: no domain can be filled; found: {', '.join(labels) or 'no .jsonl file'}"
+            )
+        return sizes, found
+    documents = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            documents += [(path.name, document["text"].encode()) for document in _documents(path)]
+        elif not _is_binary(content := read_bytes(path)):
+            documents.append((path.name, content))
+    sizes = [len(text) for _, text in documents]
+    few_or_huge = len(documents) < 100 or 20 * max(sizes) > sum(
+        sizes
+    )  # else one could fill a part, or be one
+    split = split_in_three(domain, documents, few_files=few_or_huge)
+    texts = ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS)
+    return _write_parts(texts, Path(root)), found
+
+
+def _sources(source: str | Path) -> list[Path]:
+    """A file itself, or the files of a folder: no links, nothing hidden, nothing packed."""
+    path = Path(source).expanduser()
+    if not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(source).parts)
-    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
-    paths = [path for path in paths if path.is_file() and not path.is_symlink() and not hidden(path)]
-    packed = [path for path in paths if path.suffix in (".zst", ".gz", ".xz", ".zip")]
-    if packed:
-        raise ValueError(f"{packed[0]} is packed; unpack it first (zstd -d FILE)")
-    if domain:
-        documents = []
-        for path in paths:
-            texts = _lines(path) if path.suffix == ".jsonl" else [path.read_bytes()]
-            documents += [(path.name, text) for text in texts if path.suffix == ".jsonl" or not _is_binary(text)]
-        sizes = [len(text) for _, text in documents]
-        few_or_huge = len(documents) < 100 or 20 * max(sizes) > sum(sizes)  # else one could fill a part, or be one
-        split = split_in_three(domain, documents, few_files=few_or_huge)
-        texts = ((domain, part, getattr(split, part).numpy().tobytes()) for part in PARTS)
-        return _write_parts(texts, Path(root)), found
-    sizes = _write_parts(_pile_parts([path for path in paths if path.suffix == ".jsonl"], found), Path(root))
-    if not sizes:
-        listed = ", ".join(f"{label or 'no meta.pile_set_name'} ({count})" for label, count in found.most_common(20))
-        raise ValueError(f"{source}: no domain can be filled; found: {listed or 'no .jsonl file'}")
-    return sizes, found
+    if not path.is_dir():
+        found = [path]
+    else:
+        found = [
+            child for child in sorted(path.rglob("*")) if child.is_file() and not child.is_symlink()
+        ]
+        found = [child for child in found if "/." not in f"/{child.relative_to(path).as_posix()}"]
+    for child in found:
+        if child.suffix in (".zst", ".gz", ".xz", ".zip"):
+            raise ReadError(f"{child} is packed; unpack it first (zstd -d FILE)")
+    return found
 
 
 def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, bytes]]:
-    """(domain, part, text) of every document of the Pile that is new; counts the labels in `found`."""
+    """(domain, part, text) of every document of the Pile that is new; counts the labels in
+    `found`.
+    """
     seen: set[bytes] = set()
-    for document in (document for path in paths for document in _json_lines(path)):
+    for document in itertools.chain.from_iterable(map(_documents, paths)):
         meta = document.get("meta")
         label = str(meta.get("pile_set_name", "")) if isinstance(meta, dict) else ""
         found[label] += 1
@@ -549,12 +674,16 @@ def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, b
         digest = hashlib.sha256(text).digest()
         if label in PILE and digest[:12] not in seen and text.strip():
             seen.add(digest[:12])
-            part = "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"  # 2 %, 2 %, 96 %
+            part = (
+                "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"
+            )  # 2 %, 2 %, 96 %
             yield PILE[label], part, text + SEPARATOR
 
 
 def _write_parts(texts: Iterable[tuple[str, str, bytes]], root: Path) -> dict[str, dict[str, int]]:
-    """Append (domain, part, text) to files that replace root/<domain>/<part>.txt once all three parts are there."""
+    """Append (domain, part, text) to files that replace root/<domain>/<part>.txt once all three
+    parts are there.
+    """
     sizes: dict[str, dict[str, int]] = {}
     with contextlib.ExitStack() as stack:
         files = {}
@@ -574,17 +703,3 @@ def _write_parts(texts: Iterable[tuple[str, str, bytes]], root: Path) -> dict[st
                     os.replace(root / domain / f".{part}.tmp", path)
                     sizes.setdefault(domain, {})[part] = path.stat().st_size
     return sizes
-
-
-if __name__ == "__main__":
-    asked = sys.argv[1:] or [*DOMAINS, *PROVENANCE]
-    if unknown := set(asked) - {*DOMAINS, *PROVENANCE}:
-        sys.exit(f"no text domain {min(unknown)!r}; there are {', '.join({**DOMAINS, **PROVENANCE})}")
-    for domain in (name for name in DOMAINS if name in asked):
-        corpus = load_domain(domain)
-        sizes = f"{len(corpus.train):10,d} + {len(corpus.val):9,d} bytes"
-        print(f"{domain:10s} {corpus.num_documents:6d} documents  {sizes}  sha256 {corpus.digest}  {corpus.note}")
-    for domain in (name for name in PROVENANCE if name in asked):
-        split = load_provenance(domain)
-        sizes = " + ".join(f"{len(getattr(split, part)):,}" for part in PARTS)
-        print(f"{domain:10s} {sizes} bytes (train + dev + test)  sha256 {split.digest}  {split.note}")

@@ -472,48 +472,6 @@ def test_letters_must_be_tokens(checkpoint):
         pretrained.answer_ids(tokenizer, "AA")
 
 
-# --- readers -------------------------------------------------------------------------------------------------
-
-
-def test_readers_of_the_published_formats(tmp_path):
-    def write(name, *lines):
-        (tmp_path / name).write_text(
-            "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
-        )
-        return tmp_path / name
-
-    numbered = {"stem": "why ?", "choices": [{"text": "so", "label": "1"}, {"text": "not", "label": "2"}]}
-    path = write("arc.jsonl", {"question": numbered, "answerKey": "2"})
-    assert tasks.read_arc(path) == [tasks.Example("why ?", 1, choices=("so", "not"))]
-    siqa = {"context": "Ann ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c"}
-    path = write("siqa.jsonl", siqa, siqa)
-    write("siqa-labels.lst", "3", "1")
-    expected = tasks.Example("Why?", 2, choices=("a", "b", "c"), context="Ann ran.")
-    assert tasks.read_siqa(path) == [expected, expected._replace(label=0)]
-    path = write("piqa.jsonl", {"goal": "open", "sol1": "push", "sol2": "pull"})
-    write("piqa-labels.lst", "1")
-    assert tasks.read_piqa(path) == [tasks.Example("open", 1, choices=("push", "pull"))]
-    path = write("hellaswag.jsonl", {"ctx": "He", "endings": ["a", "b", "c", "d"], "label": 3})
-    assert tasks.read_hellaswag(path)[0].label == 3 and tasks.read_hellaswag(path)[0].context == "He"
-
-    write("siqa-labels.lst", "3", "4")
-    with pytest.raises(ValueError, match="siqa-labels.lst, line 2: label '4'"):
-        tasks.read_siqa(tmp_path / "siqa.jsonl")
-    write("siqa-labels.lst", "3")
-    with pytest.raises(ValueError, match="has 2 lines.*has 1"):
-        tasks.read_siqa(tmp_path / "siqa.jsonl")
-    write("piqa-labels.lst", "1", "0")
-    with pytest.raises(ValueError, match="has 1 lines.*has 2"):
-        tasks.read_piqa(tmp_path / "piqa.jsonl")
-    for broken in ({"question": numbered}, {"question": numbered, "answerKey": "C"}, {"answerKey": "1"}, [1]):
-        with pytest.raises(ValueError, match="arc.jsonl, line 2: needs"):
-            tasks.read_arc(write("arc.jsonl", {"question": numbered, "answerKey": "2"}, broken))
-    with pytest.raises(ValueError, match="line 1: needs"):
-        tasks.read_hellaswag(write("h.jsonl", {"ctx": "He", "endings": ["a", "b", "c", "d"], "label": ""}))
-    with pytest.raises(ValueError, match="line 1: needs"):
-        tasks.read_hellaswag(write("h.jsonl", {"ctx": "He", "endings": ["a", "b"], "label": 1}))
-
-
 # --- claims --------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ from forked import ended, wait_until
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
-from data import behavior, download, graphs, images, tasks, text
+from data import download, graphs
 
 resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
 TOY = "tests/toy.py"
@@ -478,49 +478,6 @@ def test_files_that_would_unpack_to_any_size_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_BYTES", 8_000_000)
     with pytest.raises(ValueError, match="bomb.npz: .*unpack to 8,0.* bytes, more than 8,000,000"):
         graphs.load(path)
-
-
-def test_damaged_files_of_data_are_read_or_refused_by_name(tmp_path):
-    """What the readers of data/ do with files of every format that a user, or a download without checksum, brings."""
-    random = np.random.default_rng(1)
-    graph = tmp_path / "graph.npz"
-    features, labels, edges = random.normal(size=(9, 3)), np.arange(9) % 3, random.integers(0, 9, (20, 2))
-    np.savez_compressed(graph, node_features=features, node_labels=labels, edges=edges)
-    for found in survive(graph, lambda: graphs.load(graph), 150):
-        assert torch.isfinite(found.x).all() and int(found.edge_index.max()) < len(found.x)
-
-    for kind, (label_bytes, train_files, test_file) in images.FILES.items():
-        folder = tmp_path / kind
-        folder.mkdir()
-        for name in (*train_files, test_file):
-            record = random.integers(0, 256, (4, label_bytes + images.PIXELS), dtype=np.uint8)
-            record[:, label_bytes - 1] = [0, 1, 2, 1]
-            (folder / name).write_bytes(record.tobytes())
-        for found in survive(folder / test_file, lambda folder=folder: images.read_folder(folder), 60, names=kind):
-            assert int(found.test_y.max()) < found.num_classes
-
-    import test_behavior
-    import test_graphs
-    import test_tasks
-
-    logs = test_behavior.write_kuairand(tmp_path)
-    for path in sorted(logs.glob("*.csv")):
-        survive(path, lambda: behavior.load("kuairand-1k", tmp_path, hash_bits=8), 12, names="kuairand")
-    test_behavior.write_census(tmp_path)
-    survive(
-        tmp_path / "census" / "census-income.data.gz", lambda: behavior.load("census", tmp_path), 20, names="census"
-    )
-
-    folder = test_graphs.ogb_folder(tmp_path / "ogb")
-    for path in (folder / "raw" / "edge.csv.gz", folder / "split" / "time" / "test.csv.gz"):
-        survive(path, lambda: (folder / "parsed.npz").unlink(missing_ok=True) or graphs.load(folder), 40, names="ogb")
-
-    (tmp_path / "math.csv").write_text(test_tasks.MATH)
-    survive(tmp_path / "math.csv", lambda: tasks.read_math(tmp_path / "math.csv"), 150)
-    (tmp_path / "domain").mkdir()
-    for name in ("train", "dev", "test"):
-        (tmp_path / "domain" / f"{name}.jsonl").write_text('{"text": "some words"}\n' * 5)
-    survive(tmp_path / "domain" / "dev.jsonl", lambda: text.load_split(tmp_path / "domain"), 60)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])

@@ -1,7 +1,10 @@
-"""Text corpora: split by document without leakage, the same on every call, honest about what is missing."""
+"""Text corpora: split by document without leakage, the same on every call, honest about what is
+missing.
+"""
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -26,7 +29,9 @@ def test_no_document_has_a_part_on_both_sides():
 
 @pytest.mark.parametrize("domain", ["python", "docs"])
 def test_validation_is_not_a_copy_of_training(domain):
-    """Help topics quote each other word for word: split by topic alone, two fifths of validation stood in training."""
+    """Help topics quote each other word for word: split by topic alone, two fifths of validation
+    stood in training.
+    """
     corpus = text.load_domain.__wrapped__(domain)
     train, val = whole(corpus.train), whole(corpus.val)
     pieces = [val[i : i + 64] for i in range(0, len(val) - 64, 64)][:600]
@@ -35,7 +40,11 @@ def test_validation_is_not_a_copy_of_training(domain):
 
 def test_a_paragraph_that_repeats_is_kept_once():
     long, short = b"a paragraph of some length, quoted elsewhere", b"short"
-    documents = [long + b"\n\n" + short, short + b"\n \n" + long.replace(b" ", b"  ") + b"\n\nnew words", long]
+    documents = [
+        long + b"\n\n" + short,
+        short + b"\n \n" + long.replace(b" ", b"  ") + b"\n\nnew words",
+        long,
+    ]
     assert text.drop_repeats(documents) == [documents[0], b"short\n\nnew words"]
 
 
@@ -54,7 +63,10 @@ def test_few_or_uneven_documents_leave_something_on_both_sides():
     early = text.split_documents("x", [("a", b"Title\n" + b"one long line " * 1000)], 0.1)
     assert len(early.val) == pytest.approx(1400, rel=0.01)
     single = text.split_documents("x", [("a", b"line one\n" * 100)], 0.1)
-    assert whole(single.train).endswith(b"\n") and whole(single.train) + whole(single.val) == b"line one\n" * 100
+    assert (
+        whole(single.train).endswith(b"\n")
+        and whole(single.train) + whole(single.val) == b"line one\n" * 100
+    )
 
 
 @pytest.mark.parametrize("domain", list(text.DOMAINS))
@@ -92,6 +104,9 @@ def test_own_text_file_folder_and_mistakes(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b" \n")
     with pytest.raises(ValueError, match="holds no text"):
         text.load_text(tmp_path / "empty.txt")
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes: a reader would wait for ever
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        text.load_text(tmp_path / "pipe")
     with pytest.raises(ValueError, match="no text domain 'poems'; there are python"):
         text.load_domain("poems")
 
@@ -99,7 +114,10 @@ def test_own_text_file_folder_and_mistakes(tmp_path):
 def test_windows_predict_every_byte_once():
     data = torch.arange(21, dtype=torch.uint8)
     windows = text.all_windows(data, context=5)
-    assert windows.tolist() == [list(range(i, i + 6)) for i in (0, 5, 10, 15)] and windows.dtype == torch.int64
+    assert (
+        windows.tolist() == [list(range(i, i + 6)) for i in (0, 5, 10, 15)]
+        and windows.dtype == torch.int64
+    )
     assert windows[:, 1:].flatten().tolist() == list(range(1, 21))
     with pytest.raises(ValueError, match="21 bytes; a window of context 21 needs 22"):
         text.all_windows(data, 21)
@@ -115,11 +133,13 @@ def test_sampled_windows_are_consecutive_bytes_and_repeat_with_the_generator():
         text.sample_windows(data, 1, 51, torch.Generator())
 
 
-# --- domains by provenance, in three parts ---------------------------------------------------------------------
+# --- domains by provenance, in three parts --------------------------------------------------------
 
 
 def verbatim(piece_source: bytes, within: bytes, size: int = 64) -> float:
-    """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form, not content."""
+    """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form,
+    not content.
+    """
     pieces = [piece_source[i : i + size] for i in range(0, len(piece_source) - size, size)][:400]
     pieces = [piece for piece in pieces if sum(chr(byte).isalnum() for byte in piece) > size // 3]
     return sum(piece in within for piece in pieces) / max(1, len(pieces))
@@ -133,7 +153,8 @@ def provenance():
 def test_domains_are_whole_distinct_and_the_same_twice(provenance):
     for name, split in provenance.items():
         sizes = [len(getattr(split, part)) for part in text.PARTS]
-        # btm.py reads 128 test blocks of 64 bytes; a bare environment has 8,441 bytes of licences for them.
+        # btm.py reads 128 test blocks of 64 bytes; a bare environment has 8,441 bytes of licences
+        # for them.
         assert sizes[0] >= 60_000 and sizes[1] >= 5_000 and sizes[2] > 128 * 64, (name, sizes)
         assert all(size <= text.SMALL_SIZES[part] for part, size in zip(text.PARTS, sizes))
         assert split.train.dtype == torch.uint8 and split.vocab_size == 256
@@ -143,22 +164,31 @@ def test_domains_are_whole_distinct_and_the_same_twice(provenance):
 
 
 def test_no_part_of_a_domain_quotes_another_part(provenance):
-    """Also across domains: what an expert learns must not be the text that a novel domain asks for."""
-    whole_of = {name: {part: whole(getattr(split, part)) for part in text.PARTS} for name, split in provenance.items()}
-    tables = {"operators": 0.12, "stubs": 0.04}  # generated entries that differ in a word: their form repeats
+    """Also across domains: what an expert learns must not be the text that a novel domain asks
+    for.
+    """
+    whole_of = {
+        name: {part: whole(getattr(split, part)) for part in text.PARTS}
+        for name, split in provenance.items()
+    }
+    tables = {
+        "operators": 0.12,
+        "stubs": 0.04,
+    }  # generated entries that differ in a word: their form repeats
     for name, parts in whole_of.items():
         bound = tables.get(name, 0.02)
         assert verbatim(parts["test"], parts["train"]) <= bound, name
-        assert verbatim(parts["test"], parts["dev"]) <= bound and verbatim(parts["dev"], parts["train"]) <= bound, name
+        assert (
+            verbatim(parts["test"], parts["dev"]) <= bound
+            and verbatim(parts["dev"], parts["train"]) <= bound
+        ), name
         for other in ("python", "headers", "docs", "operators", "unicode", "tests"):
             if other != name:
                 assert verbatim(parts["test"], whole_of[other]["train"]) <= 0.01, (name, other)
 
 
 def test_near_repeats_are_dropped_and_different_words_are_kept():
-    licence = (
-        b"permission is hereby granted free of charge to any person obtaining a copy of this software and to use it"
-    )
+    licence = b"permission is hereby granted free of charge to any person obtaining a copy of this software and to use it"
     other = b"the cat sat on the mat and looked at the moon for a long while before it went home to sleep again"
     documents = [
         b"Copyright 2001 A\n\n" + licence,
@@ -175,7 +205,9 @@ def test_three_parts_share_no_document_and_do_not_move_with_names_or_order():
     numbers = {part: set(whole(getattr(split, part)).split(b"\0")) for part in text.PARTS}
     assert sum(map(len, numbers.values())) == len(set.union(*numbers.values())) == 60
     assert len(numbers["test"]) in (6, 7) and len(numbers["dev"]) in (3, 4)
-    again = text.split_in_three("x", [("new " + name, content) for name, content in reversed(found)])
+    again = text.split_in_three(
+        "x", [("new " + name, content) for name, content in reversed(found)]
+    )
     assert again.digest == split.digest
     assert text.split_in_three("x", found[1:]).digest != split.digest
     with pytest.raises(ValueError, match="'x' is too short: .* cannot fill three parts"):
@@ -205,7 +237,13 @@ def test_a_missing_source_is_replaced_and_says_so(monkeypatch, tmp_path):
 
 def test_packages_are_not_part_of_the_standard_library(monkeypatch, tmp_path):
     """Where they lie inside its folder, numpy (a novel domain) would be learnt as python."""
-    for name in ("os.py", "json/decoder.py", "site-packages/numpy/a.py", "dist-packages/numpy/b.py", "test/c.py"):
+    for name in (
+        "os.py",
+        "json/decoder.py",
+        "site-packages/numpy/a.py",
+        "dist-packages/numpy/b.py",
+        "test/c.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
     monkeypatch.setattr(text, "STDLIB", tmp_path)
@@ -216,7 +254,9 @@ def test_generated_text_is_true_and_the_same_everywhere():
     line = whole(text.load_provenance("sums").test).split(b"\n")[3].decode()
     left, right = line.split(" = ")
     assert eval(left) == int(right)
-    digests = [hashlib.sha256(next(text.generated(kind))[1]).hexdigest()[:8] for kind in text.GENERATED]
+    digests = [
+        hashlib.sha256(next(text.generated(kind))[1]).hexdigest()[:8] for kind in text.GENERATED
+    ]
     assert digests == ["66d159da", "adced52c", "de09ee21", "ef862b63"]
 
 
@@ -230,29 +270,37 @@ def write_domain(folder, ending=".txt", **parts):
 def test_a_domain_on_disk_in_three_formats(tmp_path):
     train, dev, test = b"to train on " * 9, b"to develop", b"to test"
     plain = text.load_split(write_domain(tmp_path / "plain", train=train, valid=dev, test=test))
-    assert [whole(plain.train), whole(plain.dev), whole(plain.test)] == [train, dev, test] and plain.name == "plain"
+    assert [whole(plain.train), whole(plain.dev), whole(plain.test)] == [
+        train,
+        dev,
+        test,
+    ] and plain.name == "plain"
     lines = b'{"text": "one"}\n{"text": "tw\\u00f6", "meta": 1}\n'
-    jsonl = text.load_split(write_domain(tmp_path / "lines", ".jsonl", train=lines, dev=lines, test=lines))
+    jsonl = text.load_split(
+        write_domain(tmp_path / "lines", ".jsonl", train=lines, dev=lines, test=lines)
+    )
     assert whole(jsonl.train) == b"one\0tw\xc3\xb6"
     ids = torch.tensor([1, 300, 65_000]).to(torch.uint16).numpy().astype("<u2").tobytes()
     folder = write_domain(tmp_path / "ids", ".bin", train=ids, dev=ids, test=ids)
-    with pytest.raises(ValueError, match='meta.json must hold {"vocab_size": n}'):
+    with pytest.raises(ValueError, match='meta.json: is missing; it must hold {"vocab_size": n}'):
         text.load_split(folder)
     (folder / "meta.json").write_text('{"vocab_size": 65001, "eot": 0}')
     loaded = text.load_split(folder)
-    assert loaded.vocab_size == 65_001 and text.sample_windows(loaded.train, 1, 3, torch.Generator()).tolist() == [
-        [1, 300, 65_000]
-    ]
+    assert loaded.vocab_size == 65_001 and text.sample_windows(
+        loaded.train, 1, 3, torch.Generator()
+    ).tolist() == [[1, 300, 65_000]]
     loaded.train[0] = 7  # a mapped file is never written to
     assert text.load_split(folder).digest == loaded.digest
     (folder / "meta.json").write_text('{"vocab_size": 65000}')
-    with pytest.raises(ValueError, match="token id 65000, but meta.json says vocab_size 65000"):
+    with pytest.raises(ValueError, match="meta.json: token id 65000, but vocab_size is 65000"):
         text.load_split(folder)
 
 
 def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
     good = {"train": b"train text", "valid": b"valid text", "test": b"test text"}
-    with pytest.raises(FileNotFoundError, match="no such folder; --prepare makes one .data.README.md."):
+    with pytest.raises(
+        FileNotFoundError, match="no such folder; --prepare makes one .data.README.md."
+    ):
         text.load_split(tmp_path / "none")
     folder = write_domain(tmp_path / "a", train=b"x" * 9, test=b"x" * 9)
     with pytest.raises(FileNotFoundError, match="there is no valid.txt"):
@@ -261,22 +309,37 @@ def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
     write_domain(folder, ".jsonl", train=b'{"text": "x"}\n')
     with pytest.raises(ValueError, match="train.txt and train.jsonl; keep one"):
         text.load_split(folder)
-    write_domain(tmp_path / "b", ".jsonl", **{part: b'{"text": "fine"}\n{"text": 3}\n' for part in good})
+    write_domain(
+        tmp_path / "b", ".jsonl", **{part: b'{"text": "fine"}\n{"text": 3}\n' for part in good}
+    )
     with pytest.raises(ValueError, match="train.jsonl, line 2"):
         text.load_split(tmp_path / "b")
     write_domain(tmp_path / "c", **good | {"test": b""})
-    with pytest.raises(ValueError, match="test.txt is empty"):
+    with pytest.raises(ValueError, match="test.txt: is empty"):
         text.load_split(tmp_path / "c")
     write_domain(tmp_path / "d", ".bin", **{part: b"odd" for part in good})
     with pytest.raises(ValueError, match="odd number of bytes"):
         text.load_split(tmp_path / "d")
     deep = b'{"text": "fine"}\n' + b"[" * 100_000 + b"\n"
-    for lines, message in ((deep, "train.jsonl, line 2"), (b'{"text": ""}\n', "train.jsonl holds no text")):
+    for lines, message in (
+        (deep, "train.jsonl, line 2"),
+        (b'{"text": ""}\n', "train.jsonl: holds no text"),
+    ):
         write_domain(tmp_path / "f", ".jsonl", **dict.fromkeys(good, lines))
         with pytest.raises(ValueError, match=message):
             text.load_split(tmp_path / "f")
     folder = write_domain(tmp_path / "g", ".bin", **dict.fromkeys(good, b"even"))
-    for vocab_size in ("1e999", "NaN", "1000000", "-1", "[]", "[" * 100_000):
+    for vocab_size in (
+        "1e999",
+        "NaN",
+        "1000000",
+        "-1",
+        "[]",
+        "3e4",
+        "true",
+        '"30000"',
+        "[" * 100_000,
+    ):
         (folder / "meta.json").write_text(f'{{"vocab_size": {vocab_size}}}')
         with pytest.raises(ValueError, match="meta.json"):
             text.load_split(folder)
@@ -289,23 +352,33 @@ def test_mistakes_in_a_domain_on_disk_are_named(tmp_path):
 def pile_lines(num=400, names=tuple(text.PILE)):
     for i in range(num):
         name = names[i % len(names)]
-        yield json.dumps({"text": f"{name} document {i} {i * i}", "meta": {"pile_set_name": name}}) + "\n"
+        yield (
+            json.dumps({"text": f"{name} document {i} {i * i}", "meta": {"pile_set_name": name}})
+            + "\n"
+        )
 
 
 def test_prepare_deals_the_pile_out_by_label(tmp_path):
     source = tmp_path / "val.jsonl"
     lines = list(pile_lines(6400))
     source.write_text(
-        "".join(lines + lines[:50]) + '{"text": "other", "meta": {"pile_set_name": "Books3"}}\n{"text": "no label"}\n'
+        "".join(lines + lines[:50])
+        + '{"text": "other", "meta": {"pile_set_name": "Books3"}}\n{"text": "no label"}\n'
     )
     sizes, labels = text.prepare(source, tmp_path / "btm")
     assert labels["ArXiv"] in (400, 404) and labels["Books3"] == labels[""] == 1
-    assert list(sizes) == sorted(text.PILE.values()) and all(set(parts) == set(text.PARTS) for parts in sizes.values())
+    assert list(sizes) == sorted(text.PILE.values()) and all(
+        set(parts) == set(text.PARTS) for parts in sizes.values()
+    )
     split = text.load_split(tmp_path / "btm" / "arxiv")
     documents = [set(whole(getattr(split, part)).strip(b"\0").split(b"\0")) for part in text.PARTS]
-    assert sum(map(len, documents)) == len(set.union(*documents)) == 400  # equal documents are kept once
+    assert (
+        sum(map(len, documents)) == len(set.union(*documents)) == 400
+    )  # equal documents are kept once
     assert all(document.startswith(b"ArXiv document") for document in set.union(*documents))
-    source.write_text("".join(reversed(lines)))  # which part a document goes to depends on its contents alone
+    source.write_text(
+        "".join(reversed(lines))
+    )  # which part a document goes to depends on its contents alone
     text.prepare(source, tmp_path / "again")
     again = text.load_split(tmp_path / "again" / "arxiv")
     for part in text.PARTS:
@@ -313,12 +386,16 @@ def test_prepare_deals_the_pile_out_by_label(tmp_path):
         assert dealt[0] == dealt[1]
     assert not list((tmp_path / "btm").rglob(".*"))
     source.write_text("".join(pile_lines(100, ("ArXiv 2", "Books3"))))
-    with pytest.raises(ValueError, match=r"no domain can be filled; found: ArXiv 2 \(50\), Books3 \(50\)"):
+    with pytest.raises(
+        ValueError, match=r"no domain can be filled; found: ArXiv 2 \(50\), Books3 \(50\)"
+    ):
         text.prepare(source, tmp_path / "btm")
     source.write_text("".join(lines[:3000]) + "{")
     with pytest.raises(ValueError, match="val.jsonl, line 3001"):
         text.prepare(source, tmp_path / "btm")
-    assert text.load_split(tmp_path / "btm" / "arxiv").digest == split.digest  # what was there stays
+    assert (
+        text.load_split(tmp_path / "btm" / "arxiv").digest == split.digest
+    )  # what was there stays
     assert not list((tmp_path / "btm").rglob(".*"))
 
 
@@ -335,9 +412,15 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
     sizes = text.prepare(folder, tmp_path / "btm", "notes")[0]["notes"]
     assert sizes["train"] > 5 * sizes["test"] > sizes["dev"] > 0
     split = text.load_split(tmp_path / "btm" / "notes")
-    assert b"\1\2" not in whole(split.train) and b"secret" not in whole(split.train) and b"thought" in whole(split.test)
+    assert (
+        b"\1\2" not in whole(split.train)
+        and b"secret" not in whole(split.train)
+        and b"thought" in whole(split.test)
+    )
     for i in range(120):  # many documents, one of which is most of the text
-        content = "\n\n".join(f"leaf {i} {i * j} {j * j + i} of the tree {j}" for j in range(4000 if i == 7 else 40))
+        content = "\n\n".join(
+            f"leaf {i} {i * j} {j * j + i} of the tree {j}" for j in range(4000 if i == 7 else 40)
+        )
         (tmp_path / "book" / f"{i}.txt").parent.mkdir(exist_ok=True)
         (tmp_path / "book" / f"{i}.txt").write_text(content)
     sizes = text.prepare(tmp_path / "book", tmp_path / "btm", "book")[0]["book"]

@@ -1,0 +1,130 @@
+"""data/arrays.py: what was saved comes back bit for bit, and nothing else comes back."""
+
+import io
+import json
+import math
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from data.arrays import load_arrays, save_arrays
+
+ARRAYS = {"w": torch.randn(3, 4), "half": torch.randn(5).bfloat16(), "n": torch.arange(3)}
+EXPECTED = {
+    name: (tuple(a.shape), str(a.dtype).removeprefix("torch.")) for name, a in ARRAYS.items()
+}
+
+
+def test_arrays_round_trip_bit_for_bit_with_their_digest(tmp_path):
+    path = tmp_path / "new" / "a.npz"
+    digest = save_arrays(path, ARRAYS, {"domain": "python"})
+    arrays, meta = load_arrays(path, EXPECTED, digest)
+    assert meta == {"domain": "python"}
+    assert all(torch.equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+    assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    "expected, digest, message",
+    [
+        ({**EXPECTED, "w": ((4, 3), "float32")}, None, r"w is float32 \[3, 4\]; float32 \[4, 3\]"),
+        ({**EXPECTED, "w": ((3, 4), "float16")}, None, "w is float32"),
+        ({name: EXPECTED[name] for name in ("w", "n")}, None, "half"),
+        ({**EXPECTED, "more": ((1,), "float32")}, None, "more"),
+        (None, "0" * 64, "SHA-256"),
+    ],
+)
+def test_arrays_that_are_not_what_was_expected_are_refused(tmp_path, expected, digest, message):
+    save_arrays(tmp_path / "a.npz", ARRAYS)
+    with pytest.raises(ValueError, match=f"a.npz: .*{message}"):
+        load_arrays(tmp_path / "a.npz", expected, digest)
+
+
+@pytest.mark.parametrize(
+    "name, array, message",
+    [
+        ("w", torch.tensor([math.nan]), "'w' holds NaN or infinity"),
+        ("w", torch.tensor([math.inf]), "'w' holds NaN or infinity"),
+        ("__meta__", torch.ones(1), "reserved"),
+        ("file", torch.ones(1), "reserved"),
+    ],
+)
+def test_what_cannot_be_read_back_is_not_written(tmp_path, name, array, message):
+    with pytest.raises(ValueError, match=message):
+        save_arrays(tmp_path / "a.npz", {name: array})
+    assert not list(tmp_path.iterdir())
+
+
+def write(path, arrays, dtypes, **header):
+    text = json.dumps({"dtypes": dtypes, "meta": {}, **header}).encode()
+    np.savez(path, **arrays, __meta__=np.frombuffer(text, np.uint8))
+
+
+INT32 = np.arange(4, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    "arrays, dtypes, header, message",
+    [
+        (
+            {"w": INT32},
+            {"w": "bfloat16"},
+            {},
+            "w is stored as int32, not as bfloat16",
+        ),  # twice as wide
+        ({"w": INT32}, {"w": "int64"}, {}, "w is stored as int32, not as int64"),
+        ({"w": INT32}, {}, {}, "names other arrays"),
+        ({"w": INT32}, {"w": "int32", "v": "int32"}, {}, "names other arrays"),
+        ({"w": INT32}, {"w": "int32"}, {"more": 1}, "holds more than dtypes and meta"),
+        ({"w": INT32}, None, {}, "no attribute|not iterable|damaged"),
+        ({"w": np.array([math.nan])}, {"w": "float64"}, {}, "w holds NaN"),
+        ({"w": np.array([object()])}, {"w": "object"}, {}, "nothing is unpickled"),
+        ({"w": np.array(["text"])}, {"w": "str"}, {}, "damaged"),
+    ],
+)
+def test_files_that_say_something_else_are_refused(tmp_path, arrays, dtypes, header, message):
+    write(tmp_path / "a.npz", arrays, dtypes, **header)
+    with pytest.raises(ValueError, match=f"a.npz.*({message})") as caught:
+        load_arrays(tmp_path / "a.npz")
+    assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_hostile_array_files_are_refused_without_executing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.npz"
+
+    def refused(message):
+        with pytest.raises(ValueError, match=f"bad.npz.*{message}"):
+            load_arrays(path)
+
+    np.savez(path, w=np.array([Bomb()], dtype=object))
+    refused("nothing is unpickled")
+    path.write_bytes(pickle.dumps(Bomb()))
+    refused("no zip archive")
+    np.savez_compressed(path, w=np.zeros(10**6))  # could unpack to any size
+    refused("compressed")
+    header = io.BytesIO()
+    claim = {"descr": "<f8", "fortran_order": False, "shape": (10**13,)}  # 73 TiB
+    np.lib.format.write_array_header_1_0(header, claim)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", header.getvalue())
+    refused("'w': shape .* does not fit")
+    np.savez(path, w=np.ones(1))
+    refused("lacks __meta__")
+    assert not (tmp_path / "exploded").exists()
+    path.unlink()
+    os.mkfifo(path)  # nobody ever writes: opened as a file it would wait for ever
+    refused("is no regular file")
+    with pytest.raises(ValueError, match="no regular file"):
+        load_arrays(path, digest="0" * 64)
+    with pytest.raises(FileNotFoundError, match="none.npz is missing"):
+        load_arrays(tmp_path / "none.npz")
