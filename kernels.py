@@ -73,7 +73,7 @@ class Dispatch(NamedTuple):
 
 
 def make_dispatch(expert_index: Tensor, num_experts: int) -> Dispatch:
-    """Sort the assignments of expert_index [tokens, top_k]; ids out of 0..num_experts-1 are null."""
+    """Sort the assignments of expert_index [tokens, top_k]; an id outside the range is null."""
     _check("expert_index", expert_index, ("tokens", "top_k"))
     dtype, device, total = expert_index.dtype, expert_index.device, expert_index.numel()
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
@@ -284,11 +284,16 @@ def _use_triton(backend: str, num_experts: int, *tensors: Tensor) -> bool:
         why = "offsets inside a matrix are int32, and one expert's has 2**31 elements or more"
     elif num_experts > 8192:  # tile_map holds the counts of all experts in registers
         why = f"its list of tiles is made for 8192 experts at most, not {num_experts}"
-    elif forward_ad._current_level >= 0:
-        why = "it has no forward-mode derivative"
+    elif _is_transformed():
+        why = "torch.func and forward-mode derivatives do not see into the kernels"
     if why and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot be used: {why}")
     return not why and backend != "torch" and all(t.numel() for t in tensors)
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func.grad, vmap, jvp and the like, or forward_ad.dual_level."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_new_enough(device: torch.device) -> bool:
@@ -349,10 +354,10 @@ def _many_small_groups(rows: Tensor, *weights: Tensor) -> bool:
         return False
     if not 0 < len(rows) < 512 * len(weights[0]):
         return False
-    # It gives no derivative forward, and whoever looks at the operators (torch.func, the compiler,
-    # a FLOP counter, fake tensors) knows mm, but not this one.
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if watched or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    # Whoever looks at the operators (the compiler, a FLOP counter, fake tensors, torch.func) knows
+    # mm, but not this one.
+    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if is_watched or _is_transformed():
         return False
     for w in weights:
         aligned = all(width * w.element_size() % 16 == 0 for width in w.shape[1:])
@@ -856,15 +861,7 @@ def _token_of_row(dispatch: Dispatch) -> Tensor:
     return torch.where(row < dispatch.offsets[-1], token, -1).unsqueeze(1)
 
 
-class _KernelFunction(torch.autograd.Function):
-    """Reverse mode, once; torch.func.grad works."""
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        raise RuntimeError("torch.vmap does not see into the Triton kernels: use backend='torch'")
-
-
-class _MoEMLP(_KernelFunction):
+class _MoEMLP(torch.autograd.Function):
     """Keeps x and z. The gathered rows, a and y are cheaper to make again, or not needed at all."""
 
     @staticmethod
@@ -928,7 +925,7 @@ class _MoEMLP(_KernelFunction):
         return dx, d_gates, dw1, dw2, db1, db2, None, None, None, None, None, None
 
 
-class _GroupedMM(_KernelFunction):
+class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(h, w, bias, slot, offsets):
         rows = _map_tiles(slot, offsets)
@@ -958,7 +955,7 @@ class _GroupedMM(_KernelFunction):
         return dh, dw, dbias, None, None
 
 
-class _Combine(_KernelFunction):
+class _Combine(torch.autograd.Function):
     """scatter: index = pos, back = token of each row. gather is its transpose: index and back
     change places."""
 

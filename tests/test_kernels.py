@@ -1,11 +1,14 @@
-"""kernels.py: the torch path against loops over tokens in float64, its errors, and both paths' contract.
+"""kernels.py: the torch path against loops over tokens in float64, its errors, its contract.
 
-The Triton kernels are tested in kernels_triton.py, which runs here twice: under Triton's interpreter, in a process of
-its own because TRITON_INTERPRET has to be set before the import, and on a GPU (`-m gpu`).
+The Triton kernels are tested in kernels_triton.py, which runs here under Triton's interpreter, in
+processes of its own because TRITON_INTERPRET has to be set before the import, and on a GPU
+(`-m gpu`), in parallel where pytest-xdist is installed.
 """
 
 import functools
+import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,11 +30,12 @@ def why_not_interpreted() -> str:
         return "there is no triton for macOS"
     if kernels.triton is None:
         return "triton is not installed"
-    version, numbers = (
-        tuple(map(int, m.__version__.split(".")[:2])) for m in (kernels.triton, numpy)
-    )
+    version = tuple(map(int, kernels.triton.__version__.split(".")[:2]))
+    numbers = tuple(map(int, numpy.__version__.split(".")[:2]))
     if version < (3, 7) and numbers >= (2, 4):
-        return f"the interpreter of triton {kernels.triton.__version__} fails with numpy {numpy.__version__}"
+        return (
+            f"triton {kernels.triton.__version__} does not interpret with numpy {numpy.__version__}"
+        )
     return ""
 
 
@@ -42,10 +46,9 @@ def start(*command, folder=ROOT, **environment) -> subprocess.Popen:
     )
 
 
-def start_triton_tests(**environment) -> subprocess.Popen:
-    return start(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py", **environment
-    )
+def start_triton_tests(*flags, **environment) -> subprocess.Popen:
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_triton.py", *flags)
+    return start(*command, **environment)
 
 
 def start_alone(folder, *command) -> subprocess.Popen:
@@ -55,17 +58,18 @@ def start_alone(folder, *command) -> subprocess.Popen:
 
 @pytest.fixture(scope="module", autouse=True)
 def beside(request, tmp_path_factory):
-    """{test: process, folder}: what the last tests of this file wait for runs beside the others, if it was chosen."""
+    """{test: process}: what the last tests wait for runs beside the others, if it was chosen."""
     chosen = {getattr(item, "originalname", item.name) for item in request.session.items}
     processes = {}
-    if "test_triton_kernels_in_the_interpreter" in chosen and not why_not_interpreted():
-        interpreted = start_triton_tests(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-        processes["test_triton_kernels_in_the_interpreter"] = interpreted, ROOT
+    for name in chosen & set(INTERPRETED):
+        if not why_not_interpreted():
+            flags, environment = INTERPRETED[name]
+            environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
+            processes[name] = start_triton_tests(*flags, **environment)
     for name in chosen & set(ALONE):
-        folder = tmp_path_factory.mktemp("alone")
-        processes[name] = start_alone(folder, *ALONE[name]), folder
+        processes[name] = start_alone(tmp_path_factory.mktemp("alone"), *ALONE[name])
     yield processes
-    for process, _ in processes.values():
+    for process in processes.values():
         if process.poll() is None:  # an interrupted session leaves nothing behind
             process.kill()
             process.communicate()
@@ -73,24 +77,28 @@ def beside(request, tmp_path_factory):
 
 @pytest.fixture
 def ended(beside, request):
-    """The process of this test, when it has ended: returncode, stdout, stderr, folder."""
-    process, folder = beside[request.node.originalname]
+    """The process of this test, when it has ended: returncode, stdout, stderr."""
+    process = beside[request.node.originalname]
     out, err = process.communicate()
-    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err, folder=folder)
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_triton_kernels_on_the_gpu():
-    process = start_triton_tests(TRITON_INTERPRET="0")
-    out, err = process.communicate()
-    assert process.returncode == 0, out + err
-    print(out.strip().splitlines()[-1])
+    """Compiling takes most of the time: eight processes, and the largest test afterwards, alone."""
+    side_by_side = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    large = "more_elements_than_int32"
+    for flags in ([*side_by_side, "-k", f"not {large}"], ["-k", large]):
+        process = start_triton_tests(*flags, TRITON_INTERPRET="0")
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
+        print(out.strip().splitlines()[-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The torch path
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 
 
 def naive(x, expert_index, gates, w1, w2, b1, b2, act, glu):
@@ -105,9 +113,9 @@ def naive(x, expert_index, gates, w1, w2, b1, b2, act, glu):
                 function = {
                     "relu": torch.relu,
                     "gelu": torch.nn.functional.gelu,
+                    "silu": lambda z: z * torch.sigmoid(z),
                     "none": lambda z: z,
                 }
-                function["silu"] = lambda z: z * torch.sigmoid(z)
                 half = z.shape[0] // 2
                 a = function[act](z[:half]) * z[half:] if glu else function[act](z)
                 row = row + gates[t, j] * (a @ w2[e] + (0 if b2 is None else b2[e]))
@@ -544,9 +552,9 @@ def test_moe_mlp_by_hand_is_the_definition():
         torch.testing.assert_close(kernels.moe_mlp_by_hand(*inputs, act), wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Processes of their own, started before the first test of this file
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 
 WITHOUT_TRITON = """
 import sys; sys.modules['triton'] = None
@@ -557,12 +565,17 @@ print(kernels.moe_mlp(x, torch.tensor([[0], [1], [-1]]), torch.ones(3, 1), w, w)
 CHANGES_NOTHING = """
 import os, random, numpy, torch
 def state():
-    numbers = torch.initial_seed(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
-    return os.environ.copy(), os.listdir(), numbers
+    numbers = torch.initial_seed(), random.getstate(), torch.get_num_threads()
+    return os.environ.copy(), os.listdir(), numbers, torch.get_default_dtype()
 before = state()
 import kernels
 print(state() == before)
 """
+OLDEST_CPU = {"OPENBLAS_CORETYPE": "Nehalem", "ATEN_CPU_CAPABILITY": "default"}
+INTERPRETED = {  # test -> flags, environment
+    "test_triton_kernels_in_the_interpreter": ([], {}),
+    "test_as_on_the_oldest_cpu": (["-k", "exact or two_runs or training_gives"], OLDEST_CPU),
+}
 ALONE = {  # test -> what is run in a folder that has nothing but kernels.py
     "test_works_alone_and_without_triton": ("-c", WITHOUT_TRITON),
     "test_import_changes_nothing": ("-B", "-c", CHANGES_NOTHING),
@@ -581,3 +594,10 @@ def test_import_changes_nothing(ended):
 def test_triton_kernels_in_the_interpreter(ended):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     print(ended.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="settings of x86")
+@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+def test_as_on_the_oldest_cpu(ended):
+    """What is most sensitive to rounding, with the libraries' code for CPUs without AVX."""
+    assert ended.returncode == 0, ended.stdout + ended.stderr
