@@ -197,7 +197,7 @@ def moe_mlp(
         return _MoEMLP.apply(x, gates, w1, w2, b1, b2, *row_numbers, act, glu, train)[0]
     counts, slot, token = _live(dispatch)
     rows = x.index_select(0, token)  # [live rows, d_model], expert by expert
-    if _many_small_groups(rows, w1, w2) and b1 is None and b2 is None:
+    if _many_small_groups(counts, rows, w1, w2) and b1 is None and b2 is None:
         hidden_rows = _activate(_library_mm(rows, w1, dispatch), act, glu)  # [live rows, d_ff]
         y = _library_mm(hidden_rows, w2, dispatch)  # [live rows, d_model]
         return _torch_scatter(y, slot, token, num_tokens, gates)
@@ -246,7 +246,7 @@ def grouped_mm(
         return _GroupedMM.apply(h, w, bias, dispatch.slot, dispatch.offsets)[0]
     counts, slot, _ = _live(dispatch)
     rows = h[: len(slot)]
-    if _many_small_groups(rows, w) and bias is None:
+    if _many_small_groups(counts, rows, w) and bias is None:
         return _with_null_rows(_library_mm(rows, w, dispatch), dispatch)
     parts = [_affine(*expert) for expert in _by_expert(counts, rows, w, bias)]
     return _with_null_rows(torch.cat(parts), dispatch)
@@ -328,11 +328,13 @@ def _live(dispatch: Dispatch) -> tuple[list[int], Tensor, Tensor]:
     return counts, slot, slot // max(top_k, 1)
 
 
-def _by_expert(counts: list[int], rows: Tensor, *weights: Tensor | None):
-    """(its rows, *its weights) of every expert. Not w[e], whose gradient is a zero tensor of full
-    size per expert: unbind stacks once."""
+def _by_expert(counts: list[int], rows: Tensor, *weights: Tensor | None) -> list[tuple]:
+    """(its rows, *its weights) of every expert that has rows; of the first, if none has. Not w[e],
+    whose gradient is a zero tensor of full size per expert: unbind stacks once."""
     nothing = [None] * len(counts)
-    return zip(rows.split(counts), *(nothing if w is None else w.unbind(0) for w in weights))
+    parts = [nothing if w is None else w.unbind(0) for w in weights]
+    experts = list(zip(rows.split(counts), *parts))
+    return [expert for expert in experts if len(expert[0])] or experts[:1]
 
 
 def _affine(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -346,13 +348,15 @@ def _activate(z: Tensor, act: str, glu: bool) -> Tensor:
     return ACTIVATIONS[act](gate) * up
 
 
-def _many_small_groups(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether F.grouped_mm, one loop in C++, takes these and is faster than a loop in Python. With
-    512 rows an expert or more it is not: expert by expert, what was just computed is in the cache.
-    """
+def _many_small_groups(counts: list[int], rows: Tensor, *weights: Tensor) -> bool:
+    """Whether F.grouped_mm, one loop over all experts in C++, takes these and is faster than a loop
+    in Python over those that have rows. With few of them, as in decoding, it is not; nor with 512
+    rows an expert or more: there, what was computed last should still be in the cache."""
+    num_experts = len(counts)
+    num_busy = num_experts - counts.count(0)
     if not hasattr(F, "grouped_mm") or not rows.is_cpu or rows.dtype not in _FLOATS:
         return False
-    if not 0 < len(rows) < 512 * len(weights[0]):
+    if num_busy <= num_experts // 4 or len(rows) >= 512 * num_experts:
         return False
     # Whoever looks at the operators (the compiler, a FLOP counter, fake tensors, torch.func) knows
     # mm, but not this one.
