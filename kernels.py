@@ -334,6 +334,8 @@ def _by_expert(counts: list[int], rows: Tensor, *weights: Tensor | None) -> list
     nothing = [None] * len(counts)
     parts = [nothing if w is None else w.unbind(0) for w in weights]
     experts = list(zip(rows.split(counts), *parts))
+    if torch.compiler.is_compiling():  # the row counts are not known yet
+        return experts
     return [expert for expert in experts if len(expert[0])] or experts[:1]
 
 
@@ -352,16 +354,15 @@ def _many_small_groups(counts: list[int], rows: Tensor, *weights: Tensor) -> boo
     """Whether F.grouped_mm, one loop over all experts in C++, takes these and is faster than a loop
     in Python over those that have rows. With few of them, as in decoding, it is not; nor with 512
     rows an expert or more: there, what was computed last should still be in the cache."""
-    num_experts = len(counts)
-    num_busy = num_experts - counts.count(0)
-    if not hasattr(F, "grouped_mm") or not rows.is_cpu or rows.dtype not in _FLOATS:
-        return False
-    if num_busy <= num_experts // 4 or len(rows) >= 512 * num_experts:
-        return False
     # Whoever looks at the operators (the compiler, a FLOP counter, fake tensors, torch.func) knows
     # mm, but not this one.
-    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if is_watched or _is_transformed():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_transformed():
+        return False
+    if not hasattr(F, "grouped_mm") or not rows.is_cpu or rows.dtype not in _FLOATS:
+        return False
+    num_experts = len(counts)
+    num_busy = num_experts - counts.count(0)
+    if num_busy <= num_experts // 4 or len(rows) >= 512 * num_experts:
         return False
     for w in weights:
         aligned = all(width * w.element_size() % 16 == 0 for width in w.shape[1:])
