@@ -86,7 +86,7 @@ def record(case: Case) -> list:
                 patch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
             patch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(case.arch, 10))
             act, tensors = "silu" if glu else "gelu", (x, gates, w1, w2, b1, b2, slot, pos, offsets)
-            out = kernels._MoEMLP.apply(*tensors, act, glu, True)
+            out, *_ = kernels._MoEMLP.apply(*tensors, act, glu, True)
             out.backward(torch.empty_like(out))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -306,7 +306,7 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(kernels, "INTERPRETED", interpreted)  # then _use_triton accepts what is on the CPU, itself
     if not interpreted:
-        monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
+        monkeypatch.setattr(kernels, "_use_triton", lambda *arguments: True)
     shapes = ((32, 16), (32, 2), (4, 16, 32), (4, 16, 16), (4, 32), (4, 16))
     x, gates, w1, w2, b1, b2 = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
     layer = torch.compile(kernels.moe_mlp, fullgraph=True, backend=backend)
