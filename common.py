@@ -694,10 +694,8 @@ def train(
             try:
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     loss, values = loss_fn(part, step)
-            except (
-                ValueError
-            ) as error:  # a layer that refuses NaN; a mistake shows at the first step
-                if step == first_step:
+            except ValueError as error:
+                if step == first_step:  # a mistake; later it is a layer that refuses NaN
                     raise
                 raise NonFiniteLoss(f"{error} at step {step}") from error
             if backward is None:
@@ -769,18 +767,16 @@ def restore(
             for value in found.values():
                 if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                     raise ValueError("the optimizer's state has another shape")
-        for random, put_back in zip(
-            state["random"], (torch.set_rng_state, torch.cuda.set_rng_state)
-        ):
-            put_back(random.cpu())
+        torch.set_rng_state(state["random"][0].cpu())
+        if len(state["random"]) > 1:
+            torch.cuda.set_rng_state(state["random"][1].cpu())
         if state["step"] not in allowed or not is_finite(model):
             raise ValueError(f"step {state['step']}")
         return state["step"], dict(state["last"])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(
-            f"{checkpoint} does not belong here ({reason}); {afresh(checkpoint)}"
-        ) from error
+        misfit = f"{checkpoint} does not belong here ({reason})"
+        raise UsageError(f"{misfit}; {afresh(checkpoint)}") from error
 
 
 def is_finite(model: nn.Module) -> bool:
@@ -1318,11 +1314,16 @@ class Run:
     def do(self, jobs: Sequence[tuple["Job", Callable]]) -> None:
         """Train what has no result yet."""
         self.begin()
-        jobs = [(job, train_arm) for job, train_arm in jobs if not job.path(".json").exists()]
-        if min(self.workers, len(jobs)) > 1 and processes()[1] == 1:
-            train_in_processes(self, jobs)
-            return
+        todo = []
         for job, train_arm in jobs:
+            if job.path(".json").exists():
+                job.result()  # refuses a damaged one before hours are spent on the others
+            else:
+                todo.append((job, train_arm))
+        if min(self.workers, len(todo)) > 1 and processes()[1] == 1:
+            train_in_processes(self, todo)
+            return
+        for job, train_arm in todo:
             job.do(train_arm)
 
     def identity(self) -> dict:
@@ -1377,9 +1378,8 @@ class Run:
             for old, new in [(before.get("config", {}), now["config"]), (before, now)]:
                 for key in new:
                     if key not in old:
-                        raise UsageError(
-                            f"{mark} is damaged (no {key}); start anew with --overwrite"
-                        )
+                        damaged = f"{mark} is damaged (no {key})"
+                        raise UsageError(f"{damaged}; start anew with --overwrite")
                     if key != "config" and old[key] != new[key]:
                         differs = f"{key} = {old[key]}, not {new[key]}"
                         raise UsageError(f"--resume: {self.out} was run with {differs}")
@@ -1450,9 +1450,8 @@ class Job:
         found = read_json(self.path(".json"), result=dict, sha256=str)
         if found["sha256"] != digest(found["result"]):
             damaged = f"{self.path('.json')} is damaged, its SHA-256 is another"
-            raise UsageError(
-                f"{damaged}; {afresh(self.path('.json'))} or start anew with --overwrite"
-            )
+            way_out = f"{afresh(self.path('.json'))} or start anew with --overwrite"
+            raise UsageError(f"{damaged}; {way_out}")
         return found["result"]
 
     def do(self, train_arm: Callable) -> None:
@@ -1936,11 +1935,9 @@ def parse(
     for name, kind in kinds.items():
         defaults = {as_typed(getattr(config, name)): None for config in (small, full)}
         text = f"{comments.get(name, '')} ({' / '.join(defaults)})".replace("%", "%%")
-        how = (
-            {"action": argparse.BooleanOptionalAction}
-            if kind is bool
-            else {"metavar": name.upper()}
-        )
+        how = {"metavar": name.upper()}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         fields.add_argument(flag(name), help=text, **how)
 
     found, unknown = parser.parse_known_args(argv)
