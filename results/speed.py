@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None, configs: dict = CONFIGS, turns: int 
         rows.append({"what": what, "alternative": alternative, **compare(pair, turns)})
         print("{what:44}{alternative:30}{ratio:8.3g}  ({low:.3g} to {high:.3g})".format(**rows[-1]), flush=True)
     if path:
-        about = {"machine": common._machine(), "torch": torch.__version__, "git": common._git(ROOT)}
+        about = {**common.machine("cpu"), "git": common.git_version(ROOT)}
         common.write_json(path, {**about, "rows": rows})
 
 
