@@ -424,17 +424,18 @@ ARMS = {
     "ce+bkl": Arm(1.0, "bkl", alpha=0.1),
     "dual-bkl": Arm(0.5, "bkl", alpha=0.1, aux="linear"),
     "dhkd": Arm(0.5, "bkln", alpha=0.1, aux="linear"),
-    "dhkd-mlp": Arm(0.5, "bkln", alpha=0.1, aux="mlp"),
+    "dhkd-mlp": Arm(1.0, "bkln", alpha=0.03, aux="mlp"),
     "dhkd-ga": Arm(0.5, "bkln", alpha=0.1, aux="linear", align=True),
-    "ce+bkln": Arm(0.5, "bkln", alpha=0.1),
-    "dual-mse": Arm(0.5, "mse", alpha=0.1, aux="linear"),
-    "dkd": Arm(0.5, "dkd", alpha=0.3, ramp=20 / 240),
-    "dist": Arm(0.5, "dist", alpha=0.3, weight=2.0),
-    "lskd": Arm(0.5, "lskd", alpha=0.3, ce=0.1, weight=9.0),
+    "bkln": Arm(2.0, "bkln", alpha=0.03, ce=0.0),
+    "ce+bkln": Arm(1.0, "bkln", alpha=0.03),
+    "dual-mse": Arm(1.0, "mse", alpha=0.03, aux="linear"),
+    "dkd": Arm(0.5, "dkd", alpha=0.1, ramp=20 / 240),
+    "dist": Arm(0.5, "dist", alpha=0.1, weight=2.0),
+    "lskd": Arm(1.0, "lskd", alpha=0.03, ce=0.1, weight=9.0),
 }
 DEFAULT = ["ce", "kd", "kd-crd", "bkl", "ce+bkl", "dual-bkl", "dhkd"]
 RIVALS = ["dkd", "dist", "lskd"]
-MORE = ["ce+bkln", "dhkd-mlp", *RIVALS]
+MORE = ["bkln", "ce+bkln", "dhkd-mlp", *RIVALS]
 LARGE_STEP = "lr=0.5,alpha=1"  # too large for BinaryKL: a demonstration, not a good setting
 CLIPPED = f"{LARGE_STEP},clip=1"
 DEMONSTRATION = [f"{arm}@{LARGE_STEP}" for arm in ("bkl", "ce+bkl", "dual-bkl")]

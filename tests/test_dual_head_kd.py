@@ -480,6 +480,7 @@ def test_arms_train_on_the_loss_their_name_says(tmp_path):
         "ce+bkl": ce + dhkd.binary_kl_loss(s, t, 2.0),
         "dual-bkl": ce + dhkd.binary_kl_loss(aux, t, 2.0),
         "dhkd": ce + dhkd.binary_kl_norm_loss(aux, t, 2.0),
+        "bkln": dhkd.binary_kl_norm_loss(s, t, 2.0),
         "ce+bkln": ce + dhkd.binary_kl_norm_loss(s, t, 2.0),
         "dual-mse": ce + dhkd.mse_loss(aux, t),
         "kd-crd": 0.1 * ce + 0.9 * dhkd.kd_loss(s, t, 4.0),
