@@ -937,7 +937,9 @@ def show(values: Sequence[float] | float, digits: int = 4) -> str:
     """The mean over seeds; from three seeds on with ± half its 90 % interval."""
     values = np.atleast_1d(np.asarray(values, dtype=np.float64))
     text = f"{values.mean():.{digits}f}"
-    return text if len(values) < 3 else f"{text} ± {half_width(values):.{digits}f}"
+    if len(values) < 3 or np.ptp(values) == 0:  # a setting, say
+        return text
+    return f"{text} ± {half_width(values):.{digits}f}"
 
 
 class Missing(Exception):

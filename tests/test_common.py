@@ -474,6 +474,7 @@ def test_the_quantiles_are_those_of_student():
 def test_a_mean_shows_its_interval_from_three_seeds_on():
     assert common.show([1.0], 1) == "1.0" and common.show([1.0, 2.0], 1) == "1.5"
     assert common.show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.7"
+    assert common.show([0.5, 0.5, 0.5], 1) == "0.5"
 
 
 def test_results_are_compared_seed_by_seed_and_what_is_absent_is_missing():
