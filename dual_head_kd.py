@@ -424,6 +424,7 @@ ARMS = {
     "ce+bkl": Arm(1.0, "bkl", alpha=0.1),
     "dual-bkl": Arm(0.5, "bkl", alpha=0.1, aux="linear"),
     "dhkd": Arm(0.5, "bkln", alpha=0.1, aux="linear"),
+    "dhkd-crd": Arm(1.0, "bkln", alpha=0.1, ce=0.1, aux="linear"),  # labels at a tenth, as in kd-crd
     "dhkd-mlp": Arm(1.0, "bkln", alpha=0.03, aux="mlp"),
     "dhkd-ga": Arm(0.5, "bkln", alpha=0.1, aux="linear", align=True),
     "bkln": Arm(2.0, "bkln", alpha=0.03, ce=0.0),
