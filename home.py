@@ -960,12 +960,11 @@ def main(config: Config, run: Run) -> Results:
     def step() -> None:
         multitask_loss(model(some.ids), some.labels)[0].backward()
 
+    if data.note:
+        common.say(data.note)
     steps = num_steps(config, data) * len(arms) * len(run.seeds)
     text = f"{data.name} {data.digest}, {len(data.train.labels):,} rows"
     run.plan(text, model, step, steps, behavior.download_size(config.data, run.data_dir))
-    if data.note:
-        common.say(data.note)
-
     results = Results()
     if data.test.truth is not None:
         results |= run.train_arms(train_oracle, ["oracle"])
