@@ -482,8 +482,7 @@ def multitask_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     known = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     if not logits.shape == labels.shape == known.shape:
-        shapes = f"logits {list(logits.shape)}, labels {list(labels.shape)}"
-        raise ValueError(f"{shapes}, mask {list(known.shape)}; [batch, tasks], alike, is needed")
+        raise ValueError("logits, labels and mask must be [batch, tasks], all alike")
     labels = labels.to(logits.dtype).masked_fill(~known, 0)
     allowed = (labels >= 0) & (labels <= 1)  # not NaN
     if labels.device.type == "cpu" and not allowed.all():
@@ -932,15 +931,14 @@ def draw(results: Results, data: behavior.Behavior, config: Config, run: Run) ->
         ax.set_yticks(range(len(level.rows)), level.rows, fontsize=7)
         ax.set(xlabel="experts", title=f"{arm}: weight of each expert, by task")
 
-    def scores(key: str, arms: Sequence[str], ax: Any) -> None:
-        common.dots(ax, {arm: results.of(arm, key) for arm in arms if arm in results})
-
     def collapse(ax: Any) -> None:
-        scores("zero", PLAIN, ax)
+        plain = [arm for arm in PLAIN if arm in results]
+        common.dots(ax, {arm: results.of(arm, "zero") for arm in plain})
         ax.set(xlabel="share of zeros, worst expert", title="ReLU experts collapse", xlim=(0, 1))
 
     def accuracy(ax: Any) -> None:
-        scores("mean_auc", list(ARMS), ax)
+        trained = [arm for arm in results if arm != "oracle"]
+        common.dots(ax, {arm: results.of(arm, "mean_auc") for arm in trained})
         ax.set(xlabel="AUC, mean over tasks", title="each arm at its own best rate")
 
     panels = [partial(gates, arm) for arm in ("cgc", "home") if arm in results]
