@@ -545,29 +545,29 @@ FULL = replace(
 @dataclass(frozen=True)
 class Arm:
     model: str  # of `masks`
-    lr: float  # the best of one grid on seeds 100-102
+    lr: float  # the best of one grid on seeds 100-103
     norm: bool = True  # HoME's experts: a star
     self_gates: str = "none"
     feature_gates: int = 0
 
 
 ARMS = {
-    "mmoe": Arm("mmoe", 0.02, norm=False),
-    "cgc": Arm("cgc", 0.02, norm=False),
+    "mmoe": Arm("mmoe", 0.04, norm=False),
+    "cgc": Arm("cgc", 0.04, norm=False),
     "ple": Arm("ple", 0.02, norm=False),
     "adatt": Arm("adatt", 0.02, norm=False, self_gates="constant"),
-    "mmoe-star": Arm("mmoe", 0.02),
-    "cgc-star": Arm("cgc", 0.02),
-    "ple-star": Arm("ple", 0.02),
-    "adatt-star": Arm("adatt", 0.02, self_gates="constant"),
+    "mmoe-star": Arm("mmoe", 0.04),
+    "cgc-star": Arm("cgc", 0.04),
+    "ple-star": Arm("ple", 0.04),
+    "adatt-star": Arm("adatt", 0.04, self_gates="constant"),
     "home": Arm("home", 0.02, self_gates="gate", feature_gates=2),
-    "home-no-fg": Arm("home", 0.02, self_gates="gate"),
+    "home-no-fg": Arm("home", 0.04, self_gates="gate"),
     "home-no-fg-sg": Arm("home", 0.02),
 }
 PLAIN = ["mmoe", "cgc", "ple", "adatt"]
 STARRED = [f"{arm}-star" for arm in PLAIN]
 DEFAULT = [*PLAIN, *STARRED, "home"]
-STEPS = {  # from PLE to HoME, one part at a time
+PARTS = {  # from PLE to HoME, one part at a time
     "ple": "PLE",
     "ple-star": "+ BatchNorm and Swish",
     "home-no-fg-sg": "+ hierarchy of groups",
@@ -795,8 +795,8 @@ def listed(values: dict[str, np.ndarray], digits: int = 4) -> str:
 def gains_by_part(results: Results) -> dict[str, np.ndarray]:
     """{part of HoME: AUC gained by it}, from PLE on."""
     gains = {}
-    for before, after in itertools.pairwise(STEPS):
-        gains[STEPS[after]] = results.ahead(after, before, "mean_auc")
+    for before, after in itertools.pairwise(PARTS):
+        gains[PARTS[after]] = results.ahead(after, before, "mean_auc")
     return gains
 
 
@@ -886,7 +886,7 @@ def print_tables(results: Results, data: behavior.Behavior, config: Config, run:
             level = masks_of(arm, data.groups, config)[-1]
             title = f"{arm}: mean weight (gate + self gate) of each expert of its last level"
             run.table(title, *mask_table(level, mean_weight(results, arm)))
-    if results.keys() >= STEPS.keys():
+    if results.keys() >= PARTS.keys():
         run.table("where HoME's lead over PLE comes from", *lead_table(results))
 
 
