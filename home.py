@@ -923,6 +923,7 @@ def draw(results: Results, data: behavior.Behavior, config: Config, run: Run) ->
         level, weight = masks_of(arm, data.groups, config)[-1], mean_weight(results, arm)
         blank = np.where(level.mask, weight, np.nan)  # who may not use an expert has no cell
         ax.imshow(blank, cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
+        ax.set_facecolor("0.9")
         for row, expert in level.mask.nonzero().tolist():
             value = weight[row, expert]
             color = "white" if value > 0.9 else "black"
