@@ -554,14 +554,14 @@ class Arm:
 ARMS = {
     "mmoe": Arm("mmoe", 0.04, norm=False),
     "cgc": Arm("cgc", 0.04, norm=False),
-    "ple": Arm("ple", 0.02, norm=False),
+    "ple": Arm("ple", 0.04, norm=False),
     "adatt": Arm("adatt", 0.02, norm=False, self_gates="constant"),
     "mmoe-star": Arm("mmoe", 0.04),
     "cgc-star": Arm("cgc", 0.04),
-    "ple-star": Arm("ple", 0.04),
+    "ple-star": Arm("ple", 0.02),
     "adatt-star": Arm("adatt", 0.04, self_gates="constant"),
     "home": Arm("home", 0.02, self_gates="gate", feature_gates=2),
-    "home-no-fg": Arm("home", 0.04, self_gates="gate"),
+    "home-no-fg": Arm("home", 0.02, self_gates="gate"),
     "home-no-fg-sg": Arm("home", 0.02),
 }
 PLAIN = ["mmoe", "cgc", "ple", "adatt"]
