@@ -20,13 +20,28 @@ import update_tables  # noqa: E402
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_snippets_run(command_line):
+def write_log(path):
+    """What the README calls log.csv: one user in two finishes, whatever the video."""
+    lines = ["user,video,hour,finish,like,follow"]
+    for row in range(6000):
+        user = row % 50
+        lines.append(f"u{user},v{row % 70},{row % 24},{user % 2},{int(row % 9 == 0)},{int(row % 30 == 0)}")
+    path.write_text("\n".join(lines))
+
+
+def test_python_snippets_run(command_line, tmp_path):
     flags = [*ADAMOE, "--text", ROOT / "README.md", "--pretrain-steps", 1, "--steps", 1, "--workers", 1]
     assert command_line(adamoe, *flags).returncode == 0
+    write_log(tmp_path / "log.csv")
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert snippets
+    own_log = []
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {"torch": torch})
+        names = {"torch": torch}
+        exec(compile(snippet, "README.md", "exec"), names)
+        if "log.csv" in snippet:
+            own_log.append(names["home"].evaluate(names["model"], names["data"], names["test"])["auc"])
+    assert len(own_log) == 1 and own_log[0][0] > 0.9  # it has learnt who finishes
 
 
 @pytest.mark.parametrize("page", update_tables.PAGES, ids=["README.md", "results/README.md"])

@@ -100,15 +100,17 @@ def test_dual_head_kd(left):
     assert {"teacher", "dhkd"} <= set(results)
 
 
-@pytest.mark.parametrize("flags", [(), ("--heavy-tail", 2, "--models", "home,mmoe,shared-bottom", "--lr", 0.01)])
+@pytest.mark.parametrize("flags", [(), ("--arms", "home@meta=1,ple-star", "--lr", 0.01)])
 def test_home(left, flags):
     run, config, results = left(home, *flags)
     data = home.load_data(config, 0, run)
     for arm in set(results) - {"oracle"}:
         model = again(home, run, arm)
-        found = home.evaluate(model, data, data.test, "cpu")
-        assert all(found[key] == results[arm][key] for key in ("auc", "mean_gauc", "levels")), arm
-    assert "home" in results
+        found = home.evaluate(model, data, data.test)
+        assert all(found[key] == results[arm][key] for key in ("auc", "mean_gauc", "weight")), arm
+        with pytest.raises(ValueError, match="field 0 has id 60 in row 0; its table has 60 rows"):
+            model(torch.tensor([[60, 0, 0, 0, 0, 0, 0, 0, 0]]))  # the next field's first row
+    assert "oracle" in results and len(results) > 2
 
 
 def test_mcsmoe(left):
