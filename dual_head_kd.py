@@ -419,12 +419,12 @@ class Arm:
 ARMS = {
     "ce": Arm(lr=1.0),
     "kd": Arm(1.0, "kd", alpha=0.1),
-    "kd-crd": Arm(1.0, "kd", alpha=0.1, ce=0.1, weight=0.9),  # the weights of the public tables
+    "kd-crd": Arm(1.0, "kd", alpha=0.1, ce=0.1, weight=0.9),  # as in CRD's public tables
     "bkl": Arm(2.0, "bkl", alpha=0.03, ce=0.0),
     "ce+bkl": Arm(1.0, "bkl", alpha=0.1),
     "dual-bkl": Arm(0.5, "bkl", alpha=0.1, aux="linear"),
     "dhkd": Arm(0.5, "bkln", alpha=0.1, aux="linear"),
-    "dhkd-crd": Arm(1.0, "bkln", alpha=0.1, ce=0.1, aux="linear"),  # labels at a tenth, as in kd-crd
+    "dhkd-crd": Arm(2.0, "bkln", alpha=0.03, ce=0.1, aux="linear"),  # labels at a tenth
     "dhkd-mlp": Arm(1.0, "bkln", alpha=0.03, aux="mlp"),
     "dhkd-ga": Arm(0.5, "bkln", alpha=0.1, aux="linear", align=True),
     "bkln": Arm(2.0, "bkln", alpha=0.03, ce=0.0),
@@ -434,7 +434,7 @@ ARMS = {
     "dist": Arm(0.5, "dist", alpha=0.1, weight=2.0),
     "lskd": Arm(1.0, "lskd", alpha=0.03, ce=0.1, weight=9.0),
 }
-DEFAULT = ["ce", "kd", "kd-crd", "bkl", "ce+bkl", "dual-bkl", "dhkd"]
+DEFAULT = ["ce", "kd", "kd-crd", "bkl", "ce+bkl", "dual-bkl", "dhkd", "dhkd-crd"]
 RIVALS = ["dkd", "dist", "lskd"]
 MORE = ["bkln", "ce+bkln", "dhkd-mlp", *RIVALS]
 LARGE_STEP = "lr=0.5,alpha=1"  # too large for BinaryKL: a demonstration, not a good setting
@@ -743,9 +743,17 @@ def beats_ce(results: Results, config: Config) -> Margin:
     return compared(results, "dhkd", "ce")
 
 
-@claim("DHKD beats softmax distillation, by the better of two weightings", required=True)
+@claim("DHKD beats softmax distillation, with labels at full weight and at a tenth", required=True)
 def beats_kd(results: Results, config: Config) -> Margin:
-    return compared(results, "dhkd", stronger(results, ["kd", "kd-crd"]))
+    """By the smaller of the two leads. KD is usually run at a tenth, the official DHKD at one."""
+    leads = {}
+    for ours, theirs in (("dhkd", "kd"), ("dhkd-crd", "kd-crd")):
+        leads[ours, theirs] = results.ahead(ours, theirs, "accuracy")
+    weakest = min(leads, key=lambda pair: leads[pair].mean())
+    other = max(leads, key=lambda pair: leads[pair].mean())
+    across = results.ahead("dhkd", "kd-crd", "accuracy")
+    words = f"; {' - '.join(other)} {show(leads[other], 1)}, dhkd - kd-crd {show(across, 1)}"
+    return compared(results, *weakest, words)
 
 
 @claim("DHKD beats the later DKD, DIST and LSKD, by the best of them")
