@@ -869,3 +869,32 @@ def test_dry_run_of_both_scales_needs_no_data_and_leaves_nothing(command_line, t
         assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
     assert "kuairand-1k is not here yet" in done.stdout and "not known" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_the_docstring_are_those_of_the_committed_result():
+    path = Path(home.__file__).parent / "results" / "cpu-2-cores" / "home.json"
+    report = json.loads(path.read_text())
+    results = common.Results(report["results"]["arms"])
+    assert report["seeds"] == list(range(8)) and set(results) == {"oracle", *home.ARMS}
+    for arm, settings in home.ARMS.items():
+        assert {result["lr"] for result in results[arm]} == {settings.lr}
+    lead = results.ahead("home", "ple", "mean_auc")
+    percents = [
+        f"{100 * gain.mean() / lead.mean():.0f} %" for gain in home.gains_by_part(results).values()
+    ]
+    zeros = [100 * results.of(arm, "zero").mean() for arm in home.PLAIN]
+    gaps = []
+    for arm, kind in (("cgc", "weight"), ("home", "weight"), ("home", "gate")):
+        gap = results.difference(arm, f"own {kind}, frequent", f"own {kind}, rare")
+        gaps.append(f"{gap.mean():.2f}")
+    star = max(home.STARRED, key=lambda arm: results.of(arm, "mean_auc").mean())
+    found = " ".join(home.__doc__.split())
+    for part in (
+        f"plain model, CGC, by {common.show(results.ahead('home', 'cgc', 'mean_auc'))} AUC",
+        f"and PLE by {common.show(lead)}: BatchNorm and Swish in PLE already give {percents[0]}",
+        f"feature gates {percents[3]}, the hierarchy {percents[1]} and self gates {percents[2]}",
+        f"best star: {common.show(results.ahead('home', star, 'mean_auc'))}.",
+        f"are {min(zeros):.0f} to {max(zeros):.0f} % zeros",
+        f"is {gaps[0]} of the weight in CGC, {gaps[1]} in HoME, {gaps[2]} by its gates alone",
+    ):
+        assert part in found, part

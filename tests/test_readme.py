@@ -77,6 +77,9 @@ def test_a_sample_output_is_of_the_committed_default_run(method):
     report = update_tables.report(f"{method}-default")
     output = (update_tables.RESULTS / f"{method}-default.txt").read_text()
     for claim in report["claims"]:
+        if claim.get("verdict") == "not measured":  # its name alone stands there
+            assert claim["id"].partition(".")[2] in output
+            continue
         assert claim["text"] in output and claim["measured"] in output
     config = importlib.import_module(method).SMALL
     defaults = json.loads(json.dumps(asdict(config)))  # tuples are lists, as in the file
