@@ -157,10 +157,12 @@ def run(
 
     @wraps(main)
     def adapted(config: Any, new: common.Run) -> Results:
+        defaults = small if new.scale == "small" else full
         for name, value in asdict(config).items():
             rates = value if isinstance(value, tuple) else (value,)
             is_rate = name == "lr" or name.endswith("_lr")
-            if is_rate and not all(rate is None or rate > 0 for rate in rates):
+            given = value != getattr(defaults, name)
+            if given and is_rate and not all(rate is None or rate > 0 for rate in rates):
                 typed = common.as_typed(value)
                 raise UsageError(f"{common.flag(name)} is {typed}; it must be above 0")
         old.append(Run(**vars(new), claims=[replace(claim) for claim in claims]))
@@ -175,7 +177,8 @@ def run(
         return found
 
     def measured(id: str, results: Results, config: Any) -> Margin | Check:
-        found = old[0].found.get(id, "arms that were not trained")
+        declared = next(claim for claim in claims if claim.id == id)
+        found = old[0].found.get(id, declared.measured)
         if isinstance(found, str):
             raise Missing(found)
         return found

@@ -552,7 +552,7 @@ def test_script_end_to_end_with_every_arm(command_line, tmp_path):
     report = results_of(tmp_path / "out")
     assert [claim["id"] for claim in report["claims"]] == [claim.id for claim in adamoe.CLAIMS]
     full = [claim for claim in report["claims"] if ".full_" in claim["id"]]
-    assert len(full) == 3 and all(claim["measured"] == "not measured; run --full" for claim in full)
+    assert len(full) == 3 and all("run --full" in claim["measured"] for claim in full)
     assert all(claim["verdict"] != "not measured" for claim in report["claims"] if claim not in full)
     exact = {claim["id"]: claim["verdict"] for claim in report["claims"]}
     assert exact["adamoe.null_free"] == exact["adamoe.causal"] == "passed"

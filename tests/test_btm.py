@@ -575,11 +575,11 @@ def hostile(forest, how):
     match how:
         case "planted pickle":
             rewrite(arrays | {first: np.array([Bomb()], dtype=object)})
-            return "not a readable array file"
+            return "nothing is unpickled"
         case "pickle for npz":
             (folder / "weights.npz").write_bytes(pickle.dumps(Bomb()))
             common.write_json(folder / "meta.json", meta | {"sha256": common.sha256(folder / "weights.npz")})
-            return "not a readable array file"
+            return "no zip archive of arrays"
         case "wrong hash":
             common.write_json(folder / "meta.json", meta | {"sha256": "0" * 64})
             return "SHA-256"
@@ -592,10 +592,10 @@ def hostile(forest, how):
             content = (folder / "weights.npz").read_bytes()[:5000]
             (folder / "weights.npz").write_bytes(content)
             common.write_json(folder / "meta.json", meta | {"sha256": common.sha256(folder / "weights.npz")})
-            return "not a readable array file"
+            return "no zip archive of arrays"
         case "missing array":
             rewrite({name: array for name, array in arrays.items() if name != first})
-            return "missing or unexpected arrays"
+            return "weights.npz"
         case "other shape":
             rewrite(arrays | {first: arrays[first][:-1]})
             return "is needed"

@@ -5,9 +5,11 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_images import write_cifar100
 from tiny import DUAL_HEAD_KD
 from torch import nn
@@ -639,11 +641,25 @@ def test_the_worked_example_of_the_docstring():
     torch.testing.assert_close(torch.cat(steps), torch.stack([ce, bkl]))
 
 
+def test_what_the_docstring_found_follows_from_the_committed_result():
+    path = ROOT / "results" / "cpu-2-cores" / "dual_head_kd.json"
+    report = json.loads(path.read_text())
+    known = set()
+    for found in report["results"]["arms"].values():
+        known.add(f"{np.mean([result['accuracy'] for result in found]):.1f}")
+    for claim in report["claims"]:
+        known |= set(re.findall(r"\d+\.\d+", claim["measured"]))
+    found = dhkd.__doc__.split("Found ")[1].split("\nDifferences")[0]
+    numbers = set(re.findall(r"\d+\.\d+", found))
+    assert len(numbers) > 8 and numbers <= known, numbers - known
+
+
 # --- the script ----------------------------------------------------------------------------------------------
 
 
 def test_script_end_to_end_with_every_kind_of_arm(command_line, tmp_path):
-    some = "ce,kd,bkl,ce+bkl,dual-bkl,dhkd,dhkd-mlp,dhkd-ga,dkd,dist,lskd,ce+bkl@clip=1"
+    some = "ce,kd,kd-crd,bkl,ce+bkl,dual-bkl,dhkd,dhkd-crd,dhkd-mlp,dhkd-ga,dkd,dist,lskd"
+    some += ",ce+bkl@clip=1"
     done = command_line(dhkd, *DUAL_HEAD_KD, "--arms", some, "--workers", 1)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "dual_head_kd-small" / "results.json").read_text())

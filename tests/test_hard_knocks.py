@@ -224,7 +224,7 @@ def refusals(fork, name, folder, whole):
     ended(holder)
     ask("other threads", "held", "--resume", "--threads", "2")
     ask("ascii", "ascii", "--dry-run", prepare=(ascii_only,))
-    assert "small scale" in (folder / "out").read_text()
+    assert "dry run" in (folder / "out").read_text()
     (folder / "closed").mkdir()
     (folder / "file").write_text("")
     ask("below a file", "file/out")

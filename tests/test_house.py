@@ -16,7 +16,7 @@ PARTS = (
     "\nYou see  ",
     "\nFound    (seeds 0-",
     "\nDifferences from the paper",
-    "\nBreak it yourself: ",
+    "\nBreak it yourself",
 )
 STEPS = {  # what `--steps` finds where a script has no single number of steps
     "mcsmoe": "--finetune-steps or --recover-steps or --compress-steps or --pretrain-steps",
