@@ -352,17 +352,15 @@ def _activate(z: Tensor, act: str, glu: bool) -> Tensor:
 
 def _many_small_groups(counts: list[int], rows: Tensor, *weights: Tensor) -> bool:
     """Whether F.grouped_mm, one loop over all experts in C++, takes these and is faster than a loop
-    in Python over those that have rows. With few of them, as in decoding, it is not; nor with 512
-    rows an expert or more: there, what was computed last should still be in the cache."""
+    in Python over those that have rows. With 512 rows an expert or more it is not: there, what was
+    computed last should still be in the cache."""
     # Whoever looks at the operators (the compiler, a FLOP counter, fake tensors, torch.func) knows
     # mm, but not this one.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _is_transformed():
         return False
     if not hasattr(F, "grouped_mm") or not rows.is_cpu or rows.dtype not in _FLOATS:
         return False
-    num_experts = len(counts)
-    num_busy = num_experts - counts.count(0)
-    if num_busy <= num_experts // 4 or len(rows) >= 512 * num_experts:
+    if len(rows) >= 512 * len(counts):
         return False
     for w in weights:
         aligned = all(width * w.element_size() % 16 == 0 for width in w.shape[1:])
