@@ -1136,10 +1136,12 @@ def color_of(arm: str, arms: Sequence[str]) -> str:
     return COLORS[list(arms).index(arm) % len(COLORS)]
 
 
-def curve(ax, x: Sequence[float], values: np.ndarray, label: str, color: str) -> None:
+def curve(
+    ax, x: Sequence[float], values: np.ndarray, label: str, color: str, style: str = "-"
+) -> None:
     """values [seeds, points]: their mean, and from three seeds on the 90 % interval as a band."""
     mean = values.mean(axis=0)
-    ax.plot(x, mean, color=color, label=label, marker="o" if len(x) < 12 else "")
+    ax.plot(x, mean, style, color=color, label=label, marker="o" if len(x) < 12 else "")
     if len(values) >= 3:
         half = np.array([half_width(point) for point in values.T])
         ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)

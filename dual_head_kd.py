@@ -802,9 +802,9 @@ def draw(results: Results, config: Config, run: Run) -> None:
             steps = config.probe_every * np.arange(backbone.shape[1])
             color = common.color_of(arm, DEFAULT)
             common.curve(ax, steps, backbone, f"{arm}, backbone", color)
-            if arm == "ce+bkl":
+            if arm == "ce+bkl":  # its two losses share the classifier, too
                 head = results.of(arm, "cos_head")
-                common.curve(ax, steps, head, f"{arm}, classifier", common.COLORS[6])
+                common.curve(ax, steps, head, f"{arm}, classifier", color, "--")
         title = "do cross-entropy and logit loss pull the same way?"
         ax.set(xlabel="step", ylabel="cosine of their gradients", title=title)
         ax.axhline(0, color="0.7", zorder=0)
