@@ -49,8 +49,8 @@ Differences from the paper and its code (its tables could not be read: no number
 4. Small scale: generated images, one world and one teacher a seed, warm-up and cosine. Only the
    teacher is trained on random crops and mirror images, so it knows what 20 images a class cannot
    tell. Without that no loss on its logits helps: cross-entropy at its best rate is level with it.
-5. Small scale: every arm at the best lr and alpha of one grid, validation images of seeds 100-103.
-   The commands are in results/README.md. Full scale: the official settings.
+5. Small scale: every arm at the best lr and alpha found on validation images of seeds 100-103, in
+   one grid that is not complete, see results/README.md. Full scale: the official settings.
 6. alpha weighs a sum over classes: official 1 for 100 classes, 0.1 for 1000; here 0.1 is best for
    50 and about 0.5 for 10 (one seed): at a rate of 0.5 begin with 5 / classes and try thirds.
 
