@@ -360,7 +360,7 @@ def _many_small_groups(counts: list[int], rows: Tensor, *weights: Tensor) -> boo
         return False
     if not hasattr(F, "grouped_mm") or not rows.is_cpu or rows.dtype not in _FLOATS:
         return False
-    if len(rows) >= 512 * len(counts):
+    if len(rows) == 0 or len(rows) >= 512 * len(counts):
         return False
     for w in weights:
         aligned = all(width * w.element_size() % 16 == 0 for width in w.shape[1:])

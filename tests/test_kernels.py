@@ -496,7 +496,7 @@ def test_the_loop_takes_what_the_library_does_not(library_calls):
     run(*inputs)
     assert len(library_calls) == 2
     library_calls.clear()
-    run(*problem(1, 2, 8, 8, 8, bias=False, nulls=0.0, dtype=torch.float32)[:5])  # few experts
+    run(*problem(6, 2, 4, 8, 8, bias=False, nulls=1.1, dtype=torch.float32)[:5])  # no live row
     run(*problem(6, 2, 4, 7, 8, bias=False, dtype=torch.float32)[:5])  # rows of 28 bytes
     run(*problem(6, 2, 4, 8, 8, dtype=torch.float32))  # biases
     run(*problem(6, 2, 4, 8, 8, bias=False)[:5])  # float64
