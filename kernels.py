@@ -305,7 +305,7 @@ def _is_new_enough(device: torch.device) -> bool:
 def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """Under autocast, cast outside the autograd functions: autograd casts the gradients back."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # "meta" is unknown to autocast
         return [x, *others]
     dtype = torch.get_autocast_dtype(kind)
     is_float = [isinstance(t, Tensor) and t.dtype in _FLOATS for t in (x, *others)]
