@@ -1338,9 +1338,9 @@ class Run:
 
     def record(self) -> dict:
         """The content of OUT/run.json: what --resume compares, and what `load_trained` needs."""
-        about = {"method": self.method, "scale": self.scale, "config": self.identity()["config"]}
-        where = {"data_dir": str(self.data_dir.absolute())}
-        return {**about, **where, "identity": self.identity()}
+        identity = self.identity()
+        about = {"method": self.method, "scale": self.scale, "config": identity["config"]}
+        return {**about, "data_dir": str(self.data_dir.absolute()), "identity": identity}
 
     def begin(self) -> None:
         """Claim the folder before the first arm: never mix two runs, never delete one too soon."""

@@ -650,15 +650,11 @@ def train_student(job: Job) -> dict:
     if arm.loss:
         result["alpha"] = alpha
     if probed:
+        lines = [line for line in job.log() if line["step"] % config.probe_every == 0]
         for name in PROBES:
-            series = [line[name] for line in probe_lines(job, config) if name in line]
-            if series:
-                result[name] = series
+            if name in lines[0]:
+                result[name] = [line[name] for line in lines]
     return result | inspect_student(model, student, data, job)
-
-
-def probe_lines(job: Job, config: Config) -> list[dict]:
-    return [line for line in job.log() if line["step"] % config.probe_every == 0]
 
 
 def aligned_backward(model: nn.Module) -> Callable[[tuple[Tensor, Tensor]], None]:
