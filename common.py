@@ -1675,6 +1675,7 @@ FLAGS = {  # name: (default, metavar or choices, help); a default of False makes
         "exit code 1 unless every required claim holds, or on 1-2 seeds is seen",
     ),
     "list_claims": (False, None, "print the claims, and stop"),
+    "compare": (False, None, "say whether this run lies within the spread of the committed seeds"),
     "traceback": (False, None, "show where an error came from"),
 }
 
@@ -1781,6 +1782,7 @@ def run_script(
     run = make_run(
         script_of(main).stem, full if options["full"] else small, options, settings, actions
     )
+    committed = committed_margins(script_of(main), run, settings) if options["compare"] else {}
     torch.set_num_threads(run.threads)
     barrier()  # before one process claims the folder that the others have just looked at
     try:
@@ -1800,7 +1802,42 @@ def run_script(
             os.close(run.lock)
     if run.dry_run or run.actions or processes()[0] > 0:
         return 0
-    return report(main, run, claims, results or Results(), options["strict"], start)
+    code = report(main, run, claims, results or Results(), options["strict"], start)
+    if options["compare"]:
+        say(f"\n{format_comparison(committed, claims)}")
+    return code
+
+
+def committed_margins(script: Path, run: Run, settings: dict) -> dict[str, list[float]]:
+    """The margins of each claim that were committed with the code: what --compare compares with.
+
+    Raises UsageError where a comparison would mean nothing: other settings, another scale.
+    """
+    path = script.parent / "results" / "cpu-2-cores" / f"{script.stem}.json"
+    if run.scale == "full" or not path.is_file():
+        raise UsageError(f"--compare: there is no committed result of {script.name} at this scale")
+    if settings:
+        flags = ", ".join(flag(name) for name in sorted(settings))
+        raise UsageError(f"--compare: the committed seeds ran with the defaults; leave out {flags}")
+    claims = read_json(path, claims=list)["claims"]
+    return {claim["id"]: claim["margins"] for claim in claims if claim["margins"]}
+
+
+def format_comparison(committed: dict[str, list[float]], claims: Sequence[Claim]) -> str:
+    """Every margin of this run beside the committed seeds and their 90 % prediction interval."""
+    rows = []
+    for claim in claims:
+        before = committed.get(claim.id, ())
+        if len(before) < 3 or not claim.margins:
+            continue
+        here, mean = float(np.mean(claim.margins)), float(np.mean(before))
+        # of the difference between a mean over these seeds and one over those
+        width = half_width(before) * math.sqrt(1 + len(before) / len(claim.margins))
+        word = "within" if abs(here - mean) <= width else "outside"
+        name = claim.id.partition(".")[2]
+        rows.append([name, f"{here:.4f}", f"{mean - width:.4f} to {mean + width:.4f}", word])
+    title = "this run beside the committed seeds: one margin in ten lies outside by chance"
+    return f"{title}\n{format_table(['margin of', 'this run', 'expected', ''], rows)}"
 
 
 def report(

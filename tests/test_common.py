@@ -22,6 +22,7 @@ from torch import nn
 
 import bridge
 import common
+import home
 
 TOY = "tests/toy.py"
 
@@ -501,6 +502,26 @@ def test_claims_are_declared_where_they_are_measured():
         claims["toy.learns"].margins == [9.0, 8.0, 7.0] and "three" in claims["toy.other"].measured
     )
     assert claims["toy.learns"].record()["numbers"] == {"loss": [1.0, 2.0, 3.0]}
+
+
+def test_a_run_is_compared_with_the_spread_of_the_committed_seeds():
+    """The mean of 1 .. 8 is 4.5, half its interval 1.64; of one more seed, sqrt(1 + 8) times that."""
+    committed = {"toy.learns": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}
+    learns = common.claims_of(toy.main)[0]
+    for margin, word in ((9.4, "within"), (9.5, "outside")):
+        learns.margins = [margin]
+        row = common.format_comparison(committed, [learns]).splitlines()[-1]
+        assert row.split() == ["learns", f"{margin:.4f}", "-0.4226", "to", "9.4226", word]
+
+
+def test_a_comparison_that_would_mean_nothing_is_refused(command_line):
+    for module, flags, reason in (
+        (toy, ["--steps", 3], "no committed result of toy.py"),
+        (home, ["--full"], "no committed result of home.py at this scale"),
+        (home, ["--lr", 0.1], "leave out --lr"),
+    ):
+        done = command_line(module, "--compare", *flags)
+        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_text_is_sampled_from_what_the_model_says():
