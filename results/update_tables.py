@@ -74,17 +74,6 @@ def claims_table(method: str) -> str:
     return "\n".join(lines)
 
 
-def speed_table() -> str:
-    header = ["what", "alternative", "times its speed", "quartiles", "ms", "alternative, ms"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for row in report("speed")["rows"]:
-        cells = [row["what"], row["alternative"], f"{row['ratio']:.3g}"]
-        cells.append(f"{row['low']:.3g} to {row['high']:.3g}")
-        cells += [f"{row['ours_ms']:.3g}", f"{row['other_ms']:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def required_verdicts(method: str) -> str:
     """ "3 of 5 hold; undecided: `a`; contradicted: `b`", of the required claims."""
     required = [claim for claim in report(method)["claims"] if claim["required"]]
@@ -157,7 +146,6 @@ def kernels_table() -> str:
 def updated(page: str) -> str:
     tables = {
         "papers": papers_table,
-        "speed": speed_table,
         "kernels": kernels_table,
         "chance": chance_line,
     }
