@@ -1,4 +1,4 @@
-"""What the pages show is what the project does: snippets run, figures come from committed results."""
+"""What the pages show is what the project does: snippets run, figures come from results."""
 
 import importlib
 import json
