@@ -36,12 +36,13 @@ Run      python dual_head_kd.py             two minutes on two cores, no downloa
 You see  students of one teacher on generated fine-grained images, each at its own best settings:
          accuracy, whether the gradients of the two losses agree, and what became of the claims.
 Found    (seeds 0-7) The diagnosis is seen: on one head the gradients agree more in the backbone
-         (cosine 0.40) than in the classifier (0.15). DHKD beats cross-entropy by 7.5 points and KD
-         by 2.4, by 3.0 where both give the labels a tenth of the weight. But one head does not
-         collapse: cross-entropy + BinaryKL (74.5) is above cross-entropy (67.2), two heads (73.7)
-         are not better, and DHKD's own loss on one head (75.0) equals DHKD (74.8). Heads matter
-         where the step is too large: 57.6 against 38.9, and clipping closes that gap (0.1).
-         BinaryKL-Norm without any label (77.8) beats most: this teacher knows more than they say.
+         (cosine 0.40) than in the classifier (0.15). DHKD beats cross-entropy by 7.5 ± 1.7 points
+         and KD by 2.4 ± 0.8, by 3.0 ± 0.9 where both give the labels a tenth of the weight. But one
+         head does not collapse: cross-entropy + BinaryKL (74.5) is above cross-entropy (67.2), two
+         heads (73.7) are not better, and DHKD's own loss on one head (75.0) equals DHKD (74.8).
+         Heads matter where the step is too large: 57.6 against 38.9, and clipping closes that gap
+         (0.1). BinaryKL-Norm without any label (77.8) beats most: this teacher knows more than they
+         say.
 Differences from the paper and its code (its tables could not be read: no number of it is quoted)
 1. Stable closed forms. The official clamp at 1e-8 makes the loss infinite from logits of 34 on.
 2. The arms it compares exist: its CIFAR script reads logits[0], so one-headed students break there.
