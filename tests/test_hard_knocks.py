@@ -105,10 +105,10 @@ def mishaps(fork, name, folder, whole):
 
     def go_on(mishap, *prepare, stop=None):
         again = ["--resume"] if (folder / "cut" / "run.json").exists() else []
-        process = fork(
-            name, *flags, *again, folder=folder, prepare=(frequent_checkpoints, *prepare)
-        )
         printed = folder / "out"
+        printed.unlink(missing_ok=True)  # that of the run before
+        prepare = (frequent_checkpoints, *prepare)
+        process = fork(name, *flags, *again, folder=folder, prepare=prepare)
         if stop in (signal.SIGINT, signal.SIGTERM):  # common.run has taken over when it prints
             while not (printed.exists() and printed.stat().st_size):
                 time.sleep(0.002)
