@@ -81,26 +81,21 @@ def load_arrays(
     Raises ValueError naming the file and what is wrong: damage, pickled objects, compressed members
     (which could unpack to any size), missing or extra arrays, other shapes or dtypes, NaN.
     """
-    if digest is not None and sha256(path) != digest:
-        raise ReadError(
-            f"{path}: the SHA-256 is not the recorded one; the file is damaged or was changed"
-        )
+    if digest not in (None, sha256(path)):
+        raise ReadError(f"{path}: the SHA-256 is not the recorded one; the file was changed")
     stored = read_npz(path, packed=False)
     with reading(path) as at:
         at.need(META in stored, f"it lacks {META}, which save_arrays writes")
         header = parse_json(stored.pop(META).tobytes())
         dtypes, meta = at.take(header, texts="", other="dtypes meta")
         at.need(not at.unused, f"{META} holds more than dtypes and meta")
-        at.need(
-            dtypes.keys() == stored.keys(),
-            f"{META} names other arrays: {', '.join(sorted(dtypes)[:5])}",
-        )
+        same = dtypes.keys() == stored.keys()
+        at.need(same, f"{META} names other arrays: {', '.join(sorted(dtypes)[:5])}")
         arrays = {}
         for name, array in stored.items():
             tensor = torch.from_numpy(array)
-            if (
-                dtypes[name] == "bfloat16" and tensor.dtype == torch.int16
-            ):  # of any other width the shape would change
+            # Of any other width a view would have another shape.
+            if dtypes[name] == "bfloat16" and tensor.dtype == torch.int16:
                 tensor = tensor.view(torch.bfloat16)
             found = dtype_name(tensor)
             at.need(found == dtypes[name], f"{name} is stored as {found}, not as {dtypes[name]}")
@@ -111,10 +106,8 @@ def load_arrays(
             at.need(not odd, f"missing or unexpected arrays: {', '.join(odd[:5])}")
             for name, (shape, dtype) in expected.items():
                 found = f"{dtype_name(arrays[name])} {list(arrays[name].shape)}"
-                at.need(
-                    found == f"{dtype} {list(shape)}",
-                    f"{name} is {found}; {dtype} {list(shape)} is needed",
-                )
+                wanted = f"{dtype} {list(shape)}"
+                at.need(found == wanted, f"{name} is {found}; {wanted} is needed")
     return arrays, meta
 
 

@@ -186,10 +186,8 @@ def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterat
     whole: the last line must have an end, else a file that was cut inside a number would give
     another number.
     """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_file(at.path))
-        if str(at.path).endswith(".gz"):
-            file = stack.enter_context(gzip.open(file))
+    with open_file(at.path) as opened:
+        file = gzip.GzipFile(fileobj=opened) if str(at.path).endswith(".gz") else opened
         empty = 0
         while raw := file.readline(longest):
             at.line += 1
@@ -270,23 +268,18 @@ def read_npz(
     """
     with reading(path) as at, open_file(path) as file:
         at.need(zipfile.is_zipfile(file), "no zip archive of arrays (.npz)")
-        room = os.fstat(file.fileno()).st_size
+        most = max(most, os.fstat(file.fileno()).st_size)  # what is not compressed may be larger
         arrays = {}
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            compressed = [m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED]
-            stored = sum(m.file_size for m in members) - sum(compressed)
-            at.need(packed or not compressed, "compressed members are refused")
-            at.need(
-                sum(compressed) <= most,
-                f"its arrays unpack to {sum(compressed):,} bytes, more than {most:,}; use np.savez",
-            )
-            at.need(stored <= room, "its arrays are larger than the file")
-            for member in members:
+            total = sum(member.file_size for member in archive.infolist())
+            at.need(total <= most, f"its arrays unpack to {total:,} bytes, more than {most:,}")
+            for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 at.spot = f"array {name!r}"
                 at.need(name not in arrays, "is there twice")
                 at.need(member.filename.endswith(".npy"), "is no array")
+                is_packed = member.compress_type != zipfile.ZIP_STORED
+                at.need(packed or not is_packed, "is compressed; use np.savez")
                 with archive.open(member) as stream:
                     arrays[name] = parse_npy(at, stream, member.file_size)
     return arrays
@@ -298,32 +291,30 @@ def read_npy(path: str | Path) -> np.ndarray:
         return parse_npy(at, file, os.fstat(file.fileno()).st_size)
 
 
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
 def parse_npy(at: Place, file: IO[bytes], size: int) -> np.ndarray:
     """An array in NumPy's format: numbers or strings, in machine order. size: bytes that the file
     has at most.
     """
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, is_fortran, dtype = read_header[version](file)
+    read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
+    shape, is_fortran, dtype = read_header(file)
     at.need(not dtype.hasobject, "it holds Python objects, and nothing is unpickled")
     at.need(dtype.kind in "biufcSU", f"an array of type {dtype} is refused")
     wanted = math.prod(shape) * dtype.itemsize
-    at.need(
-        min(shape, default=0) >= 0 and wanted <= size,
-        f"shape {list(shape)} does not fit into {size:,} bytes",
-    )
+    fits = min(shape, default=0) >= 0 and wanted <= size
+    at.need(fits, f"shape {list(shape)} does not fit into {size:,} bytes")
     content = bytearray(file.read(wanted))
-    at.need(
-        len(content) == wanted and not file.read(1),
-        f"shape {list(shape)} is not what the file holds",
-    )
+    whole = len(content) == wanted and not file.read(1)
+    at.need(whole, f"shape {list(shape)} is not what the file holds")
     array = np.frombuffer(content, dtype)
     if dtype.kind == "b":
         at.need(not (array.view(np.uint8) > 1).any(), "a truth value is neither 0 nor 1")
-    array = array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+    array = array.reshape(shape, order="F" if is_fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -371,13 +362,11 @@ def cached(
 def _kept(folder: Path, key: str) -> dict | None:
     """What a cache holds, if it is of this key and whole."""
     try:
-        kept = parse_json(read_bytes(folder / "meta.json"))
-        if kept["key"] != key:
-            return None
-        if any(sha256(folder / name) != digest for name, digest in kept["sha256"].items()):
-            return None
-        return (
-            parse_json(read_bytes(folder / "info.json")) if "info.json" in kept["sha256"] else None
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with reading(folder / "meta.json") as at:
+            kept = parse_json(read_bytes(at.path))
+            at.need(kept["key"] == key, "other sources or options")
+            for name, digest in kept["sha256"].items():
+                at.need(sha256(folder / name) == digest, f"{name} has changed")
+            return parse_json(read_bytes(folder / "info.json"))
+    except (OSError, ReadError):
         return None
