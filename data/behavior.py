@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import download
-from data.reading import Place, ReadError, cached, lines, reading, table
+from data.reading import Place, cached, lines, reading, table
 
 DATASETS = ("synthetic", "kuairand-1k", "kuairand-pure", "census")
 GROUPS = {
@@ -43,7 +43,6 @@ class Part(NamedTuple):
     labels: Tensor  # [rows, tasks] uint8, 0 or 1
     users: Tensor  # [rows] int32: whom GAUC groups by
     truth: Tensor | None = None  # [rows, tasks] fp32: true probabilities, where they are known
-    dense: Tensor | None = None  # [rows, columns] fp32: raw numbers fed beside the embeddings
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Part":
         """The same part with every tensor changed: moved, or some of its rows."""
@@ -56,9 +55,7 @@ class Part(NamedTuple):
 class Behavior(NamedTuple):
     name: str
     fields: dict[str, int]  # field -> rows of its embedding table
-    groups: dict[
-        str, tuple[str, ...]
-    ]  # group -> tasks; all tasks in this order are the columns of labels
+    groups: dict[str, tuple[str, ...]]  # group -> tasks; all of them are the columns of labels
     train: Part
     val: Part | None
     test: Part
@@ -79,8 +76,9 @@ def check(data: Behavior) -> Behavior:
             continue
         if not len(part.labels):
             raise ValueError(f"{data.name}: the {name} part has no rows")
-        smallest, largest = part.ids.amin(dim=0).tolist(), part.ids.amax(dim=0).tolist()
-        for (field, size), low, high in zip(data.fields.items(), smallest, largest, strict=True):
+        for (field, size), column in zip(data.fields.items(), part.ids.T, strict=True):
+            low = int(column.min())
+            high = int(column.max())
             if low < 0 or high >= size:
                 raise ValueError(
                     f"{data.name}: {field} has ids {low} to {high}; its table has {size} rows"
@@ -94,21 +92,21 @@ def check(data: Behavior) -> Behavior:
 
 
 def batch_maker(part: Part, batch_size: int, seed: int) -> Callable[[int], Part]:
-    """step -> a batch (ids, labels, dense) of `part`, on its device, a function of the step alone.
+    """step -> a batch (ids, labels) of `part`, on its device, a function of the step alone.
 
     The order is drawn anew for each epoch. The last, smaller batch of an epoch is dropped.
     """
-    part, plan = part._replace(users=None, truth=None), {}
+    part = part._replace(users=None, truth=None)
+    count = len(part.labels)
+
+    @functools.lru_cache(maxsize=1)  # of the epoch at hand
+    def order(epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        return torch.randperm(count, generator=generator).to(part.labels.device)
 
     def batches(step: int) -> Part:
-        epoch, place = divmod(step, len(part.labels) // batch_size)
-        if epoch not in plan:
-            plan.clear()
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            plan[epoch] = torch.randperm(len(part.labels), generator=generator).to(
-                part.labels.device
-            )
-        rows = plan[epoch][place * batch_size : (place + 1) * batch_size]
+        epoch, place = divmod(step, count // batch_size)
+        rows = order(epoch)[place * batch_size : (place + 1) * batch_size]
         return part.each(lambda tensor: tensor[rows])
 
     return batches
@@ -126,22 +124,21 @@ def _pairs(
     weight 1 - p.
     """
     order = np.lexsort((scores, groups))
-    scores, truth, groups = scores[order], truth[order], groups[order]
+    scores = scores[order]
+    truth = truth[order]
+    groups = groups[order]
     new_group = np.r_[True, groups[1:] != groups[:-1]]
-    new_tie = (
-        new_group | np.r_[True, scores[1:] != scores[:-1]]
-    )  # rows of equal score share half their pairs
+    new_tie = new_group | np.r_[True, scores[1:] != scores[:-1]]
     starts = np.flatnonzero(new_group)
-    tie_starts = np.flatnonzero(new_tie)
+    tie_starts = np.flatnonzero(new_tie)  # rows of equal score share half their pairs
     positive = np.add.reduceat(truth, tie_starts)  # [ties]
     negative = np.add.reduceat(1 - truth, tie_starts)
     group_of_tie = np.cumsum(new_group)[tie_starts] - 1
     below = np.cumsum(negative) - negative  # negatives before a tie, in all groups
     first_tie = np.searchsorted(tie_starts, starts)
     below -= below[first_tie][group_of_tie]
-    itself = np.add.reduceat(
-        truth * (1 - truth), starts
-    )  # the pair of a row with itself says nothing
+    # The pair of a row with itself says nothing.
+    itself = np.add.reduceat(truth * (1 - truth), starts)
     won = np.bincount(group_of_tie, positive * (below + negative / 2)) - itself / 2
     crossed = np.add.reduceat(truth, starts) * np.add.reduceat(1 - truth, starts)
     pairs = crossed - itself
@@ -158,7 +155,8 @@ def expected_auc(scores: object, truth: object, users: object = None) -> float:
     where no pair exists. GAUC is the mean over users that have a pair, weighted by their rows.
     Raises ValueError for NaN scores, truth outside [0, 1], or unequal lengths.
     """
-    scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    scores = np.asarray(scores, dtype=np.float64)
+    truth = np.asarray(truth, dtype=np.float64)
     groups = np.zeros(len(scores), dtype=np.int8) if users is None else np.asarray(users)
     if not scores.shape == truth.shape == groups.shape or scores.ndim != 1:
         shapes = f"scores {scores.shape}, labels {truth.shape}, users {groups.shape}"
@@ -227,20 +225,15 @@ RATES = {
 TASTES = 8  # hidden numbers that describe a user, and a video
 
 
-def synthetic(
-    seed: int, rows: int = 120_000, users: int = 1000, items: int = 2000, heavy_tail: int = 0
-) -> Behavior:
+def synthetic(seed: int, rows: int = 120_000, users: int = 1000, items: int = 2000) -> Behavior:
     """Users and items with 8 hidden tastes; 3 frequent watch tasks, 5 rare interactions; the last
     fifth is the test.
 
     Every task mixes a taste of all tasks, one of its group and one of its own. The groups disagree
-    about long videos: duration raises every watch task and lowers every interaction. heavy_tail
-    adds that many log-normal noise columns.
+    about long videos: duration raises every watch task and lowers every interaction.
     """
-    if min(rows, users, items) < 1 or heavy_tail < 0:
-        raise ValueError(
-            f"rows is {rows}, users {users}, items {items}, heavy_tail {heavy_tail}; too few"
-        )
+    if min(rows, users, items) < 1:
+        raise ValueError(f"rows is {rows}, users {users}, items {items}; at least 1 is needed")
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -278,27 +271,35 @@ def synthetic(
             truth.append(_with_rate(z, RATES[task]))
     truth = np.stack(truth, axis=1).astype(np.float32)  # [rows, tasks]
     labels = (rng.random(truth.shape, dtype=np.float32) < truth).astype(np.uint8)
-    columns = {"user": (user, users)}
-    for i in range(3):
-        sextile = np.searchsorted(np.quantile(taste[:, i], np.arange(1, 6) / 6), taste[:, i])
-        columns[f"user_bucket{i}"] = (sextile[user], 6)
-    columns |= {
+
+    author = item_author[item]
+    columns = {
+        "user": (user, users),
+        "user_bucket0": (_sextiles(taste[:, 0])[user], 6),
+        "user_bucket1": (_sextiles(taste[:, 1])[user], 6),
+        "user_bucket2": (_sextiles(taste[:, 2])[user], 6),
         "item": (item, items),
-        "author": (item_author[item], 200),
-        "tag": (author_tag[item_author[item]], 30),
+        "author": (author, 200),
+        "tag": (author_tag[author], 30),
         "duration": (item_duration[item], 10),
         "tab": (tab, 5),
     }
     fields = {name: size for name, (_, size) in columns.items()}
     ids = np.stack([column for column, _ in columns.values()], axis=1).astype(np.int32)
-    dense = torch.from_numpy(np.exp(1.2 * normal(rows, heavy_tail))) if heavy_tail else None
-    digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
-    users_of_rows = user.astype(np.int32)
-    whole = Part(*map(torch.from_numpy, (ids, labels, users_of_rows, truth)), dense)
+    whole = Part(*map(torch.from_numpy, (ids, labels, user.astype(np.int32), truth)))
     cut = rows - rows // 5
-    return check(
-        Behavior("synthetic", fields, GROUPS, whole.cut(0, cut), None, whole.cut(cut, rows), digest)
-    )
+    train = whole.cut(0, cut)
+    test = whole.cut(cut, rows)
+    return check(Behavior("synthetic", fields, GROUPS, train, None, test, _digest(ids, labels)))
+
+
+def _digest(ids: np.ndarray, labels: np.ndarray) -> str:
+    return hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
+
+
+def _sextiles(values: np.ndarray) -> np.ndarray:
+    """0 .. 5: the sixth of all values that each belongs to."""
+    return np.searchsorted(np.quantile(values, np.arange(1, 6) / 6), values)
 
 
 def _popularity(count: int, power: float) -> np.ndarray:
@@ -327,11 +328,9 @@ def _with_rate(z: np.ndarray, rate: float) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 200_000  # rows parsed at a time
-FIRST_DATE, VAL_DATE, TEST_DATE = (
-    20220408,
-    20220507,
-    20220508,
-)  # every day before VAL_DATE is training
+FIRST_DATE = 20220408
+VAL_DATE = 20220507  # every day before it is training
+TEST_DATE = 20220508
 LOGS = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 LABELS = {  # task -> column of the log; finish is worked out
     "effective_view": "is_click",
@@ -342,16 +341,17 @@ LABELS = {  # task -> column of the log; finish is worked out
     "forward": "is_forward",
     "follow": "is_follow",
 }
-LOG_COLUMNS = (
-    "user_id",
-    "video_id",
-    "date",
-    "hourmin",
-    "tab",
-    "play_time_ms",
-    "duration_ms",
-    *LABELS.values(),
-)
+LOG_COLUMNS = {  # smallest and largest number; a duration below 1 is not known
+    "user_id": (0, 2**31 - 1),
+    "video_id": (0, 2**53 - 1),
+    "date": (FIRST_DATE, TEST_DATE),
+    "hourmin": (0, 2359),
+    "tab": (0, 14),
+    "play_time_ms": (-(2**53), 2**53),
+    "duration_ms": (-(2**25), 2**25 - 1),
+    **dict.fromkeys(LABELS.values(), (0, 1)),
+}
+MAY_BE_EMPTY = ("play_time_ms", "duration_ms")
 LOG_SPARE = ("time_ms", "is_hate", "profile_stay_time", "comment_stay_time", "is_rand")
 USER_COLUMNS = (
     "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
@@ -359,19 +359,12 @@ USER_COLUMNS = (
     *(f"onehot_feat{i}" for i in range(18)),
 )  # fmt: skip
 USER_SPARE = (
-    "is_lowactive_period",
-    "follow_user_num",
-    "fans_user_num",
-    "friend_user_num",
-    "register_days",
-)
+    "is_lowactive_period", "follow_user_num", "fans_user_num", "friend_user_num", "register_days",
+)  # fmt: skip
+VIDEO_HASHED = ("author_id", "music_id")
 VIDEO_COLUMNS = ("video_type", "upload_type", "music_type", "tag")
 VIDEO_SPARE = ("upload_dt", "visible_status", "video_duration", "server_width", "server_height")
-PLAIN = {
-    "duration": 26,
-    "tab": 16,
-    "hour": 24,
-}  # fields that are numbers of the log: sizes of their tables
+PLAIN = {"duration": 26, "tab": 16, "hour": 24}  # numbers of the log: sizes of their tables
 MISSING = ("", "-124", "nan", "NaN", "NULL")
 ARRAYS = {"ids": np.int32, "labels": np.uint8, "users": np.int32}  # of each part, as kept
 NOTE = (
@@ -380,11 +373,9 @@ NOTE = (
 )
 
 
-def _number_words(cells: Sequence[str], vocabulary: dict[str, int]) -> list[int]:
-    """Each value its own id from 1 on, in order of appearance; 0 for missing."""
-    return [
-        0 if cell in MISSING else vocabulary.setdefault(cell, len(vocabulary) + 1) for cell in cells
-    ]
+def _number_word(word: str, vocabulary: dict[str, int]) -> int:
+    """Each word its own id from 1 on, in order of appearance; 0 for missing."""
+    return 0 if word in MISSING else vocabulary.setdefault(word, len(vocabulary) + 1)
 
 
 def _hash(values: np.ndarray, bits: int) -> np.ndarray:
@@ -392,21 +383,17 @@ def _hash(values: np.ndarray, bits: int) -> np.ndarray:
     collisions.
     """
     known = ~np.isnan(values)
-    mixed = np.where(known, values, 0).astype(np.int64).astype(np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
-    return np.where(known, 1 + (mixed >> np.uint64(16)) % np.uint64(2**bits - 1), 0).astype(
-        np.int32
-    )
+    whole = np.where(known, values, 0).astype(np.int64).astype(np.uint64)
+    mixed = whole * np.uint64(0x9E3779B97F4A7C15)
+    hashed = 1 + (mixed >> np.uint64(16)) % np.uint64(2**bits - 1)
+    return np.where(known, hashed, 0).astype(np.int32)
 
 
-def _whole(at: Place, text: str, what: str, end: int = 2**53) -> float:
-    """A whole number 0 .. end - 1; no id beyond 2^53 is exact in float64."""
+def _whole(at: Place, text: str, what: str) -> float:
+    """A whole number; no id beyond 2^53 is exact in float64."""
     value = at.number(text, what)
-    at.need(
-        0 <= value < end and value == int(value),
-        f"{what} {text} is no whole number from 0 to {end - 1:,}",
-    )
+    is_id = 0 <= value < 2**53 and value == int(value)
+    at.need(is_id, f"{what} {text} is no whole number from 0 to {2**53 - 1:,}")
     return value
 
 
@@ -414,120 +401,94 @@ class Entities(NamedTuple):
     """Users or videos: what the ids of a log stand for."""
 
     keys: np.ndarray  # [entities] sorted
-    table: np.ndarray  # [entities, fields] int32
+    table: np.ndarray  # [1 + entities, fields] int32; row 0 is all zeros
     sizes: dict[str, int]  # field -> rows of its embedding table
 
-    def look_up(self, wanted: np.ndarray) -> np.ndarray:
-        """[wanted, fields]; zeros where a key is unknown."""
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """Rows of the table, [wanted]; 0 where a key is unknown."""
         position = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        return np.where((self.keys[position] == wanted)[:, None], self.table[position], 0)
+        return np.where(self.keys[position] == wanted, position + 1, 0)
 
 
-def _entities(at: Place, keys: list[float], table: np.ndarray, sizes: dict[str, int]) -> Entities:
-    at.line = 0
-    at.need(len(keys) > 0, "holds no rows")
-    order = np.argsort(keys)
-    sorted_keys = np.array(keys)[order]
-    twice = sorted_keys[1:] == sorted_keys[:-1]
-    at.need(
-        not twice.any(),
-        f"id {sorted_keys[int(twice.argmax())] if twice.any() else 0:.0f} is there twice",
-    )
-    return Entities(sorted_keys, table[order].astype(np.int32), sizes)
-
-
-def _read_users(path: Path) -> Entities:
-    vocabularies = [{} for _ in USER_COLUMNS]
-    keys, cells = [], []
+def _read_entities(
+    path: Path, key: str, hashed: Sequence[str], worded: Sequence[str], spare: Sequence[str],
+    hash_bits: int,
+) -> Entities:  # fmt: skip
+    """One row for each value of the column `key`: some columns hashed, the words of others
+    numbered; of several tags the first counts.
+    """
+    keys = []
+    numbers = []
+    words = []
+    vocabularies = {name: {} for name in worded}
     with reading(path) as at:
-        for user, *row in table(at, ("user_id", *USER_COLUMNS), USER_SPARE):
-            keys.append(_whole(at, user, "user_id", 2**31))
-            cells.append(row)
+        for entity, *cells in table(at, (key, *hashed, *worded), spare):
+            keys.append(_whole(at, entity, key))
+            ids = cells[: len(hashed)]
+            numbers.append([np.nan if id in MISSING else _whole(at, id, "an id") for id in ids])
+            row = dict(zip(worded, cells[len(hashed) :]))
+            if "tag" in row:
+                row["tag"] = row["tag"].split(",")[0].strip()
+            words.append([_number_word(word, vocabularies[name]) for name, word in row.items()])
         at.need(len(keys) > 0, "holds no rows")
-        columns = [
-            _number_words(words, vocabulary) for words, vocabulary in zip(zip(*cells), vocabularies)
-        ]
-        sizes = {name: len(words) + 1 for name, words in zip(USER_COLUMNS, vocabularies)}
-        users = _entities(at, keys, np.stack(columns, axis=1), {"user_id": len(keys) + 1, **sizes})
-    own = np.arange(1, len(keys) + 1, dtype=np.int32)  # a user's own id
-    return users._replace(table=np.column_stack([own, users.table]))
-
-
-def _read_videos(path: Path, hash_bits: int) -> Entities:
-    """Authors and music hashed, words numbered; of several tags the first counts."""
-    vocabularies = [{} for _ in VIDEO_COLUMNS]
-    keys, numbers, words = [], [], []
-    with reading(path) as at:
-        for video, author, music, *row in table(
-            at, ("video_id", "author_id", "music_id", *VIDEO_COLUMNS), VIDEO_SPARE
-        ):
-            keys.append(_whole(at, video, "video_id"))
-            pair = [
-                np.nan if cell in MISSING else _whole(at, cell, "an id") for cell in (author, music)
-            ]
-            numbers.append(pair)
-            row[-1] = row[-1].split(",")[0].strip()
-            words.append(
-                [
-                    _number_words([cell], vocabulary)[0]
-                    for cell, vocabulary in zip(row, vocabularies)
-                ]
-            )
-        at.need(len(keys) > 0, "holds no rows")
-        author, music = (_hash(column, hash_bits - 2) for column in np.array(numbers).T)
-        sizes = {name: len(vocabulary) + 1 for name, vocabulary in zip(VIDEO_COLUMNS, vocabularies)}
-        sizes = {"author_id": 2 ** (hash_bits - 2), "music_id": 2 ** (hash_bits - 2), **sizes}
-        return _entities(at, keys, np.column_stack([author, music, np.array(words)]), sizes)
+        at.line = 0
+        order = np.argsort(keys)
+        keys = np.array(keys)[order]
+        twice = keys[1:][keys[1:] == keys[:-1]]
+        if len(twice):
+            at.refuse(f"id {twice[0]:.0f} is there twice")
+    columns = [_hash(column, hash_bits) for column in np.array(numbers).T]
+    rows = np.column_stack([*columns, np.array(words)])[order].astype(np.int32)
+    sizes = dict.fromkeys(hashed, 2**hash_bits)
+    for name, vocabulary in vocabularies.items():
+        sizes[name] = len(vocabulary) + 1
+    return Entities(keys, np.pad(rows, ((1, 0), (0, 0))), sizes)
 
 
 def _read_log(path: Path, bar: tqdm) -> Iterator[dict[str, np.ndarray]]:
-    """The log in chunks of {column: [rows] float64}, NaN where a cell is empty; at.line is a
-    chunk's first.
-    """
+    """The log in chunks of {column: [rows] float64}, NaN where a cell is empty."""
     with reading(path) as at:
-        rows = table(at, LOG_COLUMNS, LOG_SPARE)
+        rows = table(at, tuple(LOG_COLUMNS), LOG_SPARE)
         while chunk := list(itertools.islice(rows, CHUNK)):
-            last = at.line
-            first = last + 1 - len(chunk)
-            try:
-                numbers = np.array([[float(cell or "nan") for cell in row] for row in chunk])
-            except ValueError:  # find the place
-                for at.line, row in enumerate(chunk, first):
-                    for cell, column in zip(row, LOG_COLUMNS):
-                        at.number(cell or "0", column)
-                raise
-            log = dict(zip(LOG_COLUMNS, numbers.T))
-            _check_log(at, log, first)
+            last_line = at.line
+            first_line = last_line + 1 - len(chunk)
+            log = {}
+            for column, cells in zip(LOG_COLUMNS, zip(*chunk)):
+                log[column] = _log_column(at, column, cells, first_line)
             yield log
-            at.line = last
+            at.line = last_line
             bar.update(len(chunk))
 
 
-def _check_log(at: Place, log: dict[str, np.ndarray], first_line: int) -> None:
-    bounds = {
-        "user_id": (0, 2**31 - 1),
-        "video_id": (0, 2**53 - 1),
-        "date": (FIRST_DATE, TEST_DATE),
-    }
-    bounds |= {"hourmin": (0, 2359), "tab": (0, PLAIN["tab"] - 2)}
-    bounds |= dict.fromkeys(LABELS.values(), (0, 1))
-    for column, (low, high) in bounds.items():
-        values = log[column]
-        good = (values >= low) & (values <= high) & (values == np.floor(values))  # false for NaN
-        if not good.all():
-            row = int(good.argmin())
-            at.line = first_line + row
-            at.refuse(
-                f"{column} is {values[row]:.10g}; a whole number from {low} to {high} is needed"
-            )
+def _log_column(at: Place, column: str, cells: Sequence[str], first_line: int) -> np.ndarray:
+    try:
+        if "_" in "".join(cells):  # Python reads 1_0 as ten
+            raise ValueError
+        values = np.array([float(cell or "nan") for cell in cells])
+    except ValueError:  # find the place
+        for at.line, cell in enumerate(cells, first_line):
+            at.number(cell or "0", column)
+        raise
+    low, high = LOG_COLUMNS[column]
+    good = (values >= low) & (values <= high)  # false for NaN
+    if column in MAY_BE_EMPTY:
+        good |= np.isnan(values)
+    else:
+        good &= values == np.floor(values)
+    if not good.all():
+        row = int(good.argmin())
+        at.line = first_line + row
+        value = f"{values[row]:.10g}"
+        at.refuse(f"{column} is {value}; a whole number from {low} to {high} is needed")
+    return values
 
 
 def _kuairand_paths(name: str, root: Path) -> list[Path]:
     """[early log, late log, users, videos]"""
     version = name.removeprefix("kuairand-")
-    folder = f"KuaiRand-{version.upper() if version == '1k' else version.title()}/data"
+    folder = "KuaiRand-1K" if version == "1k" else "KuaiRand-Pure"
     names = (*LOGS, "user_features", "video_features_basic")
-    return [root / name / folder / f"{stem}_{version}.csv" for stem in names]
+    return [root / name / folder / "data" / f"{stem}_{version}.csv" for stem in names]
 
 
 def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
@@ -541,9 +502,8 @@ def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
     if not 4 <= hash_bits <= 28:
         raise ValueError(f"hash_bits is {hash_bits}; 4 to 28 are allowed")
     paths = _kuairand_paths(name, root)
-    if not is_here(
-        name, root
-    ):  # files put there by hand are taken as they are; fetched ones are verified
+    # Files put there by hand are taken as they are; fetched ones are verified.
+    if not is_here(name, root):
         download.fetch(name, root)
     parse = functools.partial(_parse, paths, hash_bits)
     with cached(root / name / "parsed", paths, f"kuairand {hash_bits}", parse) as (folder, info):
@@ -552,10 +512,11 @@ def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
             if not rows:
                 dates = f"{VAL_DATE} is validation, {TEST_DATE} the test day"
                 raise ValueError(f"{name}: the {part} part has no rows ({dates})")
-            mapped = [
-                np.memmap(folder / f"{part}-{kind}", dtype, "c") for kind, dtype in ARRAYS.items()
-            ]
-            ids, labels, users = (torch.from_numpy(array) for array in mapped)
+            tensors = []
+            for kind, dtype in ARRAYS.items():
+                mapped = np.memmap(folder / f"{part}-{kind}", dtype, "c")
+                tensors.append(torch.from_numpy(mapped))
+            ids, labels, users = tensors
             parts.append(Part(ids.view(rows, -1), labels.view(rows, -1), users))
     note = f"{NOTE}; {info['note']}"
     return check(Behavior(name, info["fields"], GROUPS, *parts, info["digest"], note))
@@ -565,46 +526,42 @@ def _parse(paths: Sequence[Path], hash_bits: int, out: Path) -> dict:
     """CSV -> raw arrays {train,val,test}-{ids,labels,users} in `out`; returns fields, rows and
     digest.
     """
-    users, videos = _read_users(paths[2]), _read_videos(paths[3], hash_bits)
-    fields = {**users.sizes, "video_id": 2**hash_bits, **videos.sizes, **PLAIN}
-    sizes = np.array(list(fields.values()))
-    rows = dict.fromkeys(("train", "val", "test"), 0)
+    *logs, users_path, videos_path = paths
+    users = _read_entities(users_path, "user_id", (), USER_COLUMNS, USER_SPARE, hash_bits)
+    videos = _read_entities(
+        videos_path, "video_id", VIDEO_HASHED, VIDEO_COLUMNS, VIDEO_SPARE, hash_bits - 2
+    )
+    fields = {"user_id": len(users.table), **users.sizes}
+    fields |= {"video_id": 2**hash_bits, **videos.sizes, **PLAIN}
+    rows = {"train": 0, "val": 0, "test": 0}
     digest = hashlib.sha256()
     unknown = 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(unit=" rows", unit_scale=True, desc="logs", disable=None))
         names = [f"{part}-{kind}" for part in rows for kind in ARRAYS]
         files = {name: stack.enter_context(open(out / name, "wb")) for name in names}
-        for path in paths[:2]:
-            for log in _read_log(path, bar):
-                play, duration = log["play_time_ms"], log["duration_ms"]
-                with np.errstate(invalid="ignore"):
-                    finish = (play >= duration) & (duration > 0)  # false where one is missing
-                    octave = np.where(
-                        duration > 0, 1 + np.log2(np.maximum(duration, 1)), 0
-                    )  # of a millisecond
-                unknown += int((~(duration > 0) | np.isnan(play)).sum())
-                labels = [log[LABELS[task]] if task in LABELS else finish for task in RATES]
-                plain = np.stack([octave, log["tab"] + 1, log["hourmin"] // 100], axis=1)
-                video = _hash(log["video_id"], hash_bits)[:, None]
-                ids = np.concatenate(
-                    [users.look_up(log["user_id"]), video, videos.look_up(log["video_id"]), plain],
-                    axis=1,
-                )
-                over = (ids >= sizes).any(axis=0)
-                if over.any():
-                    raise ReadError(
-                        f"{path}: {list(fields)[int(over.argmax())]} is too large for its table"
-                    )
-                arrays = {"ids": ids, "labels": np.stack(labels, axis=1), "users": log["user_id"]}
-                arrays = {kind: array.astype(ARRAYS[kind]) for kind, array in arrays.items()}
-                part_of = np.digitize(log["date"], [VAL_DATE, TEST_DATE])
-                for number, part in enumerate(rows):
-                    rows[part] += int((part_of == number).sum())
-                    for kind, array in arrays.items():
-                        raw = array[part_of == number].tobytes()
-                        files[f"{part}-{kind}"].write(raw)
-                        digest.update(raw)
+        for log in itertools.chain(*(_read_log(path, bar) for path in logs)):
+            play = log["play_time_ms"]
+            duration = log["duration_ms"]
+            has_duration = duration > 0  # false where it is missing
+            unknown += int((~has_duration | np.isnan(play)).sum())
+            finish = (play >= duration) & has_duration
+            octave = np.where(has_duration, 1 + np.log2(np.maximum(duration, 1)), 0)
+            user = users.find(log["user_id"])
+            video = videos.find(log["video_id"])
+            ids = [user, users.table[user], _hash(log["video_id"], hash_bits), videos.table[video]]
+            ids += [octave, log["tab"] + 1, log["hourmin"] // 100]
+            labels = [log[LABELS[task]] if task in LABELS else finish for task in RATES]
+            arrays = {"ids": np.column_stack(ids), "labels": np.column_stack(labels)}
+            arrays["users"] = log["user_id"]
+            part_of = np.digitize(log["date"], [VAL_DATE, TEST_DATE])
+            for number, part in enumerate(rows):
+                chosen = part_of == number
+                rows[part] += int(chosen.sum())
+                for kind, dtype in ARRAYS.items():
+                    raw = arrays[kind][chosen].astype(dtype).tobytes()
+                    files[f"{part}-{kind}"].write(raw)
+                    digest.update(raw)
     note = f"{unknown:,} rows without duration or play time count as not finished"
     return {"fields": fields, "rows": rows, "digest": digest.hexdigest()[:12], "note": note}
 
@@ -626,6 +583,7 @@ CENSUS_COLUMNS = (
     "veteran_form", "veteran_benefits", "weeks_worked", "year", "income",
 )  # fmt: skip
 NOT_FIELDS = ("income", "marital_status", "instance_weight")
+CENSUS_FIELDS = [name for name in CENSUS_COLUMNS if name not in NOT_FIELDS]
 MONEY = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")
 INCOMES = ("- 50000.", "50000+.")
 MARITAL = (
@@ -646,70 +604,66 @@ def census(root: Path) -> Behavior:
     0.99 for everybody. There are no users: every row has its own block, GAUC is AUC. Raises
     ValueError naming file, line and column.
     """
-    folder = root / "census"
-    found = [
-        path for path in (_census_path(folder, name) for name in CENSUS_FILES) if path is not None
-    ]
-    if not found:
-        found = [download.fetch("census", root) / f"{name}.gz" for name in CENSUS_FILES]
-    tables = [_read_census(path) for path in found]
-    rows = sum(len(table) for table in tables)
+    paths = _census_paths(root)
+    if not paths:
+        download.fetch("census", root)
+        paths = _census_paths(root)
+    files = [_read_census(path) for path in paths]
+    rows = sum(len(file) for file in files)
     note = ""
-    if len(tables) == 2:
-        test_from = len(tables[0])
+    if len(files) == 2:
+        test_from = len(files[0])
         val_from = test_from - test_from // 10
     else:
         test_from = rows - rows // 10
-        val_from = rows - 2 * (rows // 10)
+        val_from = test_from - rows // 10
         how = "split 80/10/10 by position, which is not the benchmark's split"
-        note = f"only {found[0].name} is in {folder}: {how}"
-    columns = dict(zip(CENSUS_COLUMNS, zip(*itertools.chain(*tables))))
+        note = f"only {paths[0].name} is in {paths[0].parent}: {how}"
+    columns = dict(zip(CENSUS_COLUMNS, zip(*itertools.chain(*files))))
     over_50k = np.array(columns["income"]) == INCOMES[1]
     never_married = np.array(columns["marital_status"]) == MARITAL[0]
     labels = np.stack([over_50k, never_married], axis=1).astype(np.uint8)
-    fields, ids = {}, []
-    for name in CENSUS_COLUMNS:
-        if name in NOT_FIELDS:
-            continue
-        codes = np.array(_number_words(columns[name], {}), np.int32)
-        known = codes[
-            :val_from
-        ].max()  # numbered in order of appearance: what training has not shown lies above
+    fields = {}
+    ids = []
+    for name in CENSUS_FIELDS:
+        vocabulary = {}
+        codes = np.array([_number_word(word, vocabulary) for word in columns[name]], np.int32)
+        # Numbered in order of appearance: what training has not shown lies above.
+        known = codes[:val_from].max()
         ids.append(np.where(codes > known, 0, codes))
         fields[name] = int(known) + 1
     ids = np.stack(ids, axis=1)
-    digest = hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest()[:12]
-    whole = Part(
-        torch.from_numpy(ids), torch.from_numpy(labels), torch.zeros(rows, dtype=torch.int32)
-    )
-    bounds = ((0, val_from), (val_from, test_from), (test_from, rows))
-    parts = [whole.cut(*bound) for bound in bounds]
-    return check(Behavior("census", fields, CENSUS_GROUPS, *parts, digest, note))
+    users = torch.zeros(rows, dtype=torch.int32)
+    whole = Part(torch.from_numpy(ids), torch.from_numpy(labels), users)
+    parts = (whole.cut(0, val_from), whole.cut(val_from, test_from), whole.cut(test_from, rows))
+    return check(Behavior("census", fields, CENSUS_GROUPS, *parts, _digest(ids, labels), note))
 
 
-def _census_path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.exists()), None)
+def _census_paths(root: Path) -> list[Path]:
+    """Those of the two files that are there, packed or not."""
+    found = []
+    for name in CENSUS_FILES:
+        spellings = (root / "census" / f"{name}.gz", root / "census" / name)
+        found += [path for path in spellings if path.exists()][:1]
+    return found
 
 
 def _read_census(path: Path) -> list[list[str]]:
     """The cells of every row, money in half octaves."""
-    money = [CENSUS_COLUMNS.index(name) for name in MONEY]
-    marital = CENSUS_COLUMNS.index("marital_status")
     rows = []
     with reading(path) as at:
-        for row in csv.reader(lines(at, whole=True), skipinitialspace=True):
-            at.need(
-                len(row) == len(CENSUS_COLUMNS),
-                f"{len(row)} columns, {len(CENSUS_COLUMNS)} are expected",
-            )
+        for cells in csv.reader(lines(at, whole=True), skipinitialspace=True):
+            expected = len(CENSUS_COLUMNS)
+            at.need(len(cells) == expected, f"{len(cells)} columns, {expected} are expected")
             at.need(at.line <= CENSUS_LIMIT, f"has more than {CENSUS_LIMIT:,} rows")
-            at.one_of(row[-1], INCOMES, "income")
-            at.one_of(row[marital], MARITAL, "marital status")
-            for column in money:
-                amount = at.number(row[column], CENSUS_COLUMNS[column])
-                at.need(amount >= 0, f"{CENSUS_COLUMNS[column]} is {amount}, below 0")
-                row[column] = str(math.ceil(2 * math.log2(1 + amount)))
-            rows.append(row)
+            row = dict(zip(CENSUS_COLUMNS, cells))
+            at.one_of(row["income"], INCOMES, "income")
+            at.one_of(row["marital_status"], MARITAL, "marital status")
+            for name in MONEY:
+                amount = at.number(row[name], name)
+                at.need(amount >= 0, f"{name} is {amount}, below 0")
+                row[name] = str(math.ceil(2 * math.log2(1 + amount)))
+            rows.append(list(row.values()))
     return rows
 
 
@@ -729,7 +683,7 @@ def is_here(name: str, root: Path) -> bool:
     if name == "synthetic":
         return True
     if name == "census":
-        return any(_census_path(root / "census", file) for file in CENSUS_FILES)
+        return bool(_census_paths(root))
     return all(path.exists() for path in _kuairand_paths(name, root))
 
 
@@ -738,32 +692,26 @@ def download_size(name: str, root: Path) -> int | None:
     return 0 if is_here(name, root) else download.DATASETS[name].size
 
 
+PUBLISHED = {  # rows, users
+    "kuairand-1k": (11_713_045, 1_000),
+    "kuairand-pure": (1_436_609, 27_285),
+    "census": (299_285, 0),
+}
+
+
 def nominal(name: str, hash_bits: int = 20) -> Behavior:
     """For --dry-run before a download: the published number of rows over tables of the right order
     of size.
     """
-    sizes = {
-        "kuairand-1k": (11_713_045, 1_000),
-        "kuairand-pure": (1_436_609, 27_285),
-        "census": (299_285, 0),
-    }
-    rows, users = sizes[name]
+    rows, users = PUBLISHED[name]
     if name == "census":
         groups = CENSUS_GROUPS
-        fields = {column: 64 for column in CENSUS_COLUMNS if column not in NOT_FIELDS}
+        fields = dict.fromkeys(CENSUS_FIELDS, 64)
     else:
         groups = GROUPS
-        hashed = {
-            "video_id": 2**hash_bits,
-            "author_id": 2 ** (hash_bits - 2),
-            "music_id": 2 ** (hash_bits - 2),
-        }
-        fields = {
-            "user_id": users + 1,
-            **dict.fromkeys((*USER_COLUMNS, *VIDEO_COLUMNS), 64),
-            **hashed,
-            **PLAIN,
-        }
+        fields = {"user_id": users + 1, **dict.fromkeys((*USER_COLUMNS, *VIDEO_COLUMNS), 64)}
+        fields["video_id"] = 2**hash_bits
+        fields |= dict.fromkeys(VIDEO_HASHED, 2 ** (hash_bits - 2)) | PLAIN
     nothing = torch.zeros(1, dtype=torch.int32)  # expanded: no memory
     num_tasks = sum(len(tasks) for tasks in groups.values())
     labels = nothing.to(torch.uint8).expand(rows, num_tasks)
