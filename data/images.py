@@ -14,6 +14,7 @@ into the memory of any GPU, so `augment` works there on a batch at a time; no wo
 queue.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import download
-from data.reading import ReadError, read_bytes, reading
+from data.reading import read_bytes, reading
 
 
 class ImageSet(NamedTuple):
@@ -64,45 +65,33 @@ class ImageSet(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 
+SUPERCLASSES = 10
+FINE = 5  # classes of a superclass
+SIZE = 16  # pixels
+
+
 def fine_grained(
-    seed: int,
-    train_per_class: int = 80,
-    val_per_class: int = 40,
-    test_per_class: int = 100,
-    num_superclasses: int = 10,
-    num_fine: int = 5,
-    size: int = 16,
+    seed: int, train_per_class: int = 80, val_per_class: int = 40, test_per_class: int = 100
 ) -> ImageSet:
-    """num_superclasses * num_fine classes; those of one superclass share most of their picture.
+    """50 classes, 5 in each of 10 superclasses, whose members share most of their picture.
 
     A class is a smooth random field, its superclass's plus half its own. An image is that field,
     shifted by up to two pixels (wrapping), mirrored or not, made lighter or darker, tinted, and
     covered with noise. Raises ValueError for a number below 1 (below 0 for val_per_class).
     """
-    counts = {"train_per_class": train_per_class, "test_per_class": test_per_class}
-    for name, count in {
-        **counts,
-        "num_superclasses": num_superclasses,
-        "num_fine": num_fine,
-        "size": size,
-    }.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; at least 1 is needed")
-    if val_per_class < 0:
-        raise ValueError(f"val_per_class is {val_per_class}; 0 or more is needed")
+    if train_per_class < 1 or val_per_class < 0 or test_per_class < 1:
+        asked = f"train_per_class is {train_per_class}, val_per_class is {val_per_class}"
+        raise ValueError(f"{asked}, test_per_class is {test_per_class}; needed: at least 1, 0, 1")
     generator = torch.Generator().manual_seed(seed)
 
     def field(count: int, cells: int) -> Tensor:
         coarse = torch.randn(count, 3, cells, cells, generator=generator)
-        return F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
+        return F.interpolate(coarse, (SIZE, SIZE), mode="bilinear", align_corners=False)
 
-    num_classes = num_superclasses * num_fine
-    prototypes = field(num_superclasses, 4).repeat_interleave(num_fine, dim=0) + 0.5 * field(
-        num_classes, 6
-    )
-    prototypes = prototypes / prototypes.std(
-        dim=(1, 2, 3), keepdim=True
-    )  # [classes, 3, size, size]
+    num_classes = SUPERCLASSES * FINE
+    shared = field(SUPERCLASSES, 4).repeat_interleave(FINE, dim=0)
+    prototypes = shared + 0.5 * field(num_classes, 6)  # [classes, 3, SIZE, SIZE]
+    prototypes = prototypes / prototypes.std(dim=(1, 2, 3), keepdim=True)
 
     def sample(per_class: int) -> tuple[Tensor, Tensor]:
         y = torch.arange(per_class * num_classes) % num_classes  # any stretch of it is balanced
@@ -110,16 +99,17 @@ def fine_grained(
         mirrored = torch.rand(len(y), generator=generator) < 0.5
         contrast = torch.empty(len(y), 1, 1, 1).uniform_(0.6, 1.4, generator=generator)
         tint = 0.4 * torch.randn(len(y), 3, 1, 1, generator=generator)
-        rows, columns = ((torch.arange(size) - shift[:, i, None]) % size for i in (0, 1))
+        rows = (torch.arange(SIZE) - shift[:, :1]) % SIZE
+        columns = (torch.arange(SIZE) - shift[:, 1:]) % SIZE
         x = contrast * _pick(prototypes[y], rows, columns, mirrored) + tint
         return (x + torch.randn(x.shape, generator=generator)).contiguous(), y
 
-    parts = [
-        part for count in (train_per_class, val_per_class, test_per_class) for part in sample(count)
-    ]
-    return ImageSet(
-        f"generated-{seed}", *parts, num_classes, torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    )
+    train = sample(train_per_class)
+    val = sample(val_per_class)
+    test = sample(test_per_class)
+    offset = torch.zeros(3, 1, 1)
+    scale = torch.ones(3, 1, 1)
+    return ImageSet(f"generated-{seed}", *train, *val, *test, num_classes, offset, scale)
 
 
 def _pick(x: Tensor, rows: Tensor, columns: Tensor, mirrored: Tensor) -> Tensor:
@@ -154,22 +144,26 @@ def batch_maker(
     device of the data: images are shifted by up to an eighth of their height, as is usual for
     CIFAR. The last, smaller batch of an epoch is dropped.
     """
-    count, padding, plan = len(data.train_y), data.train_x.shape[2] // 8, {}
+    count = len(data.train_y)
+    padding = data.train_x.shape[2] // 8
+    device = data.train_y.device
+
+    @functools.lru_cache(maxsize=1)  # of the epoch at hand
+    def draw(epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(count, generator=generator)
+        shift = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        return order.to(device), shift.to(device), mirrored.to(device)
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, place = divmod(step, count // batch_size)
-        if epoch not in plan:
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            order = torch.randperm(count, generator=generator)
-            shift = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            plan.clear()
-            plan[epoch] = [drawn.to(data.train_y.device) for drawn in (order, shift, mirrored)]
-        index, shift, mirrored = (
-            drawn[place * batch_size : (place + 1) * batch_size] for drawn in plan[epoch]
-        )
+        order, shift, mirrored = draw(epoch)
+        rows = slice(place * batch_size, (place + 1) * batch_size)
+        index = order[rows]
         x = data.train_x[index]
-        x = augment(x, shift, mirrored, padding) if augmented else x
+        if augmented:
+            x = augment(x, shift[rows], mirrored[rows], padding)
         return data.prepare(x), data.train_y[index], index
 
     return batches
@@ -200,11 +194,9 @@ def read_records(path: str | Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     record = label_bytes + PIXELS
     with reading(path) as at:
         content = bytearray(read_bytes(path))
-        whole = len(content) > 0 and len(content) % record == 0
-        at.need(
-            whole,
-            f"{len(content):,} bytes are no whole number of {record}-byte records; truncated?",
-        )
+        size = len(content)
+        whole = size > 0 and size % record == 0
+        at.need(whole, f"{size:,} bytes are no whole number of {record}-byte records; truncated?")
     records = torch.frombuffer(content, dtype=torch.uint8).view(-1, record)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].long()
 
@@ -224,48 +216,54 @@ def read_folder(folder: str | Path, train_per_class: int = 0, val_per_class: int
         raise FileNotFoundError(
             f"{folder} holds neither train.bin, test.bin (CIFAR-100) nor test_batch.bin (CIFAR-10)"
         )
-    if len(kinds) > 1:
-        raise ReadError(f"{folder} holds both {' and '.join(kinds)}; keep the files of one of them")
-    label_bytes, train_files, test_file = FILES[kinds[0]]
-    parts = [read_records(path / name, label_bytes) for name in train_files]
-    x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-    test_x, test_y = read_records(path / test_file, label_bytes)
-    num_classes = int(y.max()) + 1
-    absent = (torch.bincount(y) == 0).nonzero().flatten().tolist()
-    if absent:
-        raise ReadError(
-            f"{folder}: labels reach {num_classes - 1}, but no training image has {absent[0]}"
-        )
-    if int(test_y.max()) >= num_classes:
-        raise ReadError(
-            f"{path / test_file}: label {int(test_y.max())}; training knows {num_classes} classes"
-        )
-    train, val = _hold_out(y, num_classes, train_per_class, val_per_class)
-    offset, scale = (255 * torch.tensor(figures).view(3, 1, 1) for figures in MEAN_STD[kinds[0]])
-    name = path.resolve().name
+    with reading(folder) as at:
+        at.need(len(kinds) == 1, f"holds both {' and '.join(kinds)}; keep the files of one of them")
+        kind = kinds[0]
+        label_bytes, train_files, test_file = FILES[kind]
+        parts = [read_records(path / name, label_bytes) for name in train_files]
+        x = torch.cat([images for images, _ in parts])
+        y = torch.cat([labels for _, labels in parts])
+        test_x, test_y = read_records(path / test_file, label_bytes)
+        counts = torch.bincount(y)
+        num_classes = len(counts)
+        absent = int(counts.argmin())
+        labels = f"labels reach {num_classes - 1}, but no training image has {absent}"
+        at.need(int(counts[absent]) > 0, labels)
+        largest = int(test_y.max())
+        known = f"{test_file} has label {largest}; training knows {num_classes} classes"
+        at.need(largest < num_classes, known)
+    train, val = _hold_out(y, counts, train_per_class, val_per_class)
+    mean, std = MEAN_STD[kind]
+    offset = 255 * torch.tensor(mean).view(3, 1, 1)
+    scale = 255 * torch.tensor(std).view(3, 1, 1)
     return ImageSet(
-        name, x[train], y[train], x[val], y[val], test_x, test_y, num_classes, offset, scale
-    )
+        path.resolve().name,
+        x[train], y[train], x[val], y[val], test_x, test_y,
+        num_classes, offset, scale,
+    )  # fmt: skip
 
 
 def _hold_out(
-    y: Tensor, num_classes: int, train_per_class: int, val_per_class: int
+    y: Tensor, counts: Tensor, train_per_class: int, val_per_class: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices to train on and to validate on, each in the order of the file."""
+    """Indices to train on and to validate on, each in the order of the file. counts [classes]: of
+    the labels y.
+    """
+    asked = f"train_per_class is {train_per_class}, val_per_class {val_per_class}"
     if min(train_per_class, val_per_class) < 0:
-        raise ValueError(
-            f"train_per_class is {train_per_class}, val_per_class {val_per_class}; below 0"
-        )
-    order, count = y.argsort(stable=True), torch.bincount(y, minlength=num_classes)
-    place = torch.empty_like(y)  # how many of its class stand before an image
-    place[order] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
-    needed = train_per_class + val_per_class + (train_per_class == 0 and val_per_class > 0)
-    if needed > int(count.min()):
-        asked = f"train_per_class is {train_per_class}, val_per_class {val_per_class}"
-        raise ValueError(f"{asked}; the smallest class has {int(count.min())} images")
-    held_out = place >= (count - val_per_class)[y]
-    chosen = ~held_out & ((place < train_per_class) | (train_per_class == 0))
-    return chosen.nonzero()[:, 0], held_out.nonzero()[:, 0]
+        raise ValueError(f"{asked}; below 0")
+    smallest = int(counts.min())
+    at_least = train_per_class or (1 if val_per_class else 0)  # something is left to train on
+    if at_least + val_per_class > smallest:
+        raise ValueError(f"{asked}; the smallest class has {smallest} images")
+    train = []
+    val = []
+    for label, count in enumerate(counts.tolist()):
+        members = (y == label).nonzero()[:, 0]
+        first_held_out = count - val_per_class
+        train.append(members[: train_per_class or first_held_out])
+        val.append(members[first_held_out:])
+    return torch.cat(train).sort().values, torch.cat(val).sort().values
 
 
 def load(
@@ -290,9 +288,10 @@ def blank(source: str) -> ImageSet:
     """Black images in the number and shape of `cifar100` or `cifar10`, to reckon with before a
     download.
     """
-    num_classes, one = int(source.removeprefix("cifar")), torch.ones(3, 1, 1)
-    x, y = torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8), torch.arange(60_000) % num_classes
-    train, val, test = slice(0, 50_000), slice(0, 0), slice(50_000, 60_000)
-    return ImageSet(
-        source, x[train], y[train], x[val], y[val], x[test], y[test], num_classes, one, one
-    )
+    num_classes = int(source.removeprefix("cifar"))
+    parts = []
+    for count in (50_000, 0, 10_000):
+        x = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        parts += [x, torch.arange(count) % num_classes]
+    one = torch.ones(3, 1, 1)
+    return ImageSet(source, *parts, num_classes, one, one)
