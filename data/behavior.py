@@ -352,18 +352,18 @@ LOG_COLUMNS = {  # smallest and largest number; a duration below 1 is not known
     **dict.fromkeys(LABELS.values(), (0, 1)),
 }
 MAY_BE_EMPTY = ("play_time_ms", "duration_ms")
-LOG_SPARE = ("time_ms", "is_hate", "profile_stay_time", "comment_stay_time", "is_rand")
-USER_COLUMNS = (
-    "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
-    "fans_user_num_range", "friend_user_num_range", "register_days_range",
-    *(f"onehot_feat{i}" for i in range(18)),
-)  # fmt: skip
-USER_SPARE = (
-    "is_lowactive_period", "follow_user_num", "fans_user_num", "friend_user_num", "register_days",
-)  # fmt: skip
-VIDEO_HASHED = ("author_id", "music_id")
-VIDEO_COLUMNS = ("video_type", "upload_type", "music_type", "tag")
-VIDEO_SPARE = ("upload_dt", "visible_status", "video_duration", "server_width", "server_height")
+LOG_SPARE = "time_ms is_hate profile_stay_time comment_stay_time is_rand".split()
+USER_COLUMNS = """
+    user_active_degree is_live_streamer is_video_author follow_user_num_range fans_user_num_range
+    friend_user_num_range register_days_range
+""".split()
+USER_COLUMNS += [f"onehot_feat{i}" for i in range(18)]
+USER_SPARE = """
+    is_lowactive_period follow_user_num fans_user_num friend_user_num register_days
+""".split()
+VIDEO_HASHED = "author_id music_id".split()
+VIDEO_COLUMNS = "video_type upload_type music_type tag".split()
+VIDEO_SPARE = "upload_dt visible_status video_duration server_width server_height".split()
 PLAIN = {"duration": 26, "tab": 16, "hour": 24}  # numbers of the log: sizes of their tables
 MISSING = ("", "-124", "nan", "NaN", "NULL")
 ARRAYS = {"ids": np.int32, "labels": np.uint8, "users": np.int32}  # of each part, as kept
@@ -572,16 +572,15 @@ def _parse(paths: Sequence[Path], hash_bits: int, out: Path) -> dict:
 
 CENSUS_FILES = ("census-income.data", "census-income.test")
 CENSUS_LIMIT = 1_000_000  # rows of a file; the larger one has 199,523
-CENSUS_COLUMNS = (
-    "age", "class_of_worker", "industry", "occupation", "education", "wage_per_hour", "enrolled",
-    "marital_status", "major_industry", "major_occupation", "race", "hispanic_origin", "sex",
-    "union_member", "unemployment_reason", "employment_status", "capital_gains", "capital_losses",
-    "dividends", "tax_filer", "previous_region", "previous_state", "household_detail",
-    "household_summary", "instance_weight", "migration_msa", "migration_region",
-    "migration_within_region", "same_house", "migration_sunbelt", "num_employed", "parents",
-    "country_father", "country_mother", "country_self", "citizenship", "own_business",
-    "veteran_form", "veteran_benefits", "weeks_worked", "year", "income",
-)  # fmt: skip
+CENSUS_COLUMNS = """
+    age class_of_worker industry occupation education wage_per_hour enrolled marital_status
+    major_industry major_occupation race hispanic_origin sex union_member unemployment_reason
+    employment_status capital_gains capital_losses dividends tax_filer previous_region
+    previous_state household_detail household_summary instance_weight migration_msa
+    migration_region migration_within_region same_house migration_sunbelt num_employed parents
+    country_father country_mother country_self citizenship own_business veteran_form
+    veteran_benefits weeks_worked year income
+""".split()
 NOT_FIELDS = ("income", "marital_status", "instance_weight")
 CENSUS_FIELDS = [name for name in CENSUS_COLUMNS if name not in NOT_FIELDS]
 MONEY = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")

@@ -1,22 +1,21 @@
 """Tasks to fine-tune on: sentence classification, multiple choice, math problems. Files in, plain
 tuples out.
 
-    read_sst2    sentiment of a sentence         TSV: sentence, label; with GLUE's header line or
-                 without any
-    read_csqa    CommonsenseQA, five choices     one JSON object a line
-    read_math    ASDiv-A, MAWPS, SVAMP           CSV: Question, Numbers, Equation (prefix notation),
-                 Answer
-    read_mrpc    do two sentences say the same   TSV of the Microsoft corpus, split by GLUE's list
-                 of ids
-    read_copa, read_multirc, read_winogrande     one JSON object a line, as SuperGLUE and AllenAI
-    publish them read_arc, read_hellaswag                     the same; read_arc also reads
-    OpenBookQA read_siqa, read_piqa                         the same, labels in NAME-labels.lst
-    beside NAME.jsonl read_wikiqa  does a sentence answer          TSV with a header that names
-    Question, Sentence, Label read_squad, read_hotpotqa                    one JSON file, as
-    published: answers of any length
+    read_sst2        sentiment of a sentence; TSV: sentence, label
+    read_csqa        CommonsenseQA, five choices; one JSON object a line
+    read_math        ASDiv-A, MAWPS, SVAMP; CSV: Question, Numbers, Equation (prefix), Answer
+    read_mrpc        do two sentences say the same; TSV, split by GLUE's list of ids
+    read_wikiqa      does a sentence answer a question; TSV with a header
+    read_copa, read_multirc, read_winogrande, read_hellaswag, read_arc (also OpenBookQA)
+                     one JSON object a line, as SuperGLUE and AllenAI publish them
+    read_siqa, read_piqa
+                     the same, labels in NAME-labels.lst beside NAME.jsonl
+    read_squad, read_hotpotqa
+                     one JSON file, as published: answers of any length
 
-    Example("a gorgeous film", 1)      Example("Where do fish live?", 2, choices=("tree", "sky",
-    "sea", ...)) Question("Who ran?", context="A fox ran.", answers=("a fox", "fox"))
+    Example("a gorgeous film", 1)
+    Example("Where do fish live?", 2, choices=("tree", "sky", "sea", ...))
+    Question("Who ran?", context="A fox ran.", answers=("a fox", "fox"))
     Problem("ann has number0 pens and number1 cups .", (3.0, 4.0), "+ number0 number1", 7.0)
 
 Readers open the file they are given, read all of it, and refuse what they do not understand in one
@@ -149,32 +148,34 @@ def read_arc(at: Place) -> Iterator[Example]:
 MRPC_COLUMNS = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
 
 
-@reader
-def read_mrpc(at: Place) -> Iterator[Example]:
+def read_mrpc(path: str | Path) -> list[Example]:
     """MRPC, label 1 = paraphrase: what GLUE trains on of msr_paraphrase_train.txt (3,668 of 4,076
     pairs).
 
     The path is that file, or GLUE's mrpc_dev_ids.tsv beside it (two ids a line): then the pairs
     that it names, the 408 on which GLUE and the papers that use it report.
     """
-    path = Path(at.path)
-    with reading(path.with_name("mrpc_dev_ids.tsv")) as ids_at:
-        dev_ids = {tuple(_cells(ids_at, line, 2)) for line in lines(ids_at)}
-        is_dev = path.name == "mrpc_dev_ids.tsv"
+    ids_path = Path(path).with_name("mrpc_dev_ids.tsv")
+    with reading(ids_path) as at:
+        dev_ids = {tuple(_cells(at, line, 2)) for line in lines(at)}
     found = set()
-    at.path = path.with_name("msr_paraphrase_train.txt")
-    for row in table(at, MRPC_COLUMNS, tabs=True):
-        label, first_id, second_id, first, second = (cell.strip() for cell in row)
-        number = at.one_of(label, ("0", "1"), "label")
-        example = Example(at.word(first, "a sentence"), number, pair=at.word(second, "a sentence"))
-        ids = (first_id, second_id)
-        if (ids in dev_ids) == is_dev:
-            yield example
-        if ids in dev_ids:
+    train = []
+    dev = []
+    with reading(ids_path.with_name("msr_paraphrase_train.txt")) as at:
+        for row in table(at, MRPC_COLUMNS, tabs=True):
+            label, first_id, second_id, first, second = (cell.strip() for cell in row)
+            number = at.one_of(label, ("0", "1"), "label")
+            first = at.word(first, "a sentence")
+            second = at.word(second, "a sentence")
+            ids = (first_id, second_id)
             found.add(ids)
-    at.path, at.line = path.with_name("mrpc_dev_ids.tsv"), 0
-    missing = dev_ids - found
-    at.need(not missing, f"names pairs that msr_paraphrase_train.txt lacks: {sorted(missing)[:3]}")
+            part = dev if ids in dev_ids else train
+            part.append(Example(first, number, pair=second))
+        at.need(len(train) > 0, "holds no pairs to train on")
+    with reading(ids_path) as at:
+        missing = sorted(dev_ids - found)[:3]
+        at.need(not missing, f"names pairs that msr_paraphrase_train.txt lacks: {missing}")
+    return dev if Path(path).name == ids_path.name else train
 
 
 @reader
@@ -184,9 +185,8 @@ def read_wikiqa(at: Place) -> Iterator[Example]:
     for row in table(at, ("Question", "Sentence", "Label"), spare, tabs=True):
         question, sentence, label = (cell.strip() for cell in row)
         right = at.one_of(label, ("0", "1"), "label")
-        yield Example(
-            at.word(question, "the question"), right, pair=at.word(sentence, "the sentence")
-        )
+        at.word(question, "the question")
+        yield Example(question, right, pair=at.word(sentence, "the sentence"))
 
 
 @reader
@@ -204,9 +204,8 @@ def read_copa(at: Place) -> Iterator[Example]:
 def read_winogrande(at: Place) -> Iterator[Example]:
     """WinoGrande: which of two names fills the gap "_"."""
     for item in json_lines(at):
-        sentence, first, second, answer = at.take(
-            item, "sentence option1 option2 answer", spare="qID"
-        )
+        names = "sentence option1 option2 answer"
+        sentence, first, second, answer = at.take(item, names, spare="qID")
         at.need("_" in sentence, "the sentence has no gap _")
         yield Example(sentence, at.one_of(answer, ("1", "2"), "answer"), choices=(first, second))
 
@@ -268,9 +267,8 @@ def read_multirc(at: Place) -> Iterator[Example]:
             for answer in at.items(answers, "answers"):
                 words, label = at.take(answer, "text", "label", spare="idx")
                 right = at.one_of(label, (0, 1), "label")
-                yield Example(
-                    text, right, pair=f"{question.strip()} {words.strip()}", question=which
-                )
+                pair = f"{question.strip()} {words.strip()}"
+                yield Example(text, right, pair=pair, question=which)
 
 
 @reader
@@ -286,12 +284,11 @@ def read_squad(at: Place) -> Iterator[Question]:
                 number += 1
                 at.spot = f"question {number}"
                 question, answers = at.take(entry, "question", "answers", spare="id")
-                found = [
-                    at.take(a, "text", spare="answer_start")[0]
-                    for a in at.items(answers, "answers")
-                ]
-                at.need(len(found) > 0, "has no answer, as some in version 2.0; take 1.1")
-                yield Question(question, context, tuple(found))
+                texts = []
+                for answer in at.items(answers, "answers"):
+                    texts += at.take(answer, "text", spare="answer_start")
+                at.need(len(texts) > 0, "has no answer, as some in version 2.0; take 1.1")
+                yield Question(question, context, tuple(texts))
 
 
 @reader
@@ -308,24 +305,21 @@ def read_hotpotqa(at: Place) -> Iterator[Question]:
         number += 1
         at.spot = f"question {number}"
         text, answer, facts, context = at.take(
-            item, "question answer", "supporting_facts context", "_id type level"
+            item, "question answer", "supporting_facts context", spare="_id type level"
         )
         paragraphs = {}
         for title, sentences in at.items(context, "context"):
-            at.need(
-                paragraphs.get(title, sentences) == sentences,
-                f"two paragraphs are called {title!r}",
-            )
-            paragraphs[title] = sentences
+            is_new = paragraphs.setdefault(title, sentences) == sentences
+            at.need(is_new, f"two paragraphs are called {title!r}")
         supporting = {}
         for title, place in at.items(facts, "supporting_facts"):
             at.need(type(place) is int and place >= 0, f"sentence number {place!r} counts from 0")
             at.need(title in paragraphs, f"supporting_facts names {title!r}, which context lacks")
             sentences = at.items(paragraphs[title], "sentences")
             supporting.setdefault(title, []).extend(sentences[place : place + 1])
-        told = [
-            f"{title}: {' '.join(map(str.strip, found))}" for title, found in supporting.items()
-        ]
+        told = []
+        for title, sentences in supporting.items():
+            told.append(f"{title}: {' '.join(map(str.strip, sentences))}")
         yield Question(text, at.word(" ".join(told), "supporting_facts"), (answer,))
 
 
@@ -346,9 +340,8 @@ def read_math(at: Place) -> Iterator[Problem]:
             execute(equation, values)
         except ValueError as error:
             at.refuse(str(error))
-        yield Problem(
-            question.strip(), values, " ".join(equation.split()), at.number(answer, "Answer")
-        )
+        result = at.number(answer, "Answer")
+        yield Problem(question.strip(), values, " ".join(equation.split()), result)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,11 +390,8 @@ def is_solved(equation: str, problem: Problem) -> bool:
 def byte_rows(texts: Iterable[str], length: int) -> Tensor:
     """Texts as bytes, [num, length] int64: the end of each, padded with newlines on the left."""
     rows = [text.encode()[-length:].rjust(length, b"\n") for text in texts]
-    return (
-        torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
-        .view(len(rows), length)
-        .long()
-    )
+    joined = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+    return joined.view(len(rows), length).long()
 
 
 def pose(train: list, dev: list, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -413,7 +403,8 @@ def pose(train: list, dev: list, length: int) -> tuple[Tensor, Tensor, Tensor, T
     executing one gives the answer. A problem that needs an equation the training set lacks cannot
     be solved. Choices > 1: the class is the choice.
     """
-    train_rows, dev_rows = _choice_rows(train, length), _choice_rows(dev, length)
+    train_rows = _choice_rows(train, length)
+    dev_rows = _choice_rows(dev, length)
     if isinstance(train[0], Problem):
         equations = sorted({problem.equation for problem in train})
         classes = [equations.index(problem.equation) for problem in train]
@@ -661,15 +652,12 @@ def epoch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
     """[size] int64: batch number `step` of the endless sequence of epochs over `count` rows, each
     in an own order.
     """
-    first = step * size
-    last = first + size
-    epochs = range(first // count, (last - 1) // count + 1)
+    first_epoch, start = divmod(step * size, count)
     orders = []
-    for epoch in epochs:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    while len(orders) * count < start + size:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + first_epoch + len(orders))
         orders.append(torch.randperm(count, generator=generator))
-    start = epochs[0] * count
-    return torch.cat(orders)[first - start : last - start]
+    return torch.cat(orders)[start : start + size]
 
 
 class PromptBatches:
@@ -680,9 +668,8 @@ class PromptBatches:
     MAX_ANSWER), the end of text, -100 for padding.
     """
 
-    MAX_ANSWER = (
-        63  # tokens; with the end of text the 64 that one expert of Switch serves in a sequence
-    )
+    # Tokens; with the end of text the 64 that one expert of Switch serves in a sequence.
+    MAX_ANSWER = 63
 
     def __init__(self, name: str, data_dir: str | Path, tokenizer, max_tokens: int):
         self.train, self.dev = load_prompts(name, data_dir)
@@ -692,14 +679,9 @@ class PromptBatches:
         self.words = word_ids(tokenizer, PROMPTS[name].words)
 
     def encode(self, examples: Sequence[Example | Question]) -> dict[str, Tensor]:
-        options = {
-            "truncation": True,
-            "max_length": self.max_tokens,
-            "padding": True,
-            "return_tensors": "pt",
-        }
+        prompts = [PROMPTS[self.name].write(example) for example in examples]
         batch = self.tokenizer(
-            [PROMPTS[self.name].write(example) for example in examples], **options
+            prompts, truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
         )
         if self.words:
             answers = [[self.words[example.label]] for example in examples]
@@ -708,12 +690,11 @@ class PromptBatches:
             answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         rows = [torch.tensor([*ids[: self.MAX_ANSWER], end]) for ids in answers]
-        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": labels,
-        }
+        found = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        found["labels"] = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=-100
+        )
+        return found
 
     def read_answers(self, ids: Tensor) -> list[int | None] | list[str]:
         """From generated tokens [batch, time]: the class, None where it is no word of the task; or
