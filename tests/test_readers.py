@@ -178,7 +178,8 @@ def cases(tmp_path):
 
 ODD_WORDS = [
     b"nan", b"-1", b"1e30", b"inf", b"1.5", b"null", b"true", b"[]", b"{}", b'""', b"9" * 31,
-    b"9" * 5000, b"[" * 3000, b"\0", b"\xff", b"\n\n", b'"', b",", b"\t", b"1_0", b"NaN", b"\\ud800", b"-124",
+    b"9" * 5000, b"[" * 3000, b"\0", b"\xff", b"\n\n", b'"', b",", b"\t", b"1_0", b"NaN",
+    b"\\ud800", b"-124",
 ]  # fmt: skip
 
 
