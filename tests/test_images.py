@@ -1,6 +1,4 @@
-"""data/images.py: generated classes, augmentation, and the binary version of CIFAR, on files of a
-few records.
-"""
+"""data/images.py: generated classes, augmentation, the binary version of CIFAR in small files."""
 
 import hashlib
 import io
@@ -49,27 +47,19 @@ def test_truncated_files_are_refused_by_name(tmp_path, content):
 
 def test_folder_of_cifar100_and_of_cifar10(tmp_path):
     data = images.read_folder(write_cifar100(tmp_path / "mine"))
-    assert (data.name, data.num_classes, len(data.train_y), len(data.val_y), len(data.test_y)) == (
-        "mine",
-        3,
-        12,
-        0,
-        2,
-    )
+    assert data.name == "mine" and data.num_classes == 3
+    assert [len(y) for y in (data.train_y, data.val_y, data.test_y)] == [12, 0, 2]
     mean = (data.prepare(data.train_x) * data.scale + data.offset).mean()
     torch.testing.assert_close(mean, data.train_x.float().mean())
     assert data.scale.flatten()[0] == pytest.approx(255 * 0.2675)
 
     (tmp_path / "ten").mkdir()
     for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        (tmp_path / "ten" / f"{name}.bin").write_bytes(
-            records([i, i + 5 if i < 5 else 9], label_bytes=1)[0]
-        )
+        fine = [i, i + 5 if i < 5 else 9]
+        (tmp_path / "ten" / f"{name}.bin").write_bytes(records(fine, label_bytes=1)[0])
     data = images.read_folder(tmp_path / "ten")
-    assert data.train_y.tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9] and data.test_y.tolist() == [
-        5,
-        9,
-    ]
+    assert data.train_y.tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]
+    assert data.test_y.tolist() == [5, 9]
     (tmp_path / "ten" / "data_batch_3.bin").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_3.bin"):
         images.read_folder(tmp_path / "ten")
@@ -104,10 +94,8 @@ def test_held_out_images_are_the_last_of_each_class_and_never_trained_on(tmp_pat
 
 
 def test_cifar_archive_is_verified_before_it_is_read(tmp_path, monkeypatch):
-    members = {
-        "cifar-100-binary/train.bin": records([0, 1])[0],
-        "cifar-100-binary/test.bin": records([1])[0],
-    }
+    members = {"train.bin": records([0, 1])[0], "test.bin": records([1])[0]}
+    members = {f"cifar-100-binary/{name}": content for name, content in members.items()}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in members.items():
@@ -129,25 +117,18 @@ def test_cifar_archive_is_verified_before_it_is_read(tmp_path, monkeypatch):
                 images.load("cifar100", folder)
         else:
             data = images.load("cifar100", folder)
-            assert (
-                data.name == "cifar100"
-                and data.train_y.tolist() == [0, 1]
-                and data.test_y.tolist() == [1]
-            )
+            assert data.name == "cifar100"
+            assert data.train_y.tolist() == [0, 1] and data.test_y.tolist() == [1]
 
 
 def test_augment_crops_the_padded_image_and_mirrors():
     x = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
     still = images.augment(x, torch.full((2, 2), 4), torch.tensor([False, True]))
-    assert (
-        torch.equal(still[0], x[0])
-        and torch.equal(still[1], x[1].flip(-1))
-        and still.dtype == torch.uint8
-    )
+    assert torch.equal(still[0], x[0]) and torch.equal(still[1], x[1].flip(-1))
+    assert still.dtype == torch.uint8
     moved = images.augment(x, torch.tensor([[5, 4], [4, 2]]), torch.tensor([False, False]))
-    assert (
-        torch.equal(moved[0, :, :3], x[0, :, 1:]) and not moved[0, :, 3].any()
-    )  # a row up, zeros below
+    assert torch.equal(moved[0, :, :3], x[0, :, 1:])  # a row up, zeros below
+    assert not moved[0, :, 3].any()
     assert torch.equal(moved[1, :, :, 2:], x[1, :, :, :2]) and not moved[1, :, :, :2].any()
     assert not images.augment(x, torch.tensor([[0, 0]] * 2), torch.tensor([True] * 2)).any()
 
@@ -155,12 +136,9 @@ def test_augment_crops_the_padded_image_and_mirrors():
 def test_generated_classes_repeat_by_seed_and_share_their_superclass():
     one, again, other = (images.fine_grained(seed, 20, 4, 6) for seed in (1, 1, 2))
     assert one.digest == again.digest != other.digest
-    assert [len(y) for y in (one.train_y, one.val_y, one.test_y)] == [
-        1000,
-        200,
-        300,
-    ] and one.num_classes == 50
-    assert torch.bincount(one.test_y).tolist() == [6] * 50 and one.train_x.shape[1:] == (3, 16, 16)
+    assert [len(y) for y in (one.train_y, one.val_y, one.test_y)] == [1000, 200, 300]
+    assert one.num_classes == 50 and one.train_x.shape[1:] == (3, 16, 16)
+    assert torch.bincount(one.test_y).tolist() == [6] * 50
     # Means over images blur the shifts away, but keep what a class is.
     means = torch.stack([one.train_x[one.train_y == k].mean(0).flatten() for k in range(50)])
     similar = torch.corrcoef(means)
@@ -171,17 +149,12 @@ def test_generated_classes_repeat_by_seed_and_share_their_superclass():
 
 def test_generated_classes_can_be_told_apart_but_not_by_superclass_alone():
     data = images.fine_grained(3, 40, 0, 20)
-    prototypes = torch.stack([data.train_x[data.train_y == k].mean(0) for k in range(50)]).flatten(
-        1
-    )
-    guess = (data.test_x.flatten(1) @ torch.nn.functional.normalize(prototypes).T).argmax(1)
-    fine, coarse = (
-        (guess == data.test_y).float().mean(),
-        (guess // 5 == data.test_y // 5).float().mean(),
-    )
-    assert (
-        0.1 < fine < 0.9 and coarse > fine + 0.05
-    )  # a linear guess: above the chance of 0.02, far from easy
+    means = torch.stack([data.train_x[data.train_y == k].mean(0).flatten() for k in range(50)])
+    guess = (data.test_x.flatten(1) @ torch.nn.functional.normalize(means).T).argmax(1)
+    fine = (guess == data.test_y).float().mean()
+    coarse = (guess // 5 == data.test_y // 5).float().mean()
+    # a linear guess: above the chance of 0.02, far from easy
+    assert 0.1 < fine < 0.9 and coarse > fine + 0.05
 
 
 def test_batches_are_a_shuffled_partition_of_the_training_images_drawn_from_the_seed():
@@ -192,34 +165,23 @@ def test_batches_are_a_shuffled_partition_of_the_training_images_drawn_from_the_
     assert not torch.equal(*orders)
     x, y, index = batches(4)
     again = images.batch_maker(data, 30, 0, False)(4)
-    assert (
-        torch.equal(x, data.train_x[index])
-        and torch.equal(y, data.train_y[index])
-        and torch.equal(x, again[0])
-    )
+    assert torch.equal(x, data.train_x[index]) and torch.equal(y, data.train_y[index])
+    assert torch.equal(x, again[0])
     assert not torch.equal(index, images.batch_maker(data, 30, 1, False)(4)[2])
     augmented = images.batch_maker(data, 30, 0, True)(4)
     assert torch.equal(augmented[2], index) and not torch.equal(augmented[0], x)
 
 
-@pytest.mark.parametrize(
-    "sizes, message",
-    [
-        ((0, 1, 1), "train_per_class is 0"),
-        ((1, -1, 1), "val_per_class is -1"),
-        ((1, 1, 0), "test_per_class is 0"),
-    ],
-)
-def test_impossible_sizes_are_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        images.fine_grained(0, *sizes)
+def test_impossible_sizes_are_refused():
+    for sizes, wrong in [((0, 1, 1), "train"), ((1, -1, 1), "val"), ((1, 1, 0), "test")]:
+        with pytest.raises(ValueError, match=f"{wrong}_per_class is {min(sizes)}"):
+            images.fine_grained(0, *sizes)
 
 
 def test_bytes_to_download(tmp_path):
     assert images.download_size("cifar100", tmp_path) == 168_513_733
-    assert (
-        images.download_size("generated", tmp_path) == images.download_size("photos", tmp_path) == 0
-    )
+    for name in ("generated", "photos"):
+        assert images.download_size(name, tmp_path) == 0
     (tmp_path / "cifar100").mkdir()
     (tmp_path / "cifar100" / download.MARKER).touch()
     assert images.download_size("cifar100", tmp_path) == 0

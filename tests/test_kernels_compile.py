@@ -1,8 +1,9 @@
 """What the GPU compiler makes of the kernels, read without a GPU.
 
-Every launch of a forward and backward pass is recorded on meta tensors, with the constants and tile sizes that a real
-run would use, compiled ahead of time for sm_80 and sm_90, and disassembled with the tools that come with triton. All
-launches of the tests that were chosen are compiled before the first of them: each distinct one once, on all cores.
+Every launch of a forward and backward pass is recorded on meta tensors, with the constants and tile
+sizes that a real run would use, compiled ahead of time for sm_80 and sm_90, and disassembled with
+the tools that come with triton. All launches of the tests that were chosen are compiled before the
+first of them: each distinct one once, on all cores.
 """
 
 import ast
@@ -31,8 +32,10 @@ pytestmark = pytest.mark.skipif(
 # Bytes a block may ask for. sm_80 has 163 KB, but its rows and those of fp32 serve sm_86, too.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-WIDTHS = {True: (600, 200), False: (512, 1024)}  # glu -> d_model, d_ff; 600 and 200 are multiples of 8, not of 16
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES[torch.int32] = "*i32"
+# glu -> d_model, d_ff; 600 and 200 are multiples of 8, not of 16
+WIDTHS = {True: (600, 200), False: (512, 1024)}
 
 
 class Recorder:
@@ -74,7 +77,8 @@ def record(case: Case) -> list:
     hidden = d_ff * (2 if glu else 1)
     w1, w2 = new(num_experts, d_model, hidden), new(num_experts, d_ff, d_model)
     if case.transposed:
-        w1, w2 = (new(num_experts, hidden, d_model).transpose(1, 2), new(num_experts, d_model, d_ff).transpose(1, 2))
+        w1 = new(num_experts, hidden, d_model).transpose(1, 2)
+        w2 = new(num_experts, d_model, d_ff).transpose(1, 2)
     b1, b2 = (new(num_experts, hidden), new(num_experts, d_model)) if case.bias else (None, None)
     slot, pos = new(tokens * top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.int32)
     offsets = new(num_experts + 1, dtype=torch.int32)
@@ -84,8 +88,10 @@ def record(case: Case) -> list:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("tile_map", "expert_mm", "down_bwd", "expert_dw", "combine"):
                 patch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
-            patch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(case.arch, 10))
-            act, tensors = "silu" if glu else "gelu", (x, gates, w1, w2, b1, b2, slot, pos, offsets)
+            capability = divmod(case.arch, 10)
+            patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+            act = "silu" if glu else "gelu"
+            tensors = (x, gates, w1, w2, b1, b2, slot, pos, offsets)
             out, *_ = kernels._MoEMLP.apply(*tensors, act, glu, True)
             out.backward(torch.empty_like(out))
     finally:
@@ -95,7 +101,8 @@ def record(case: Case) -> list:
 
 @functools.cache
 def looked_at(case: Case) -> list:
-    return [launch for launch in record(case) if case.looked_at(case, launch[0].__name__, launch[2])]
+    launches = record(case)
+    return [launch for launch in launches if case.looked_at(case, launch[0].__name__, launch[2])]
 
 
 def identity(launch: tuple, arch: int) -> tuple:
@@ -112,7 +119,7 @@ def to_cubin(launch: tuple, arch: int):
 
     function, args, constants = launch
     options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
-    values = dict(zip(function.arg_names, args)) | {k: v for k, v in constants.items() if k not in options}
+    values = dict(zip(function.arg_names, args)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if isinstance(values[name], torch.Tensor):
@@ -128,8 +135,10 @@ def to_cubin(launch: tuple, arch: int):
 
 def instructions(cubin: bytes) -> bytes:
     """The one section of code of an ELF file of 64 bits."""
-    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
-    sections = [struct.unpack_from("<2I4Q", cubin, start + i * size) for i in range(count)]  # name, .. offset, size
+    (start,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    # name, .., offset, size
+    sections = [struct.unpack_from("<2I4Q", cubin, start + i * size) for i in range(count)]
     names = cubin[sections[names][4] :]
     (code,) = (s for s in sections if names[s[0] :].startswith(b".text."))
     return cubin[code[4] : code[4] + code[5]]
@@ -145,31 +154,39 @@ def one_at_a_time(function):
     return locked  # Python 3.11's parser counts its depth for all threads together
 
 
+OPCODE = r"^\s+/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)"
+COUNTED = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
+
+
+def ask(tool: str, file: Path, content: bytes, *flags: str) -> str:
+    """What one of the tools beside triton prints of this content."""
+    path = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    file.write_bytes(content)
+    return subprocess.run([path, *flags, file], capture_output=True, text=True, check=True).stdout
+
+
 def compile_all(launches: list, folder: Path) -> list[dict]:
     """Registers, spills, shared memory and instruction counts of every (launch, arch)."""
-
-    def ask(tool, content, *flags):
-        path, file = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, folder / "content"
-        file.write_bytes(content)
-        return subprocess.run([path, *flags, file], capture_output=True, text=True, check=True).stdout
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(ast, "parse", one_at_a_time(ast.parse))
-        kept = list(pool.map(to_cubin, *zip(*launches)))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            kept = list(pool.map(to_cubin, *zip(*launches)))
     codes, found = [instructions(compiled.asm["cubin"]) for compiled in kept], [None] * len(kept)
-    for arch in {arch for _, arch in launches}:  # the disassembler takes long to start: once for all launches
+    file = folder / "content"
+    for arch in {arch for _, arch in launches}:  # the disassembler takes long to start: once each
         chosen = [i for i, launch in enumerate(launches) if launch[1] == arch]
-        printed = ask("nvdisasm", b"".join(codes[i] for i in chosen), "--binary", f"SM{arch}{'a' * (arch >= 90)}")
-        opcodes = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", printed, flags=re.MULTILINE)
-        assert len(opcodes) * 16 == sum(len(codes[i]) for i in chosen)  # an instruction takes 16 bytes
+        code = b"".join(codes[i] for i in chosen)
+        printed = ask("nvdisasm", file, code, "--binary", f"SM{arch}{'a' * (arch >= 90)}")
+        opcodes = re.findall(OPCODE, printed, flags=re.MULTILINE)
+        assert len(opcodes) * 16 == len(code)  # an instruction takes 16 bytes
         for i in chosen:
             own, opcodes = opcodes[: len(codes[i]) // 16], opcodes[len(codes[i]) // 16 :]
-            used = re.findall(r"(REG|STACK):(\d+)", ask("cuobjdump", kept[i].asm["cubin"], "--dump-resource-usage"))
-            asked = ("HGMMA", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "FFMA")
-            found[i] = {name: int(value) for name, value in used} | {op: own.count(op) for op in asked}
-            found[i] |= {"shared": kept[i].metadata.shared, "threads": 32 * kept[i].metadata.num_warps}
-            found[i] |= {"opcodes": len(own)}
+            usage = ask("cuobjdump", file, kept[i].asm["cubin"], "--dump-resource-usage")
+            found[i] = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}
+            found[i] |= {name: own.count(name) for name in COUNTED}
+            found[i]["shared"] = kept[i].metadata.shared
+            found[i]["threads"] = 32 * kept[i].metadata.num_warps
     return found
 
 
@@ -180,23 +197,29 @@ def compiled(request, tmp_path_factory) -> dict:
     for item in request.session.items:
         if item.module is request.module and "compiled" in item.fixturenames:
             case = item.callspec.params["case"]
-            chosen |= {identity(launch, case.arch): (launch, case.arch) for launch in looked_at(case)}
-    return dict(zip(chosen, compile_all(list(chosen.values()), tmp_path_factory.mktemp("cubins"))))
+            for launch in looked_at(case):
+                chosen[identity(launch, case.arch)] = (launch, case.arch)
+    found = compile_all(list(chosen.values()), tmp_path_factory.mktemp("cubins"))
+    return dict(zip(chosen, found))
 
 
 def check(launch: tuple, arch: int, found: dict) -> None:
-    """No spill, no atomics, registers and shared memory within limits; tensor cores and asynchronous copies in use."""
+    """No spill, no atomics, within limits; tensor cores and asynchronous copies in use."""
     function, args, constants = launch
     where = f"{function.__name__} {constants}: {found}"
     assert found["STACK"] == found["LDL"] == found["STL"] == 0, f"spills registers: {where}"
-    assert found["ATOM"] == found["ATOMG"] == found["RED"] == found["REDG"] == 0, f"uses atomics: {where}"
+    atomics = [found[name] for name in ("ATOM", "ATOMG", "RED", "REDG")]
+    assert not any(atomics), f"uses atomics: {where}"
     assert found["REG"] * found["threads"] <= 65536, f"too many registers: {where}"
     fp32 = args[0].dtype == torch.float32
     assert found["shared"] <= SHARED_LIMIT[80 if fp32 else arch], f"too much shared memory: {where}"
     if function.__name__ not in ("combine", "tile_map"):
         assert found["LDGSTS"] > 0, f"no asynchronous copies: {where}"
-        wide = min(constants.get("BM", 128), constants.get("BA", 128)) >= 64  # the wide instruction needs 64 rows
-        core = "FFMA" if fp32 and constants["PRECISION"] == "ieee" else TENSOR_CORE[arch] if wide else "HMMA"
+        # the wide instruction needs 64 rows
+        wide = min(constants.get("BM", 128), constants.get("BA", 128)) >= 64
+        core = TENSOR_CORE[arch] if wide else "HMMA"
+        if fp32 and constants["PRECISION"] == "ieee":
+            core = "FFMA"
         assert found[core] > 0, f"no {core}: {where}"
 
 
@@ -213,12 +236,12 @@ def with_tiles(case: Case, name: str, constants: dict) -> bool:
     return name not in ("combine", "tile_map")
 
 
-LINEAR = [Case(arch, torch.bfloat16, 512, True, with_tiles, transposed=True) for arch in (90, 80)]
+LINEAR = [Case(90, torch.bfloat16, 512, True, with_tiles, transposed=True)]
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_weights_as_linear_layers_keep_them(case, compiled):
-    """[out, in], as in checkpoints and in the benchmark, are views here: every launch with the largest tiles."""
+    """[out, in], as in checkpoints and in the benchmark, are views: the largest tiles of all."""
     assert len(check_all(case, compiled)) == 6
 
 
@@ -227,9 +250,10 @@ def gathers(case: Case, name: str, constants: dict) -> bool:
     return bool(constants.get("TOP_K") or (case.glu and constants.get("A_TOP_K")))
 
 
-# The columns of the tile table; for fp32, the last two are equal.
-COLUMNS = [(torch.bfloat16, 512), (torch.bfloat16, 64), (torch.bfloat16, 32), (torch.float32, 512), (torch.float32, 64)]
-TABLE = [Case(arch, *column, glu, gathers) for column in COLUMNS for arch in (90, 80) for glu in (True, False)]
+# The columns of the tile table. The rows of fp32 serve all GPUs: sm_80 has the narrowest limits.
+COLUMNS = [(arch, torch.bfloat16, rows) for arch in (90, 80) for rows in (512, 64, 32)]
+COLUMNS += [(80, torch.float32, rows) for rows in (512, 64)]  # the last two are equal
+TABLE = [Case(*column, glu, gathers) for column in COLUMNS for glu in (True, False)]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
@@ -246,18 +270,17 @@ def not_in_the_table(case: Case, name: str, constants: dict) -> bool:
     return name not in ("down_bwd", "expert_mm") or not constants["TOP_K"]
 
 
-OTHERS = [Case(arch, torch.float16, 16, False, not_in_the_table, bias=True, transposed=True) for arch in (90, 80)]
+OTHER = {"bias": True, "transposed": True}
+OTHERS = [Case(arch, torch.float16, 16, False, not_in_the_table, **OTHER) for arch in (90, 80)]
+FORWARD = "tile_map expert_mm expert_mm combine"
+BACKWARD = "down_bwd expert_dw expert_dw expert_mm combine expert_dw expert_dw"
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_the_other_launches(case, compiled):
     """Tiles of 16 rows, fp16, biases, weights that are transposed views; combine and tile_map."""
     names = [function.__name__ for function, _, _ in record(case)]
-    assert (
-        names
-        == [*"tile_map expert_mm expert_mm combine down_bwd expert_dw expert_dw expert_mm combine".split()]
-        + ["expert_dw"] * 2
-    )
+    assert names == f"{FORWARD} {BACKWARD}".split()
     assert len(check_all(case, compiled)) == len(names) - 2
 
 
@@ -265,15 +288,20 @@ def multiplies_tokens(case: Case, name: str, constants: dict) -> bool:
     return bool(constants.get("TOP_K"))
 
 
-@pytest.mark.parametrize("case", [Case(80, torch.float32, 512, True, multiplies_tokens, precision="tf32")], ids=str)
+TF32 = [Case(80, torch.float32, 512, True, multiplies_tokens, precision="tf32")]
+
+
+@pytest.mark.parametrize("case", TF32, ids=str)
 def test_tf32_uses_tensor_cores(case, compiled):
-    assert [constants["PRECISION"] for _, _, constants in check_all(case, compiled)] == ["tf32"] * 2
+    launches = check_all(case, compiled)
+    assert [constants["PRECISION"] for _, _, constants in launches] == ["tf32"] * 2
 
 
 def test_combine_holds_many_picks_in_registers(monkeypatch, tmp_path):
     launches = []
     monkeypatch.setattr(kernels, "combine", Recorder(kernels.combine, launches))
-    y, index = (torch.empty(64, n, device="meta", dtype=d) for n, d in ((2048, torch.bfloat16), (64, torch.int32)))
+    y = torch.empty(64, 2048, device="meta", dtype=torch.bfloat16)
+    index = torch.empty(64, 64, device="meta", dtype=torch.int32)
     kernels._combine(y, index)
     check(launches[0], 90, *compile_all([(launches[0], 90)], tmp_path))
 
@@ -290,7 +318,7 @@ def test_widths_and_strides_are_constants():
     "dtype, interpreted", [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)]
 )
 def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
-    """Forward and backward without a graph break, every launch recorded as a Triton kernel; nothing is run."""
+    """Forward and backward without a graph break, every launch a Triton kernel; nothing is run."""
 
     class Traced(Exception):
         """The graph is there; nothing needs to run."""
@@ -298,13 +326,15 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
     def backend(module, inputs):
         for part in module.modules():
             if isinstance(part, torch.fx.GraphModule):
-                launches.append(sum("triton_kernel" in str(node.target) for node in part.graph.nodes))
+                targets = [str(node.target) for node in part.graph.nodes]
+                launches.append(sum("triton_kernel" in target for target in targets))
         raise Traced
 
     launches = []
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)  # then _use_triton accepts what is on the CPU, itself
+    # interpreted, _use_triton itself accepts what is on the CPU
+    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
     if not interpreted:
         monkeypatch.setattr(kernels, "_use_triton", lambda *arguments: True)
     shapes = ((32, 16), (32, 2), (4, 16, 32), (4, 16, 16), (4, 32), (4, 16))
@@ -312,5 +342,6 @@ def test_torch_compile_traces_one_graph(monkeypatch, dtype, interpreted):
     layer = torch.compile(kernels.moe_mlp, fullgraph=True, backend=backend)
     with pytest.raises(Exception, match="Traced"):
         layer(x, torch.randint(-1, 4, (32, 2)), gates, w1, w2, b1, b2, act="silu", glu=True)
-    # Forward: tiles, up, down, combine. Backward: down_bwd, two weights, two biases, rows of x, combine.
+    # Forward: tiles, up, down, combine.
+    # Backward: down_bwd, two weights, two biases, rows of x, combine.
     assert sorted(launches)[-2:] == [4, 7]
