@@ -56,6 +56,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from data.arrays import atomic_file
+from data.reading import sha256  # noqa: F401  for the scripts
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -244,26 +247,6 @@ def split_arms(text: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def atomic_file(path: str | Path, mode: str = "wb"):
-    """Write beside `path`, then rename: a reader finds the old file or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk does not say where
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def regular_file(path: str | Path) -> Path:
     """The path of an ordinary file. A FIFO or a device would be waited for, perhaps for ever."""
     path = Path(path)
@@ -338,11 +321,6 @@ def load_state(model: nn.Module, state: object, source: str | Path) -> None:
 
 def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
