@@ -76,9 +76,9 @@ def check(data: Behavior) -> Behavior:
             continue
         if not len(part.labels):
             raise ValueError(f"{data.name}: the {name} part has no rows")
-        for (field, size), column in zip(data.fields.items(), part.ids.T, strict=True):
-            low = int(column.min())
-            high = int(column.max())
+        smallest = part.ids.amin(dim=0).tolist()
+        largest = part.ids.amax(dim=0).tolist()
+        for (field, size), low, high in zip(data.fields.items(), smallest, largest, strict=True):
             if low < 0 or high >= size:
                 raise ValueError(
                     f"{data.name}: {field} has ids {low} to {high}; its table has {size} rows"

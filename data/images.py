@@ -1,12 +1,11 @@
 """Small images: generated fine-grained classes that need no download, and CIFAR-100/10 in their
 binary versions.
 
-    generated   superclasses of look-alike fine classes, 16x16x3 floats; another world for every
-                seed
+    generated   superclasses of look-alike classes, 16x16x3 floats; another world for every seed
     cifar100    50,000 + 10,000 photographs, 32x32x3 bytes, 100 classes; downloaded and verified
     cifar10     the same with 10 classes
-    a folder    yours: train.bin and test.bin in the binary format of CIFAR-100 (or the six files of
-    CIFAR-10)
+    a folder    yours: train.bin and test.bin in the binary format of CIFAR-100, or the six files
+                of CIFAR-10
 
 The binary format is read without pickle: a record is the label (CIFAR-100: a coarse byte, then the
 fine one) and 3072 bytes of pixels: the red, green and blue planes, row by row. A whole set fits
@@ -221,17 +220,17 @@ def read_folder(folder: str | Path, train_per_class: int = 0, val_per_class: int
         kind = kinds[0]
         label_bytes, train_files, test_file = FILES[kind]
         parts = [read_records(path / name, label_bytes) for name in train_files]
-        x = torch.cat([images for images, _ in parts])
-        y = torch.cat([labels for _, labels in parts])
+        x = torch.cat([part[0] for part in parts])
+        y = torch.cat([part[1] for part in parts])
         test_x, test_y = read_records(path / test_file, label_bytes)
         counts = torch.bincount(y)
         num_classes = len(counts)
-        absent = int(counts.argmin())
-        labels = f"labels reach {num_classes - 1}, but no training image has {absent}"
-        at.need(int(counts[absent]) > 0, labels)
+        rarest = int(counts.argmin())
+        gap = f"labels reach {num_classes - 1}, but no training image has {rarest}"
+        at.need(int(counts[rarest]) > 0, gap)
         largest = int(test_y.max())
-        known = f"{test_file} has label {largest}; training knows {num_classes} classes"
-        at.need(largest < num_classes, known)
+        unknown = f"{test_file} has label {largest}; training knows {num_classes} classes"
+        at.need(largest < num_classes, unknown)
     train, val = _hold_out(y, counts, train_per_class, val_per_class)
     mean, std = MEAN_STD[kind]
     offset = 255 * torch.tensor(mean).view(3, 1, 1)

@@ -309,8 +309,8 @@ def read_hotpotqa(at: Place) -> Iterator[Question]:
         )
         paragraphs = {}
         for title, sentences in at.items(context, "context"):
-            is_new = paragraphs.setdefault(title, sentences) == sentences
-            at.need(is_new, f"two paragraphs are called {title!r}")
+            kept = paragraphs.setdefault(title, sentences)
+            at.need(kept == sentences, f"two paragraphs are called {title!r}")
         supporting = {}
         for title, place in at.items(facts, "supporting_facts"):
             at.need(type(place) is int and place >= 0, f"sentence number {place!r} counts from 0")
