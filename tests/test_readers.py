@@ -251,9 +251,9 @@ WIDTHS = {"refused": 8, "otherwise": 10, "as before": 10}
 
 
 def test_damaged_files_are_read_or_refused_by_name(cases, capsys):
-    random = np.random.default_rng(0)
     table = []
     for name, case in cases.items():
+        random = np.random.default_rng(zlib.crc32(name.encode()))  # no case moves the others' damage
         start = time.process_time()
         counts = Counter()
         sound = fingerprint(case.read())
@@ -275,7 +275,8 @@ def test_damaged_files_are_read_or_refused_by_name(cases, capsys):
                     counts["as before" if fingerprint(found) == sound else "otherwise"] += 1
             path.write_bytes(content)
         assert fingerprint(case.read()) == sound  # no damage was kept in a cache
-        assert counts["refused"] > 0, name
+        if name not in ("text", "domain .txt"):  # almost anything is a text
+            assert counts["refused"] > 0, name
         table.append((name, counts, time.process_time() - start))
     with capsys.disabled():
         print(f"\n{'reader':22}{'refused':>8}{'otherwise':>10}{'as before':>10}{'seconds':>8}")
