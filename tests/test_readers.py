@@ -253,7 +253,8 @@ WIDTHS = {"refused": 8, "otherwise": 10, "as before": 10}
 def test_damaged_files_are_read_or_refused_by_name(cases, capsys):
     table = []
     for name, case in cases.items():
-        random = np.random.default_rng(zlib.crc32(name.encode()))  # no case moves the others' damage
+        # No case moves the damage of the others.
+        random = np.random.default_rng(zlib.crc32(name.encode()))
         start = time.process_time()
         counts = Counter()
         sound = fingerprint(case.read())
