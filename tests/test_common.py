@@ -34,23 +34,6 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def write_half_a_checkpoint(path):
-    def half(state, file):
-        file.write(b"PK half a checkpoint")
-        file.flush()
-        os._exit(9)
-
-    torch.save = half
-    common.save(path, {"step": 2})
-
-
-def test_killed_while_writing_a_checkpoint_the_previous_one_still_loads(fork, tmp_path):
-    path = tmp_path / "model.ckpt"
-    common.save(path, {"step": 1})
-    assert ended(fork.call(write_half_a_checkpoint, path)) == 9
-    assert common.load(path) == {"step": 1}
-
-
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     common.write_json(path, {"x": 1})
@@ -817,19 +800,6 @@ def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):
         assert (tmp_path / "runs/toy-small/toy.png").read_bytes().startswith(b"\x89PNG")
     else:
         assert done.returncode == 2 and "requirements-full.txt" in done.stderr
-
-
-def test_every_panel_draws_with_one_legend_for_all(tmp_path):
-    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    by_seed = np.random.default_rng(0).normal(size=(3, 5))
-    panels = [
-        lambda ax: common.curve(ax, range(5), by_seed, "a", common.color_of("a", "ab")),
-        lambda ax: common.curve(ax, range(5), by_seed[:1], "b", common.color_of("b", "ab")),
-        lambda ax: common.dots(ax, {"a": by_seed[:, 0], "b": by_seed[:1, 1]}),
-    ]
-    run = common.Run("toy", "small", "cpu", torch.float32, [0], tmp_path, draw=True)
-    run.plot(panels)
-    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def import_scripts():
