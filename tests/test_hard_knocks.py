@@ -585,9 +585,9 @@ def test_a_download_that_fails_is_one_line_of_the_script(
     address = "http://127.0.0.1:9/file"
     table = download.Dataset(dataset, (download.File(address, save_as="file"),), "", "")
     monkeypatch.setitem(download.DATASETS, dataset, table)
-    flags = f"{flags} --data-dir here --out out".split()
+    flags = f"{flags} --data-dir {tmp_path / 'here'} --out out".split()
     done = command_line(importlib.import_module(name), *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "no connection" in done.stderr
-    assert f"put {address} at {Path('here') / dataset / 'file'} by hand" in done.stderr
+    assert f"put {address} at {tmp_path / 'here' / dataset / 'file'} by hand" in done.stderr
     assert not (tmp_path / "out").exists()
