@@ -212,33 +212,6 @@ def test_the_picture_is_drawn_though_a_shape_failed(one_fails, tmp_path):
         assert "failed: OutOfMemoryError: no memory" in picture and ">F.grouped_mm<" in picture
 
 
-def test_figures_of_two_runs_become_one(tmp_path):
-    paths = []
-    for name in ("one", "two"):
-        rows = [{"shape": name, "contender": "ours"}]
-        content = {"machine": "m", "shapes": {name: list(SHAPE)}, "failed": {}, "rows": rows}
-        paths.append(str(tmp_path / name))
-        benchmark.write_figures(paths[-1], content)
-    figures = benchmark.read_figures(paths)
-    assert list(figures["shapes"]) == ["one", "two"] and len(figures["rows"]) == 2
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--shape", "huge"], "--shape huge is not known here"),
-        (["--speed", "fast"], "unrecognized arguments"),
-        (["--json", "missing/folder.json"], "cannot write missing/folder.json"),
-        (["--from", "figures.json"], "--from draws, and needs --plot PATH"),
-    ],
-)
-def test_a_bad_flag_is_one_line_and_code_2(capsys, flags, says):
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(flags)
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and says in printed and len(printed.strip().splitlines()) == 1
-
-
 # -------------------------------------------------------------------------------------------------
 # gpu.py: its steps may do what they like
 # -------------------------------------------------------------------------------------------------
@@ -297,25 +270,9 @@ def has_ended(pid: int) -> bool:
     return False
 
 
-def test_a_step_inherits_what_the_steps_before_it_left_over(tmp_path, monkeypatch):
-    given = []
-
-    def run_step(step, seconds, folder):
-        given.append(seconds)
-        return {"step": step.name, "passed": True, "seconds": 0.0, "lines": ["good"]}
-
-    monkeypatch.setattr(gpu, "run_step", run_step)
-    steps = [step("")._replace(minutes=minutes) for minutes in (1.0, 2.0)]
-    found = gpu.run_all(steps, 30.0, tmp_path)
-    assert given == pytest.approx([600, 1800], abs=60)
-    assert json.loads((tmp_path / "summary.json").read_text()) == found
-
-
 def test_the_table_has_40_lines_at_most_whatever_the_files_hold(tmp_path):
-    found = []
-    for name in range(9):
-        result = {"passed": name > 0, "seconds": 1.0, "lines": ["line"] * 4}
-        found.append({"step": f"step-{name}", **result})
+    result = {"seconds": 1.0, "lines": ["line"] * 4}
+    found = [{"step": f"step-{name}", "passed": name > 0, **result} for name in range(9)]
     shapes = {f"shape-{number}": list(SHAPE) for number in range(9)}
     row = {"shape": "shape-0", "contender": "ours", "total_ms": 2.0, "forward_ms": 1.0}
     shares = {"fwd_vs_dense": 0.7, "total_vs_dense": 0.5}
@@ -350,12 +307,11 @@ def test_every_step_of_the_plan_names_what_exists():
 
 
 @pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
-@pytest.mark.parametrize(
-    "words, shows", [("graph", "torch.compile: right"), ("small mixtral-decode", "ours again")]
-)
-def test_steps_on_a_pretended_gpu(tmp_path, words, shows):
+def test_a_step_on_a_pretended_gpu(tmp_path):
     """Not all of them: python results/gpu.py --rehearse takes minutes."""
-    command = [sys.executable, gpu.STEPS, "--rehearse", *words.split()]
+    command = [sys.executable, gpu.STEPS, "--rehearse", "graph"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and shows in done.stdout, done.stdout + done.stderr
-    assert json.loads((tmp_path / f"{words.split()[0]}.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CUDA graph: right" in done.stdout and "torch.compile: right" in done.stdout
+    medians = json.loads((tmp_path / "graph.json").read_text())
+    assert medians.keys() == {"eager", "CUDA graph", "compiled"}

@@ -278,17 +278,6 @@ def test_a_folder_that_cannot_be_made_is_named(toy, tmp_path):
     refusal(tmp_path, "File exists")
 
 
-def test_progress_shows_on_a_terminal_only(toy, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        fetch("toy", tmp_path / str(shown))
-        assert ("toy.bin" in stream.getvalue()) == shown
-
-
 # ---- by hand -------------------------------------------------------------------------------------
 
 

@@ -89,30 +89,21 @@ def test_feature_gate_worked_example():
     near(gate(numbers([1, -2])), [[0.0816922697, -1.1195983048]])
 
 
-def test_families_have_feature_gates_of_their_own():
-    several, x = home.FeatureGate(4, 2, 2, num_families=3).double(), torch.randn(3, 7, 4, dtype=F64)
-    with torch.no_grad():
-        several.b.normal_()
-    for i in range(3):
-        one = home.FeatureGate(4, 2, 2).double()
-        own = {name: value[i : i + 1] for name, value in several.state_dict().items()}
-        one.load_state_dict(own)
-        torch.testing.assert_close(several(x)[i], one(x[i]))
-
-
 def test_each_family_of_experts_reads_through_its_own_feature_gate():
     model = core()
     layer, x = model.layers[1].eval(), torch.randn(3, 8, 4, dtype=F64)
+    gate = layer.feature_gate
     with torch.no_grad():
-        layer.feature_gate.b.normal_()
+        gate.b.normal_()
     before = layer.experts(x)
     for family in range(8):
-        with torch.no_grad():
-            layer.feature_gate.b[family] += 1
-        after = layer.experts(x)
-        moved = [e for e in range(8) if not torch.equal(before[:, e], after[:, e])]
-        assert moved == [family]
-        before = after
+        for parameter in (gate.a, gate.b, gate.mix):
+            with torch.no_grad():
+                parameter[family] += torch.randn_like(parameter[family])
+            after = layer.experts(x)
+            moved = [e for e in range(8) if not torch.equal(before[:, e], after[:, e])]
+            assert moved == [family]
+            before = after
 
 
 def test_masked_softmax_is_exactly_zero_and_passes_no_gradient_outside():

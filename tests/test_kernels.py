@@ -212,7 +212,7 @@ def test_dispatch_is_the_docstrings_example():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("num_experts", [1, 100, 254, 255, 300])
+@pytest.mark.parametrize("num_experts", [1, 100, 255, 256, 300])  # 255: null, in one byte
 def test_dispatch_inverts_itself(num_experts, dtype):
     torch.manual_seed(0)
     info = torch.iinfo(dtype)
@@ -246,24 +246,13 @@ def test_nan_stays_where_it_is():
     assert (given[0][4] == 0).all() and (given[1][4] == 0).all() and (given[2][null] == 0).all()
 
 
-def test_properties():
-    x, index, gates, w1, w2, b1, b2 = inputs = problem(20, 2, 5, 6, 4, nulls=0.2)
-    out = kernels.moe_mlp(*inputs)
-    order, label = torch.randperm(20), torch.randperm(5)
-    old = label.argsort()
-    close = torch.testing.assert_close
-    close(kernels.moe_mlp(x[order], index[order], gates[order], w1, w2, b1, b2), out[order])
-    null = (index < 0) | (index >= 5)
-    renamed = torch.where(null, index, label[index.masked_fill(null, 0)])
-    close(kernels.moe_mlp(x, renamed, gates, w1[old], w2[old], b1[old], b2[old]), out)
-    wider = torch.cat([index, torch.full((20, 1), -1)], 1), torch.cat([gates, gates[:, :1]], 1)
-    assert torch.equal(kernels.moe_mlp(x, *wider, w1, w2, b1, b2), out)
+def test_a_dispatch_serves_as_well_and_scatter_undoes_gather():
+    x, index, gates, *weights = problem(20, 2, 5, 6, 4, nulls=0.2)
     dispatch = kernels.make_dispatch(index, 5)
-    assert torch.equal(kernels.moe_mlp(x, dispatch, gates, w1, w2, b1, b2), out)
-    close(kernels.scatter(kernels.gather(x, dispatch), dispatch), x * (~null).sum(1, keepdim=True))
-    dense = torch.nn.functional.gelu(x @ w1[0] + b1[0]) @ w2[0] + b2[0]
-    index, gates = torch.zeros(20, 1, dtype=torch.long), torch.ones(20, 1).double()
-    close(kernels.moe_mlp(x, index, gates, w1[:1], w2[:1], b1[:1], b2[:1]), dense)
+    out = kernels.moe_mlp(x, dispatch, gates, *weights)
+    assert torch.equal(out, kernels.moe_mlp(x, index, gates, *weights))
+    live = ((index >= 0) & (index < 5)).sum(1, keepdim=True)
+    torch.testing.assert_close(kernels.scatter(kernels.gather(x, dispatch), dispatch), x * live)
 
 
 def test_grouped_rows_beyond_the_live_ones_are_zero():
