@@ -6,6 +6,7 @@ DOCSTRING
 """
 
 import functools
+import json
 import math
 import time
 import warnings
@@ -272,9 +273,8 @@ def fit(
     score_fn: Callable[[], Tensor],
     epochs: int,
     patience: int,
-    lr: float,
-    weight_decay: float = 0.0,
     on_epoch: Callable[[int, float, float], object] | None = None,
+    **adamw: float,
 ) -> float:
     """Full-batch AdamW on `module` until `patience` epochs bring no lower score_fn().
 
@@ -282,7 +282,7 @@ def fit(
     that brings nothing is undone. on_epoch(epoch, loss, score) is told.
     Raises FloatingPointError when loss or score are no numbers.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), **adamw)
 
     def score() -> float:
         module.eval()
@@ -316,33 +316,26 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def train_alone(
-    expert: nn.Module,
-    task: Task,
-    lr: float,
-    weight_decay: float,
-    epochs: int,
-    patience: int,
-    fit: Callable = fit,
-) -> float:
+    expert: nn.Module, task: Task, epochs: int, patience: int, fit: Callable = fit, **adamw: float
+) -> None:
     """Pretraining of one expert: cross-entropy on training nodes, stopped by validation nodes."""
 
     def loss(nodes: Tensor) -> Tensor:
         return F.cross_entropy(ask(expert, task, nodes), task.y[nodes], task.class_weights)
 
     goals = (partial(loss, task.train), partial(loss, task.val))
-    return fit("alone", expert, *goals, epochs, patience, lr, weight_decay)
+    fit("alone", expert, *goals, epochs, patience, **adamw)
 
 
 def train_by_turns(
     model: Mowst,
     task: Task,
-    lr: float,
-    weight_decay: float,
     turn_epochs: int = 60,
     turn_patience: int = 20,
     rounds: int = 4,
     round_patience: int = 1,
     fit: Callable = fit,
+    **adamw: float,
 ) -> None:
     """Mowst. Turn A: the MLP and G, the GNN frozen. Turn B: the GNN, where the MLP is not sure.
 
@@ -357,7 +350,7 @@ def train_by_turns(
             return loss_fn(*experts(nodes), task.y[nodes], task.class_weights)
 
         goals = (partial(goal, mowst_loss, task.train), partial(goal, mowst_star_loss, task.val))
-        return fit(name, module, *goals, turn_epochs, turn_patience, lr, weight_decay)
+        return fit(name, module, *goals, turn_epochs, turn_patience, **adamw)
 
     def turn_a(name: str) -> float:
         model.eval()
@@ -387,13 +380,7 @@ def train_by_turns(
 
 
 def train_jointly(
-    model: Mowst,
-    task: Task,
-    lr: float,
-    weight_decay: float,
-    epochs: int,
-    patience: int,
-    fit: Callable = fit,
+    model: Mowst, task: Task, epochs: int, patience: int, fit: Callable = fit, **adamw: float
 ) -> None:
     """Mowst*: both experts and the gate at once, on the mixed prediction."""
 
@@ -402,7 +389,7 @@ def train_jointly(
         return mowst_star_loss(*model.look(task, nodes), strong, task.y[nodes], task.class_weights)
 
     goals = (partial(loss, task.train), partial(loss, task.val))
-    fit("jointly", model, *goals, epochs, patience, lr, weight_decay)
+    fit("jointly", model, *goals, epochs, patience, **adamw)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -696,25 +683,10 @@ class Config(common.Settings):
 
 SMALL = Config()
 FULL = replace(
-    SMALL,
-    dataset="ogbn-arxiv",
-    hidden=None,
-    layers=None,
-    lr=None,
-    dropout=None,
-    weight_decay=None,
-    gate="free",
-    gate_input=None,
-    pretrain=None,
-    epochs=20_000,
-    patience=100,
-    turn_epochs=20_000,
-    turn_patience=100,
-    rounds=20_000,
-    round_patience=10,
-    star_epochs=20_000,
-    star_patience=20_000,
-)
+    SMALL, dataset="ogbn-arxiv", hidden=None, layers=None, lr=None, dropout=None, weight_decay=None,
+    gate="free", gate_input=None, pretrain=None, epochs=20_000, patience=100, turn_epochs=20_000,
+    turn_patience=100, rounds=20_000, round_patience=10, star_epochs=20_000, star_patience=20_000,
+)  # fmt: skip
 # Best settings of the official repository: what a field that is none becomes.
 PRESET_FIELDS = (
     "hidden", "layers", "lr", "lr_gate", "weight_decay", "dropout", "dropout_gate", "gate_input",
@@ -746,16 +718,13 @@ OTHERWISE = (64, 2, 0.01, 0.01, 1e-3, 0.5, 0.5, "d", "both")  # ours, where it h
 
 def settle(config: Config) -> Config:
     """Fill the fields that are none, from the official row for this GNN and graph."""
-    changes = {}
+    official = PRESETS.get((config.backbone, config.dataset), OTHERWISE)
+    values = dict(zip(PRESET_FIELDS, official))
     for name in ("lr", "dropout"):  # a value given for experts alone goes on to hold
-        if getattr(config, f"{name}_gate") is None:
-            changes[f"{name}_gate"] = getattr(config, name)
-    config = replace(config, **changes)
-    row = PRESETS.get((config.backbone, config.dataset), OTHERWISE)
-    for name, value in zip(PRESET_FIELDS, row):
-        if getattr(config, name) is None:
-            config = replace(config, **{name: value})
-    return config
+        if getattr(config, name) is not None:
+            values[f"{name}_gate"] = getattr(config, name)
+    missing = [name for name in values if getattr(config, name) is None]
+    return replace(config, **{name: values[name] for name in missing})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -765,7 +734,6 @@ def settle(config: Config) -> Config:
 EXPERTS = ("mlp", "gnn", "gnn_again", "skip")  # gnn_again: from other initial weights
 MIXTURES = {  # method: the experts that it starts from
     "ensemble": ("mlp", "gnn"),  # mean of their probabilities
-    "two_gnns": ("gnn_again", "gnn"),  # the same of two GNNs
     "posthoc": ("mlp", "gnn"),  # C = D of the MLP as it is: nothing is trained
     "oracle": ("mlp", "gnn"),  # the known kind of a node decides
     "moe": ("mlp", "gnn"),  # an ordinary gate, learned on the features
@@ -778,60 +746,57 @@ SAMPLE = ("posthoc", "moe", "mowst", "mowst_star", "strong_strong")  # may answe
 BACKBONES = ("gcn", "sage", "gin", "gin-skip")  # the paper's, but for H2GCN
 HOMOPHILY = (0.2, 0.5, 0.85)  # 0.2: neighbours say nothing, as there are five classes
 OTHER_CLASS = "@shift=1"  # neighbours are of the next class: a heterophilous graph
-NOT_OF_EXPERTS = (
+OF_MIXTURES = (  # settings that do not concern their experts
     "gate", "gate_input", "detach_confidence", "pretrain", "lr_gate", "dropout_gate", "rounds",
     "round_patience", "turn_epochs", "turn_patience",
 )  # fmt: skip
 
 
-def default_arms(config: Config) -> list[str]:
-    arms = ["mlp", "gnn", "skip", "ensemble", "posthoc", "moe", "mowst", "mowst_star"]
-    for at in at_backbones(config):
-        if at:
-            arms += [f"gnn{at}", f"mowst{at}", f"mowst_star{at}"]
-    if config.dataset == "generated":
-        arms += ["oracle", *at_all(OTHER_CLASS)]
-    return arms
+def at_each(field: str, values: Sequence, config: Config) -> dict:
+    """{value: what to write after the name of an arm that has it}, nothing for the run's own."""
+    own = getattr(config, field)
+    return {value: "" if value == own else f"@{field}={value}" for value in values}
 
 
-def more_arms(config: Config) -> list[str]:
-    """Of --ablate: the official form of the gate, other starts, GAT, and the homophily sweep."""
-    arms = ["mowst@gate=free", "mowst@gate=var", "mowst@detach_confidence=true"]
-    arms += ["mowst@gate_input=dx", "mowst@pretrain=neither"]
-    arms += ["gnn_again", "two_gnns", "strong_strong", "gnn@backbone=gat", "mowst@backbone=gat"]
-    if config.dataset == "generated":
-        for at in at_homophily(config):
-            arms += at_all(at) if at else []
-    return arms
+def at_backbones(config: Config) -> dict[str, str]:
+    return at_each("backbone", (config.backbone, *BACKBONES), config)
 
 
 def at_all(at: str) -> list[str]:
     return [f"{method}{at}" for method in ("mlp", "gnn", "mowst", "mowst_star")]
 
 
-def at_backbones(config: Config) -> list[str]:
-    """What to write after an arm's name for each backbone; nothing for the run's own."""
-    return ["", *(f"@backbone={name}" for name in BACKBONES if name != config.backbone)]
+def default_arms(config: Config) -> list[str]:
+    arms = ["mlp", "gnn", "skip", "ensemble", "posthoc", "moe", "mowst", "mowst_star"]
+    for at in at_backbones(config).values():
+        arms += [f"gnn{at}", f"mowst{at}", f"mowst_star{at}"]
+    if config.dataset == "generated":
+        arms += ["oracle", *at_all(OTHER_CLASS)]
+    return arms
 
 
-def at_homophily(config: Config) -> list[str]:
-    ats = []
-    for value in HOMOPHILY:
-        ats.append("" if value == config.homophily_poor else f"@homophily_poor={value:g}")
-    return ats
+def more_arms(config: Config) -> list[str]:
+    """Of --ablate: the official gate, other starts, two strong experts, GAT, other homophily."""
+    arms = ["mowst@gate=free", "mowst@gate=var", "mowst@detach_confidence=true"]
+    arms += ["mowst@gate_input=dx", "mowst@pretrain=neither"]
+    arms += ["strong_strong", "gnn@backbone=gat", "mowst@backbone=gat"]
+    if config.dataset == "generated":
+        for at in at_each("homophily_poor", HOMOPHILY, config).values():
+            arms += at_all(at)
+    return arms
 
 
 def experts_of(arm: str) -> tuple[str, str]:
-    """The arms that train the experts of a mixture: with its settings, as far as they concern them.
+    """The arms that train a mixture's experts: with its settings, as far as they concern them.
 
     mowst@backbone=sage,gate=var -> mlp, gnn@backbone=sage
     """
     method, _, settings = arm.partition("@")
     found = []
     for expert in MIXTURES[method]:
-        other = (*NOT_OF_EXPERTS, *(("backbone", "heads") if expert == "mlp" else ()))
+        other = (*OF_MIXTURES, "backbone", "heads") if expert == "mlp" else OF_MIXTURES
         kept = [one for one in settings.split(",") if one.partition("=")[0] not in other]
-        found.append(expert + ("@" + ",".join(kept) if any(kept) else ""))
+        found.append("@".join(filter(None, [expert, ",".join(kept)])))
     return found[0], found[1]
 
 
@@ -908,28 +873,31 @@ def build(method: str, config: Config, sizes: Sizes) -> nn.Module:
 
 
 class Keeper:
-    """`fit` for a job: logs every epoch, and keeps finished turns, so that --resume goes on there.
+    """Trains a job's turns by `fit`, logs every epoch, and after an interruption goes on with the
+    first turn that was not finished.
 
-    common.train is not for this: an epoch is a step on the whole graph, ends early by a validation
-    loss, and the best state comes back.
+    Not by common.train: an epoch is one step on the whole graph, a validation loss ends a turn
+    early, and its best state comes back.
     """
 
     def __init__(self, job: Job):
         self.job, self.path, self.saved = job, job.path(".ckpt"), time.monotonic()
-        self.finished = 0  # turns of this process
-        self.turns = common.load(self.path, job.run.device) if self.path.exists() else []
+        self.done = common.load(self.path, job.run.device) if self.path.exists() else []
+        self.next = 0  # number of a turn
 
-    def fit(self, stage: str, module: nn.Module, *goals: object) -> float:
-        if self.finished == len(self.turns):
-            self.turns.append(self.train(stage, module, *goals))
+    def fit(self, stage: str, module: nn.Module, *goals: object, **adamw: float) -> float:
+        if self.next == len(self.done):
+            self.done.append(self.train(stage, module, *goals, **adamw))
             if time.monotonic() - self.saved > 60:
                 self.save()
-        else:
-            self.put_back(module)
-        self.finished += 1
-        return self.turns[self.finished - 1]["score"]
+        turn = self.done[self.next]
+        self.next += 1
+        common.load_state(module, turn["state"], self.path)
+        set_random_state(turn["random"])
+        module.eval()
+        return turn["score"]
 
-    def train(self, stage: str, module: nn.Module, *goals: object) -> dict:
+    def train(self, stage: str, module: nn.Module, *goals: object, **adamw: float) -> dict:
         log = []
         bar = tqdm(desc=f"{self.job.label}, {stage}", unit="epoch", leave=False, disable=None)
 
@@ -940,7 +908,7 @@ class Keeper:
 
         try:
             with bar:
-                score = fit(stage, module, *goals, on_epoch=on_epoch)
+                score = fit(stage, module, *goals, on_epoch=on_epoch, **adamw)
         except KeyboardInterrupt:
             self.save()
             raise
@@ -948,35 +916,29 @@ class Keeper:
             good = self.path if self.path.exists() else "none yet"
             message = f"{self.job.label}: {error}; last good checkpoint: {good}; lower --lr"
             raise common.NonFiniteLoss(message) from None
-        random = [torch.get_rng_state()]
-        if self.job.run.device == "cuda":
-            random.append(torch.cuda.get_rng_state())
-        return {"score": score, "state": copy_state(module), "random": random, "log": log}
-
-    def put_back(self, module: nn.Module) -> None:
-        try:
-            turn = self.turns[self.finished]
-            common.load_state(module, turn["state"], self.path)
-            torch.set_rng_state(turn["random"][0].cpu())
-            if len(turn["random"]) > 1:
-                torch.cuda.set_rng_state(turn["random"][1].cpu())
-            module.eval()
-            float(turn["score"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            misfit = f"{self.path} does not belong here ({reason})"
-            raise common.UsageError(f"{misfit}; {common.afresh(self.path)}") from error
+        return {"score": score, "state": copy_state(module), "random": random_state(), "log": log}
 
     def save(self) -> None:
-        common.save(self.path, self.turns)
+        common.save(self.path, self.done)
         self.saved = time.monotonic()
 
     def end(self, model: nn.Module, sizes: Sizes) -> None:
         """Leave the log, and the weights that load_trained reads."""
         with common.atomic_file(self.job.path(".jsonl"), "w") as file:
-            for turn in self.turns:
-                file.writelines(f"{common.json.dumps(line)}\n" for line in turn["log"])
+            for turn in self.done:
+                file.writelines(json.dumps(line) + "\n" for line in turn["log"])
         common.save(self.job.path(".pt"), {"sizes": list(sizes), "model": model.state_dict()})
+
+
+def random_state() -> list[Tensor]:
+    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def set_random_state(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu())
 
 
 def start(job: Job) -> tuple[Config, graphs.Graph, Task, Sizes]:
@@ -994,8 +956,8 @@ def train_expert(job: Job) -> dict:
     if job.method == "skip":  # it stands against mixtures of trained experts: as many epochs
         epochs += config.star_epochs
     began, keeper = time.perf_counter(), Keeper(job)
-    budget = (config.lr, config.weight_decay, epochs, config.patience)
-    train_alone(expert, task, *budget, fit=keeper.fit)
+    adamw = {"lr": config.lr, "weight_decay": config.weight_decay}
+    train_alone(expert, task, epochs, config.patience, keeper.fit, **adamw)
     seconds = time.perf_counter() - began
     keeper.end(expert, sizes)
     with torch.no_grad():
@@ -1006,7 +968,7 @@ def train_expert(job: Job) -> dict:
 def train_mixture(job: Job) -> dict:
     config, graph, task, sizes = start(job)
     began = time.perf_counter()
-    if job.method in ("ensemble", "two_gnns", "posthoc", "oracle"):
+    if job.method in ("ensemble", "posthoc", "oracle"):
         confidence, weak, strong = put_together(job, task, graph)
     else:
         model = fit_mixture(job, config, task, sizes)
@@ -1025,17 +987,17 @@ def fit_mixture(job: Job, config: Config, task: Task, sizes: Sizes) -> Mowst:
     model = build_mixture(job.method, config, sizes, config.dropout_gate).to(job.run.device)
     weak, strong = experts_of(job.arm)
     if config.pretrain in ("mlp", "both"):
-        model.weak.load_state_dict(trained(job.other(weak))["model"])
+        model.weak.load_state_dict(common.load(job.other(weak).path(".pt"))["model"])
     if config.pretrain in ("gnn", "both"):
-        model.strong.load_state_dict(trained(job.other(strong))["model"])
+        model.strong.load_state_dict(common.load(job.other(strong).path(".pt"))["model"])
     keeper = Keeper(job)
-    rates = (config.lr_gate, config.weight_decay)
+    adamw = {"lr": config.lr_gate, "weight_decay": config.weight_decay}
     if job.method in ("mowst", "strong_strong"):
         budget = (config.turn_epochs, config.turn_patience, config.rounds, config.round_patience)
-        train_by_turns(model, task, *rates, *budget, fit=keeper.fit)
+        train_by_turns(model, task, *budget, keeper.fit, **adamw)
     else:
         budget = (config.star_epochs, config.star_patience)
-        train_jointly(model, task, *rates, *budget, fit=keeper.fit)
+        train_jointly(model, task, *budget, keeper.fit, **adamw)
     keeper.end(model, sizes)
     return model
 
@@ -1045,7 +1007,8 @@ def put_together(job: Job, task: Task, graph: graphs.Graph) -> tuple[Tensor, Ten
     """(C, weak logits, strong logits) of experts as they are."""
     logits = []
     for arm in experts_of(job.arm):
-        expert = rebuild(job.other(arm), trained(job.other(arm))).to(job.run.device).eval()
+        other = job.other(arm)
+        expert = rebuild(other, common.load(other.path(".pt"))).to(job.run.device).eval()
         logits.append(ask(expert, task, slice(None)))
     weak, strong = logits
     if job.method == "posthoc":
@@ -1055,15 +1018,6 @@ def put_together(job: Job, task: Task, graph: graphs.Graph) -> tuple[Tensor, Ten
     else:
         confidence = torch.full_like(weak[:, 0], 0.5)
     return confidence, weak, strong
-
-
-def trained(job: Job) -> dict:
-    """What an expert's job left behind."""
-    try:
-        return common.load(job.path(".pt"), job.run.device)
-    except FileNotFoundError:
-        way_out = f"delete {job.path('.json')} and go on with --resume"
-        raise common.UsageError(f"{job.path('.pt')} is missing; {way_out}") from None
 
 
 def rebuild(job: Job, left: dict) -> nn.Module:
@@ -1118,16 +1072,11 @@ def evaluate_sampled(
     losses = [F.cross_entropy(z[task.test], y, reduction="none") for z in (weak, strong)]
     found["weak_better"] = 100 * float((losses[0] < losses[1]).double().mean())
     found["weak_answers"] = 100 * float(sure.double().mean())
-    kinds = {"all": torch.ones_like(y, dtype=torch.bool)}
     if graph.kind is not None:
         rich = graph.kind.to(y.device)[task.test]
-        kinds = {"feature-rich": rich, "structure-rich": ~rich}
         found["kind_auc"] = area_under_curve(sure, rich)
-    bins = (10 * sure).long().clamp(max=9)
-    found["mean_c"] = {name: float(sure[nodes].mean()) for name, nodes in kinds.items()}
-    found["histogram"] = {
-        name: torch.bincount(bins[nodes], minlength=10).tolist() for name, nodes in kinds.items()
-    }
+        found["c, rich"] = float(sure[rich].mean())
+        found["c, poor"] = float(sure[~rich].mean())
     return found
 
 
@@ -1142,34 +1091,33 @@ def area_under_curve(score: Tensor, positive: Tensor) -> float:
 
 @torch.no_grad()
 def measure_cost(model: Mowst, confidence: Tensor, task: Task, layers: int) -> dict:
-    """Of sampled answers beside one GNN: for all nodes at once, and for 32 test nodes one by one.
+    """Of sampled answers beside one GNN: for all nodes at once, and for 32 nodes one by one.
 
-    All at once, the GNN runs on the whole graph, since the nodes left to it see nearly all of it.
-    Both take turns on the clock, since a machine is not equally fast at all times.
+    All at once, the GNN runs on the whole graph: the nodes left to it see nearly all of it. The two
+    take turns on the clock, since a machine is not equally fast at all times.
     """
     draws = torch.rand(len(confidence), generator=torch.Generator().manual_seed(0))
     active = draws.to(confidence) >= confidence  # [nodes]: the GNN answers
-    seen, seen_one_by_one = task.adjacency.edges_seen(active, layers), [0, 0]
+    edges, edges_left = 0, 0
     for node in task.test[:32]:
-        only = torch.zeros_like(active)
-        only[node] = True
-        edges = task.adjacency.edges_seen(only, layers)
-        seen_one_by_one[0] += edges
-        seen_one_by_one[1] += edges * int(active[node])
-    seconds = [0.0, 0.0]
+        alone = torch.arange(len(active), device=active.device) == node
+        seen = task.adjacency.edges_seen(alone, layers)
+        edges += seen
+        edges_left += seen if active[node] else 0
+    seconds = {"gnn": 0.0, "mowst": 0.0}
     for _ in range(30):
-        for number, expert in enumerate((model.strong, model)):
+        for name, expert in (("gnn", model.strong), ("mowst", model)):
             began = time.perf_counter()
             expert(task.x, task.adjacency)
             if task.x.is_cuda:
                 torch.cuda.synchronize()
-            seconds[number] += time.perf_counter() - began
+            seconds[name] += time.perf_counter() - began
+    seen = task.adjacency.edges_seen(active, layers)
     return {
         "active": 100 * float(active.double().mean()),
         "edges_seen": 100 * seen / max(1, task.adjacency.edge_index.shape[1]),
-        "edges_one_by_one": 100 * seen_one_by_one[1] / max(1, seen_one_by_one[0]),
-        "seconds_gnn": seconds[0] / 30,
-        "seconds_mowst": seconds[1] / 30,
+        "edges_one_by_one": 100 * edges_left / max(1, edges),
+        "seconds_ratio": seconds["mowst"] / seconds["gnn"],
     }
 
 
@@ -1187,9 +1135,9 @@ def leads(results: Results, other: str, at: str = "") -> dict[str, np.ndarray]:
     """
     theirs = results.of(other, "accuracy")
     found = {}
-    for arm in ("mowst", "mowst_star"):
-        for name, key in (("sampled", "sampled"), ("mixed", "accuracy")):
-            found[f"{arm} {name}"] = results.of(f"{arm}{at}", key) - theirs
+    for name, key in (("sampled", "sampled"), ("mixed", "accuracy")):
+        found[name] = results.of(f"mowst{at}", key) - theirs
+        found[f"Mowst* {name}"] = results.of(f"mowst_star{at}", key) - theirs
     return found
 
 
@@ -1200,7 +1148,7 @@ def listed(values: dict[str, np.ndarray], digits: int = 1) -> str:
 def lead(results: Results, other: str, at: str = "") -> Margin:
     """Sampled answers of Mowst decide, as in its code; ours stand beside them."""
     found = leads(results, other, at)
-    return Margin(found["mowst sampled"], f"points: {listed(found)}", found)
+    return Margin(found["sampled"], f"points: {listed(found)}", found)
 
 
 @claim("Mowst is more accurate than the MLP alone", ABSTRACT, required=True)
@@ -1213,12 +1161,11 @@ def beats_weak(results: Results, config: Config) -> Margin:
 def beats_strong(results: Results, config: Config) -> Margin:
     """The backbone that gains least."""
     sampled, mixed, star = {}, {}, {}
-    for at in at_backbones(config):
+    for name, at in at_backbones(config).items():
         found = leads(results, f"gnn{at}", at)
-        name = at.partition("=")[2] or config.backbone
-        sampled[name] = found["mowst sampled"]
-        mixed[name] = found["mowst mixed"]
-        star[name] = found["mowst_star mixed"]
+        sampled[name] = found["sampled"]
+        mixed[name] = found["mixed"]
+        star[name] = found["Mowst* mixed"]
     text = f"points, sampled: {listed(sampled)}; mixed: {listed(mixed)}; Mowst*: {listed(star)}"
     return Margin(min(sampled.values(), key=np.mean), text, sampled)
 
@@ -1243,10 +1190,9 @@ def split(results: Results, config: Config) -> Margin:
     if config.dataset != "generated":
         raise Missing("a generated graph, whose kinds of nodes are known")
     auc = results.of("mowst", "kind_auc")
-    sure = {}
-    for kind in ("feature-rich", "structure-rich"):
-        sure[kind] = np.array([result["mean_c"][kind] for result in results["mowst"]])
-    return Margin(auc - 0.9, f"AUC {show(auc, 3)}; mean C: {listed(sure, 2)}")
+    rich, poor = (show(results.of("mowst", key), 2) for key in ("c, rich", "c, poor"))
+    text = f"AUC {show(auc, 3)}; mean C {rich} on feature-rich nodes, {poor} on structure-rich ones"
+    return Margin(auc - 0.9, text)
 
 
 @claim("the confidence favours the GNN: the MLP answers for fewer nodes than it is better on",
@@ -1260,7 +1206,7 @@ def strong_bias(results: Results, config: Config) -> Margin:
 @claim("sampled answers cost about one GNN: at most 1.25 times its time",
        "comparable to one GNN (abstract)", required=True)  # fmt: skip
 def cost(results: Results, config: Config) -> Margin:
-    ratio = results.of("mowst", "seconds_mowst") / results.of("mowst", "seconds_gnn")
+    ratio = results.of("mowst", "seconds_ratio")
     keys = ("active", "edges_seen", "edges_one_by_one")
     active, seen, one_by_one = (show(results.of("mowst", key), 0) for key in keys)
     text = f"all nodes at once: {show(ratio, 2)} times the time of one GNN, which answers for "
@@ -1293,10 +1239,9 @@ def beats_posthoc(results: Results, config: Config) -> Margin:
 def star(results: Results, config: Config) -> Margin:
     """The smallest of its leads, over all backbones."""
     found = {"mlp": leads(results, "mlp"), "ensemble": leads(results, "ensemble")}
-    for at in at_backbones(config):
-        name = at.partition("=")[2] or config.backbone
+    for name, at in at_backbones(config).items():
         found[name] = leads(results, f"gnn{at}", at)
-    margins = {name: one["mowst_star mixed"] for name, one in found.items()}
+    margins = {name: one["Mowst* mixed"] for name, one in found.items()}
     return Margin(min(margins.values(), key=np.mean), f"points over {listed(margins)}", margins)
 
 
@@ -1304,9 +1249,7 @@ def star(results: Results, config: Config) -> Margin:
 def weak_and_strong(results: Results, config: Config) -> Margin:
     margin = results.ahead("mowst", "strong_strong", "sampled")
     mixed = results.ahead("mowst", "strong_strong", "accuracy")
-    two = results.of("two_gnns", "accuracy")
-    text = f"points: sampled {show(margin, 1)}, mixed {show(mixed, 1)}; mean of two GNNs "
-    return Margin(margin, text + show(two, 1))
+    return Margin(margin, f"points: sampled {show(margin, 1)}, mixed {show(mixed, 1)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1314,62 +1257,53 @@ def weak_and_strong(results: Results, config: Config) -> Margin:
 # --------------------------------------------------------------------------------------------------
 
 
-def print_tables(results: Results, run: Run) -> None:
-    columns = {"mixed": ("accuracy", 1)}
-    columns |= {"feature-rich": ("accuracy, rich", 1), "structure-rich": ("accuracy, poor", 1)}
-    columns |= {"sampled": ("sampled", 1)}
-    columns |= {"f-rich": ("sampled, rich", 1), "s-rich": ("sampled, poor", 1)}
-    columns |= {"AUC": ("auc", 3), "fit s": ("fit_seconds", 1)}
+def print_table(results: Results, run: Run) -> None:
+    columns = {
+        "mixed": ("accuracy", 1),
+        "feature-rich": ("accuracy, rich", 1),
+        "structure-rich": ("accuracy, poor", 1),
+        "sampled": ("sampled", 1),
+        "f-rich": ("sampled, rich", 1),
+        "s-rich": ("sampled, poor", 1),
+        "AUC": ("auc", 3),
+        "fit s": ("fit_seconds", 1),
+    }
     title = f"test accuracy in percent, {len(run.seeds)} seed(s); mixed: the likeliest class of"
     run.table(f"{title} C p + (1 - C) p'", *results.table(results, columns))
-    if "mowst" not in results:
-        return
-    counts = {}
-    for kind in results["mowst"][0]["histogram"]:
-        counts[kind] = np.sum([found["histogram"][kind] for found in results["mowst"]], axis=0)
-    rows = []
-    for number in range(10):
-        row = [f"{number / 10:.1f}-{(number + 1) / 10:.1f}"]
-        for count in counts.values():
-            share = count[number] / max(1, count.sum())
-            row.append(f"{'#' * round(40 * share):<40s} {100 * share:4.1f} %")
-        rows.append(row)
-    run.table("Mowst: test nodes by C", ["C", *counts], rows)
 
 
 def draw(results: Results, config: Config, run: Run) -> None:
+    """All methods; then three of them by homophily, for all nodes and for the two halves."""
     ways = {"mlp": "accuracy", "gnn": "accuracy", "mowst": "sampled"}  # arm: how it answers
-    swept = [at for at in at_homophily(config) if f"mowst{at}" in results]
+    swept = {}  # homophily: what stands after the names of its arms
+    for value, at in at_each("homophily_poor", HOMOPHILY, config).items():
+        if f"mowst{at}" in results:
+            swept[value] = at
 
     def methods(ax) -> None:
-        arms = [arm for arm in results if "@" not in arm]
-        common.dots(ax, {arm: results.of(arm, ways.get(arm, "accuracy")) for arm in arms})
-        ax.set(
-            xlabel="test accuracy, %", title="Mowst sampled, the others by their likeliest class"
-        )
+        shown = [arm for arm in results if "@" not in arm]
+        common.dots(ax, {arm: results.of(arm, ways.get(arm, "accuracy")) for arm in shown})
+        ax.set(xlabel="test accuracy, %", title="Mowst sampled, others by their likeliest class")
 
-    def by_homophily(ax, name: str, style: str = "-", label: str = "") -> None:
-        """name: the suffix of a measurement; one point an arm of the sweep."""
-        points = [at.partition("=")[2] or config.homophily_poor for at in swept]
-        x = [float(point) for point in points]
+    def lines(ax, nodes: str, style: str, label: str) -> None:
         for arm, key in ways.items():
-            y = np.stack([results.of(f"{arm}{at}", f"{key}{name}") for at in swept], axis=1)
+            y = [results.of(f"{arm}{at}", f"{key}{nodes}") for at in swept.values()]
             color = common.color_of(arm, list(ways))
-            common.curve(ax, x, y, f"{arm}{label}", color, style)
+            common.curve(ax, list(swept), np.stack(y, axis=1), f"{arm}{label}", color, style)
         ax.set(xlabel="homophily of structure-rich nodes", ylabel="test accuracy, %")
 
-    def everybody(ax) -> None:
-        by_homophily(ax, "")
-        ax.set(title="all nodes")
+    def all_nodes(ax) -> None:
+        lines(ax, "", "-", "")
+        ax.set_title("all nodes")
 
     def halves(ax) -> None:
-        by_homophily(ax, ", rich", ":", ", feature-rich half")
-        by_homophily(ax, ", poor", "--", ", structure-rich half")
-        ax.set(title="its two halves")
+        lines(ax, ", rich", ":", ", feature-rich half")
+        lines(ax, ", poor", "--", ", structure-rich half")
+        ax.set_title("the two halves")
 
     panels = [methods]
-    if config.dataset == "generated" and len(swept) > 1:
-        panels += [everybody, halves]
+    if len(swept) > 1:
+        panels += [all_nodes, halves]
     run.plot(panels)
 
 
@@ -1398,8 +1332,7 @@ def main(config: Config, run: Run) -> Results:
     mixtures = [arm for arm in arms if arm.partition("@")[0] in MIXTURES]
     experts = [arm for arm in arms if arm not in mixtures]
     for arm in mixtures:
-        experts += experts_of(arm)
-    experts = list(dict.fromkeys(experts))
+        experts += [expert for expert in experts_of(arm) if expert not in experts]
 
     graph = load_graph(config, run.seed, run)
     task = make_task(graph, config, run.device)
@@ -1422,7 +1355,7 @@ def main(config: Config, run: Run) -> Results:
 
     results = run.train_arms(train_expert, experts)
     results |= run.train_arms(train_mixture, mixtures)
-    print_tables(results, run)
+    print_table(results, run)
     draw(results, config, run)
     return results
 
