@@ -543,7 +543,7 @@ class GATLayer(nn.Module):
     """Attention over neighbours and the node itself; heads side by side. Velickovic et al. 2018.
 
     By index operations, edge by edge: torch gives the values of a CSR matrix no gradient. Memory is
-    edges x out_width. The one layer here that is slower than torch_geometric's (0.8 times).
+    edges x out_width. No faster than torch_geometric's; the others are 2.6 to 12 times as fast.
     """
 
     def __init__(self, width: int, out_width: int, heads: int):
@@ -567,9 +567,9 @@ class GATLayer(nn.Module):
         largest = largest.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
         weight = (score - largest[target]).exp()
         total = torch.zeros_like(largest).index_add(0, target, weight)
-        message = h[source] * (weight / total[target]).unsqueeze(-1)  # [edges, heads, head_width]
-        summed = message.new_zeros(h.shape).index_add(0, target, message)
-        return summed.flatten(1) + self.bias
+        message = h[source] * weight.unsqueeze(-1)  # [edges, heads, head_width]
+        summed = torch.zeros_like(h).index_add(0, target, message)
+        return (summed / total.unsqueeze(-1)).flatten(1) + self.bias
 
 
 class GNN(nn.Module):
