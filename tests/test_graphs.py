@@ -457,7 +457,7 @@ def test_broken_splits_are_refused(tmp_path):
 
 
 def write_facebook(path):
-    """REFERENCE's edges, with the seven columns of facebook100; the gender of node 2 is not known."""
+    """REFERENCE's edges, with the seven columns of facebook100; node 2 has no known gender."""
     import scipy.io
     import scipy.sparse
 
