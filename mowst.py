@@ -845,21 +845,19 @@ read_once = functools.lru_cache(maxsize=1)(graphs.load)
 
 
 def load_graph(config: Config, seed: int, run: Run) -> graphs.Graph:
-    """A seed's graph with its split: generated, or a public one with the next of its splits."""
+    """A seed's graph: generated, or a public one, which is the same for all of them."""
     if config.dataset == "generated":
         knobs = ("num_nodes", "mu_rich", "mu_poor", "homophily_poor", "cross", "shift")
         given = {name: getattr(config, name) for name in knobs}
-        return graphs.contextual_sbm(1000 * seed, train_share=config.labels, **given).split(0)
+        return graphs.contextual_sbm(1000 * seed, train_share=config.labels, **given)
     if run.dry_run and not graphs.is_here(config.dataset, run.data_dir):
-        graph = graphs.stand_in(config.dataset)
-    else:
-        graph = read_once(config.dataset, str(run.data_dir))
-    return graph.split(seed % graph.num_splits)
+        return graphs.stand_in(config.dataset)
+    return read_once(config.dataset, str(run.data_dir))
 
 
-def make_task(graph: graphs.Graph, config: Config, device: str) -> Task:
-    """Onto the device. Raises ValueError: a set with fewer than two nodes."""
-    parts = []
+def make_task(graph: graphs.Graph, config: Config, seed: int, device: str) -> Task:
+    """With the split of a seed, on the device. Raises ValueError: a set of fewer than two nodes."""
+    graph, parts = graph.split(seed % graph.num_splits), []
     for mask in (graph.train_mask, graph.val_mask, graph.test_mask):
         parts.append(mask.nonzero()[:, 0].to(device))
     sizes = [len(part) for part in parts]
@@ -985,7 +983,7 @@ def set_random_state(states: Sequence[Tensor]) -> None:
 def start(job: Job) -> tuple[Config, graphs.Graph, Task, Sizes]:
     config = settle(job.config)
     graph = load_graph(config, job.seed, job.run)
-    task = make_task(graph, config, job.run.device)
+    task = make_task(graph, config, job.seed, job.run.device)
     torch.manual_seed(10_000 * job.seed + (job.method == "gnn_again"))
     return config, graph, task, Sizes(task.x.shape[1], graph.num_classes)
 
@@ -1176,9 +1174,9 @@ def leads(results: Results, other: str, at: str = "") -> dict[str, np.ndarray]:
     """
     theirs = results.of(other, "accuracy")
     found = {}
-    for name, key in (("sampled", "sampled"), ("mixed", "accuracy")):
-        found[name] = results.of(f"mowst{at}", key) - theirs
-        found[f"Mowst* {name}"] = results.of(f"mowst_star{at}", key) - theirs
+    for arm, name in (("mowst", ""), ("mowst_star", "Mowst* ")):
+        found[f"{name}sampled"] = results.of(f"{arm}{at}", "sampled") - theirs
+        found[f"{name}mixed"] = results.of(f"{arm}{at}", "accuracy") - theirs
     return found
 
 
@@ -1376,7 +1374,7 @@ def main(config: Config, run: Run) -> Results:
         experts += [expert for expert in experts_of(arm) if expert not in experts]
 
     graph = load_graph(config, run.seed, run)
-    task = make_task(graph, config, run.device)
+    task = make_task(graph, config, run.seed, run.device)
     run.data = {config.dataset: graph.digest}
     sizes = Sizes(task.x.shape[1], graph.num_classes)
     model = build("mowst", settle(config), sizes).to(run.device)

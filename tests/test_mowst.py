@@ -421,7 +421,7 @@ def make(config, seed=0):
     """(task, graph, sizes) of a seed, on the CPU."""
     run = common.Run("mowst", "small", "cpu", torch.float32, [seed], None)
     graph = mowst.load_graph(config, seed, run)
-    task = mowst.make_task(graph, config, "cpu")
+    task = mowst.make_task(graph, config, seed, "cpu")
     return task, graph, mowst.Sizes(task.x.shape[1], graph.num_classes)
 
 
