@@ -614,7 +614,7 @@ class GATLayer(nn.Module):
         weight = (score - largest[target]).exp()
         total = torch.zeros_like(largest).index_add(0, target, weight)
         message = h[source] * weight.unsqueeze(-1)  # [edges, heads, head_width]
-        summed = torch.zeros_like(h).index_add(0, target, message)
+        summed = message.new_zeros(h.shape).index_add(0, target, message)
         return (summed / total.unsqueeze(-1)).flatten(1) + self.bias
 
 
