@@ -692,9 +692,7 @@ Backbone = Literal["gcn", "sage", "gin", "gat", "gcn-skip", "sage-skip", "gin-sk
 
 @dataclass(frozen=True)
 class Config(common.Settings):
-    dataset: str = (
-        "generated"  # or a public graph by name, or the path of your own (data/graphs.py)
-    )
+    dataset: str = "generated"  # or the name of a public graph, or the path of your own
     standardize: bool = False  # each feature column by its mean and deviation on training nodes
     class_weights: bool = False  # weigh losses by the inverse frequency of a class
     backbone: Backbone = "gcn"  # strong expert; -skip: with an MLP beside it
