@@ -11,7 +11,8 @@ Your own graph is an .npz with these arrays (the names of PyTorch Geometric work
     node_features or x       [nodes, features]
     node_labels or y         [nodes]; -1 or NaN: unlabelled; text, and numbers with gaps, become
                              0, 1, ... in their order, and a printed line says so
-    edges or edge_index      [edges, 2] or [2, edges]
+    edges or edge_index      [edges, 2] or [2, edges]; two of them: a row each in edges, a column
+                             each in edge_index
     train_masks, val_masks, test_masks   [splits, nodes] or [nodes] (train_mask ...), true or false
     train_idx, val_idx, test_idx         [splits, members] or [members]: node numbers instead
 
@@ -26,9 +27,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,21 +122,10 @@ class Graph(NamedTuple):
         return self._replace(**masks)
 
 
-def clean_edges(edge_index: Tensor, num_nodes: int, symmetric: bool = True) -> Tensor:
-    """No loops, no duplicates, both directions (if symmetric), sorted by target, then source. [2,
-    edges] int64.
-
-    Raises ValueError for another shape or a node out of range.
-    """
-    if edge_index.dim() != 2 or len(edge_index) != 2:
-        raise ValueError(f"edge_index is {list(edge_index.shape)}; needed: [2, edges]")
-    if edge_index.numel():
-        low, high = int(edge_index.min()), int(edge_index.max())
-        if low < 0 or high >= num_nodes:
-            raise ValueError(f"edge_index holds nodes {low} .. {high} of {num_nodes}")
+def clean_edges(edge_index: Tensor, num_nodes: int) -> Tensor:
+    """No loops, no duplicates, both directions, sorted by target, then source. [2, edges] int64."""
     source, target = edge_index[:, edge_index[0] != edge_index[1]]
-    if symmetric:
-        source, target = torch.cat([source, target]), torch.cat([target, source])
+    source, target = torch.cat([source, target]), torch.cat([target, source])
     key = (target * num_nodes + source).unique()  # sorted; needs int64
     return torch.stack([key % num_nodes, key // num_nodes])
 
@@ -339,127 +327,6 @@ def _member_masks(at: Place, num_nodes: int, splits: Sequence[Sequence]) -> np.n
 
 
 # --------------------------------------------------------------------------------------------------
-# Operators: message passing as products with sparse matrices
-# --------------------------------------------------------------------------------------------------
-
-
-class SparseProduct(torch.autograd.Function):
-    """a @ x for a constant CSR matrix, whose transpose is stored too: autograd's own would build it
-    at every step.
-
-    In the precision of a, also under autocast: sparse products in bfloat16 do not exist everywhere.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, a_transposed: Tensor) -> Tensor:
-        ctx.a_transposed = a_transposed
-        with torch.autocast(x.device.type, enabled=False):
-            return a @ x.to(a.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        with torch.autocast(gradient.device.type, enabled=False):
-            return ctx.a_transposed @ gradient, None, None
-
-
-class Sparse:
-    """A constant matrix from entries sorted by row, then column. `sparse @ x`: [rows, rows] @
-    [rows, width].
-    """
-
-    def __init__(self, row: Tensor, column: Tensor, value: Tensor, size: int):
-        self.csr = _csr(row, column, value, size)
-        order = (column * size + row).argsort()
-        symmetric = torch.equal(row[order], column) and torch.equal(value[order], value)
-        self.transposed = (
-            self.csr if symmetric else _csr(column[order], row[order], value[order], size)
-        )
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        return SparseProduct.apply(x, self.csr, self.transposed)
-
-
-def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
-    pointers = torch.zeros(size + 1, dtype=torch.int64, device=row.device)
-    pointers[1:] = torch.bincount(row, minlength=size).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(pointers, column, value, (size, size), check_invariants=True)
-
-
-class Adjacency:
-    """The operators of a graph, each built when first used. edge_index [2, edges] int64: sources,
-    targets.
-
-    Loops and duplicates are dropped; directions are kept. `degree` [nodes], incoming, is counted if
-    not given.
-    """
-
-    def __init__(
-        self,
-        edge_index: Tensor,
-        num_nodes: int,
-        dtype: torch.dtype = torch.float32,
-        degree: Tensor | None = None,
-    ):
-        self.edge_index = clean_edges(edge_index, num_nodes, symmetric=False)
-        self.num_nodes, self.dtype = num_nodes, dtype
-        counted = torch.bincount(self.edge_index[1], minlength=num_nodes).to(dtype)
-        self.degree = counted if degree is None else degree
-
-    @cached_property
-    def with_loops(self) -> Tensor:
-        """edge_index with an edge from every node to itself, sorted by target."""
-        nodes = torch.arange(self.num_nodes, device=self.edge_index.device)
-        source, target = torch.cat([self.edge_index, nodes.expand(2, -1)], dim=1)
-        order = (target * self.num_nodes + source).argsort()
-        return torch.stack([source[order], target[order]])
-
-    @cached_property
-    def gcn(self) -> Sparse:
-        """(D + I)^-1/2 (A + I) (D + I)^-1/2."""
-        source, target = self.with_loops
-        scale = (self.degree + 1).rsqrt()
-        return Sparse(target, source, scale[source] * scale[target], self.num_nodes)
-
-    @cached_property
-    def mean(self) -> Sparse:
-        """D^-1 A: the mean over neighbours, 0 without any."""
-        source, target = self.edge_index
-        return Sparse(target, source, 1 / self.degree[target], self.num_nodes)
-
-    @cached_property
-    def sum(self) -> Sparse:
-        source, target = self.edge_index
-        return Sparse(
-            target,
-            source,
-            torch.ones(len(source), dtype=self.dtype, device=source.device),
-            self.num_nodes,
-        )
-
-    def reach(self, active: Tensor, hops: int) -> Tensor:
-        """[nodes] bool: the nodes that `hops` layers must see to answer for the active ones [nodes]
-        bool.
-        """
-        source, target = self.edge_index
-        for _ in range(hops):
-            seen = active.clone()
-            seen[source[active[target]]] = True
-            active = seen
-        return active
-
-    def restrict(self, keep: Tensor) -> "Adjacency":
-        """The subgraph of keep [nodes] bool, with the degrees of the whole graph."""
-        source, target = self.edge_index
-        inside = keep[source] & keep[target]
-        number = keep.cumsum(0) - 1
-        edges = torch.stack([number[source[inside]], number[target[inside]]])
-        return Adjacency(edges, int(keep.sum()), self.dtype, self.degree[keep])
-
-
-# --------------------------------------------------------------------------------------------------
 # Generated graphs
 # --------------------------------------------------------------------------------------------------
 
@@ -572,7 +439,6 @@ def stand_in(name: str) -> Graph:
 
 
 # --------------------------------------------------------------------------------------------------
-# --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
 
@@ -659,6 +525,7 @@ def read_npz_graph(path: str | Path) -> Graph:
     with reading(path) as at:
         x = _one_of(at, arrays, "node_features", "x")
         y = _one_of(at, arrays, "node_labels", "y")
+        is_pyg = "edge_index" in arrays  # there two edges are [2, 2], too, a column each
         edges = _one_of(at, arrays, "edges", "edge_index")
         masks = [
             _one_of(at, arrays, f"{part}_masks", f"{part}_mask", needed=False) for part in PARTS
@@ -677,9 +544,7 @@ def read_npz_graph(path: str | Path) -> Graph:
         at.need(len(given) < 2, "has masks and node numbers of splits; give one of them")
         whole = all(part is not None for part in given[0]) if given else True
         at.need(whole, "has only a part of a split; give train, val and test, or none of them")
-        if (
-            edges.ndim == 2 and edges.shape[0] == 2 and edges.shape[1] != 2
-        ):  # PyTorch Geometric's way
+        if edges.ndim == 2 and edges.shape[0] == 2 and (edges.shape[1] != 2 or is_pyg):
             edges = edges.T
         if given and given[0] is members:
             rows = [np.atleast_2d(part) for part in members]

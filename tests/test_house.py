@@ -20,7 +20,7 @@ PARTS = (
 )
 STEPS = {  # what `--steps` finds where a script has no single number of steps
     "mcsmoe": "--finetune-steps or --recover-steps or --compress-steps or --pretrain-steps",
-    "mowst": "--epochs or --turn-epochs",
+    "mowst": "--epochs or --turn-epochs or --star-epochs",
 }
 
 

@@ -18,7 +18,7 @@ import kernels
 import mcsmoe
 import mowst
 import smoe_dropout
-from data.graphs import Adjacency
+from mowst import Adjacency
 
 D, CLASSES = 8, 3
 

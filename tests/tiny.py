@@ -17,7 +17,7 @@ MCSMOE = (
     "--calibration 16 --rank 2 --c-rank 1 --pretrain-steps 4 --finetune-steps 3 --recover-steps 3 "
     "--compress-steps 6 --eval-sequences 8"
 ).split()
-MOWST = "--graphs 1 --num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1".split()
+MOWST = "--num-nodes 400 --epochs 5 --turn-epochs 3 --rounds 1 --star-epochs 6".split()
 SMOE_DROPOUT = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-experts 4 --k-min 2 --num-heads 2 --context 32 --batch-size 4 "
     "--steps 6 --eval-bytes 1024"
