@@ -1,12 +1,12 @@
 """SMoE-Dropout: a frozen random router, a growing k, and a transformer that can be slimmed at will.
 
 Chen, Zhang, Jaiswal, Liu, Wang, "Sparse MoE as the New Dropout: Scaling Dense and Self-Slimmable
-Transformers" (ICLR 2023, arXiv 2303.01610). Its abstract, captions and official code were at hand.
+Transformers" (ICLR 2023, arXiv 2303.01610). Its abstract, captions and official code were read.
 
-A mixture of experts with a learned router fits the k it was trained with: a chosen expert improves,
-so it is chosen more, experts grow alike, and to switch more of them on does not help. SMoE-Dropout
+In a mixture of experts a learned router fits the k it was trained with: whom it chooses improves
+and is chosen more, experts grow alike, and to switch more of them on does not help. SMoE-Dropout
 cuts a feed-forward of width d_ff into num_experts slices, the experts E_e, and never trains the
-router W_r; x is a token, S its chosen experts:
+router W_r. For a token x that chooses the experts S:
 
     router_logits r = x W_r                         W_r ~ N(0, 0.02^2), frozen
     S               = the k largest of r
@@ -14,46 +14,46 @@ router W_r; x is a token, S its chosen experts:
     y               = scale * sum_e w_e E_e(x),   E_e(x) = relu(x W1_e + b1_e) W2_e + b2_e
     k(step)         = k_min + round((num_experts - k_min) * step / steps)
 
-In numbers: r = [1, 3, 2, 0], and E = [8, 4, 2, 6] (d_model is 1 here).
+In numbers: r = [1, 3, 2, 0], the experts say E = [8, 4, 2, 6], and scale is 1.
 
                  hidden units of the dense layer   |  E_0  |  E_1  |  E_2  |  E_3  |    y
                  w at k = 1                        |       |  1.00 |       |       |   4.00
                  w at k = 2                        |       |  0.73 |  0.27 |       |   3.46
                  w at k = 4                        |  0.09 |  0.64 |  0.24 |  0.03 |   3.94
 
-What a frozen router does to the gradient: dy/dx = sum_e w_e dE_e/dx + sum_e w_e (E_e - y) W_r[:, e].
-The second part still tells x where better experts are (at k = 1 there is none); but no gradient
-reaches W_r, so no expert can win the router over. Why k grows: the dense layer is trained under a
-mask on its hidden units, chosen by token and a random matrix: dropout, less and less of it, at half
-the work in the beginning. Slimmable: w is a mean, so the scale of y does not depend on k, and k is
-a knob of the finished model: more experts, more work, better text.
+What does a frozen router do to the gradient? dy/dx = sum_e w_e dE_e/dx + sum_e w_e (E_e - y) W_r^e,
+W_r^e the column of expert e. The second sum moves x to where better experts are, but none of it
+reaches W_r: no expert wins the router over. Why does k grow? Training masks hidden units of the
+dense layer in blocks, chosen by the token and a random matrix: a dropout, less and less of it, and
+cheap in the beginning. What is slimmable? The gate is a mean, so the scale of y does not depend on
+k, and k is a knob of the finished model: more experts, more work, better text.
 
-Run      python smoe_dropout.py                       a minute on two cores, no download
-         python smoe_dropout.py --ablate              the controls, too; --seeds 8 for verdicts
-         python smoe_dropout.py --sample 'class '     the trained model writes, at several k
-         python smoe_dropout.py --full                enwik8, 400,000 steps (needs a GPU)
-         python smoe_dropout.py --tasks sst2,svamp    and fine-tune at several k; also csqa, asdiv-a, mawps
+Run      python smoe_dropout.py                      two minutes on two cores, no download
+         python smoe_dropout.py --ablate             two controls, too; --seeds 8 for verdicts
+         python smoe_dropout.py --sample 'class '    the trained model writes, at several k
+         python smoe_dropout.py --full               enwik8, 400,000 steps (needs a GPU)
+         python smoe_dropout.py --tasks sst2,svamp   then fine-tunes; others: csqa asdiv-a mawps
 You see  bits/byte at every k of byte models trained dense, as SMoE-Dropout and with learned
          routers; what each k costs; a text written at several k; and what became of the claims.
-Found    (seeds 0-7) to be written.
+Found    (seeds 0-7) TO COME
 Differences from the paper and its code
 1. A pre-norm transformer with rotary positions on windows of 512 bytes, not Transformer-XL with
-   memory, and raw bytes of enwik8, newlines included: not comparable with the paper's 1.1486.
-   BERT and RoBERTa are left out.
-2. Small scale: scale = num_experts, so that at k = num_experts equal gates give the dense layer.
+   memory; enwik8 with its newlines: bits/byte of --full are not comparable. No BERT, no RoBERTa.
+2. Small scale: scale = num_experts, so that equal gates at k = num_experts give the dense layer;
+   router_init = 0.04 spreads logits as the official 0.02 does at d_model 256.
 3. Exponential schedule: officially 0.99 ** (step // (steps // 300)), here 0.99 ** (300 * step //
-   steps), which works below 300 steps, too: 258 of 1000 steps differ.
-4. Expert drop, `dense@expert_drop=0.5`: officially hidden unit j belongs to slice j mod
-   num_experts and nothing is rescaled; here slices are contiguous, scaled up by 1 / (1 - p).
-5. THOR, arm `thor`: its divergence is summed over the 256 bytes; officially their mean, / 256.
-6. DropBlock and Concrete Dropout, two of the paper's baselines, are left out.
-7. The paper cuts dense layers but released no code for it: `split_dense`, exact. How math problems
+   steps), which a run of less than 300 steps can have, too; 258 of 1000 steps differ.
+4. Expert drop (dense@expert_drop=0.5): officially unit j belongs to slice j mod num_experts and
+   nothing is rescaled; here slices are contiguous, and those kept are scaled by 1 / (1 - p).
+5. Left out: THOR (official code: a KL averaged over the 256 bytes, 1/256 of the usual sum),
+   DropBlock, Concrete Dropout.
+6. The paper cuts dense layers but released no code for it: `split_dense`, exact. How math problems
    are answered is not known: here a head on the last byte picks an equation, which is executed.
-8. Every arm at lr 6e-3, on seed 100 the best of 3e-3, 6e-3, 1.2e-2 for dense, smoe_dropout,
-   learned_k2 and frozen_half; router_init = 0.04 spreads logits as 0.02 does at d_model 256.
+7. Every arm at lr 6e-3, on seed 100 the best of 3e-3, 6e-3, 1.2e-2 of all that were tried: dense,
+   smoe_dropout, learned_k2, frozen_half.
 
-Break it yourself: --k-min 8 (to be tried); --k-min 1 (to be tried); detach router_logits in
-`SMoEDropout.forward` (to be tried).
+Break it yourself: --k-min 8 (TO COME); --k-min 1 (TO COME); detach router_logits in
+`SMoEDropout.forward` (TO COME).
 """
 
 import operator
@@ -182,51 +182,6 @@ def check_width(d_ff: int, num_experts: int) -> int:
 ACTIVATIONS = kernels.ACTIVATIONS | {"gelu_new": partial(F.gelu, approximate="tanh")}  # GPT-2's
 
 
-def masked_experts(
-    x: Tensor,
-    expert_index: Tensor,
-    gates: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    act: str = "relu",
-    dropout: float = 0.0,
-) -> Tensor:
-    """Why it is called dropout: the dense layer, its hidden units masked in blocks. The reference.
-
-    x [tokens, d_model], expert_index, gates [tokens, k] -> [tokens, d_model]. Computes all experts.
-    """
-    num_experts, d_model, width = w1.shape
-    weight = gates.new_zeros(len(x), num_experts).scatter(1, expert_index, gates)
-    dense_w1 = w1.transpose(0, 1).reshape(d_model, -1)  # [d_model, d_ff]
-    hidden = ACTIVATIONS[act](x @ dense_w1 + b1.flatten())  # [tokens, d_ff]
-    hidden = F.dropout(hidden, dropout) * weight.repeat_interleave(width, dim=1)
-    return hidden @ w2.reshape(-1, d_model) + weight.to(b2.dtype) @ b2
-
-
-def dispatched_experts(
-    x: Tensor,
-    expert_index: Tensor,
-    gates: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    act: str = "relu",
-    dropout: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """The same numbers from the chosen experts alone: sort by expert, multiply, sum by token."""
-    if not dropout and act in kernels.ACTIVATIONS:
-        return kernels.moe_mlp(x, expert_index, gates, w1, w2, b1, b2, act=act, backend=backend)
-    dispatch = kernels.make_dispatch(expert_index, len(w1))
-    rows = kernels.gather(x, dispatch, backend)  # [tokens * k, d_model]
-    hidden = ACTIVATIONS[act](kernels.grouped_mm(rows, w1, dispatch, b1, backend))
-    y = kernels.grouped_mm(F.dropout(hidden, dropout), w2, dispatch, b2, backend)
-    return kernels.scatter(y, dispatch, gates, backend)
-
-
 def load_balancing_loss(router_logits: Tensor, expert_index: Tensor) -> Tensor:
     """num_experts * sum_e f_e P_e: f the share of choices, P the mean probability. 0-dim.
 
@@ -259,21 +214,11 @@ class SMoEDropout(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        num_experts: int,
-        k: int | None = None,
-        router: str = "frozen",
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        act: str = "relu",
-        balance: float = 0.0,
-        init: float = 0.02,
-        router_init: float = 0.02,
-        backend: str = "auto",
-        generator: torch.Generator | None = None,
-    ):
+        self, d_model: int, d_ff: int, num_experts: int, k: int | None = None,
+        router: str = "frozen", scale: float = 1.0, dropout: float = 0.0, act: str = "relu",
+        balance: float = 0.0, init: float = 0.02, router_init: float = 0.02,
+        backend: str = "auto", generator: torch.Generator | None = None,
+    ):  # fmt: skip
         if router not in ("frozen", "learned"):
             raise ValueError(f"router is {router!r}; allowed: frozen, learned")
         if act not in ACTIVATIONS:
@@ -317,7 +262,7 @@ class SMoEDropout(nn.Module):
             parameter.copy_(value)
 
     def expert_outputs(self, x: Tensor) -> Tensor:
-        """Every expert on every token, without b2. [tokens, d_model] -> [experts, tokens, d_model]"""
+        """Every expert on every token, without b2: [num_experts, tokens, d_model]."""
         return ACTIVATIONS[self.act](x @ self.w1 + self.b1[:, None]) @ self.w2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -332,13 +277,35 @@ class SMoEDropout(nn.Module):
         if self.balance:
             self.aux_loss = self.balance * load_balancing_loss(router_logits, self.expert_index)
         gates = self.scale * gates.to(torch.promote_types(x.dtype, torch.float32))
-        experts = masked_experts
-        if self.backend != "masked":
-            experts = partial(dispatched_experts, backend=self.backend)
-        weights = (self.w1, self.b1, self.w2, self.b2)
-        dropout = self.dropout if self.training else 0.0
-        y = experts(tokens, self.expert_index, gates, *weights, self.act, dropout)
+        experts = self.masked if self.backend == "masked" else self.dispatched
+        y = experts(tokens, self.expert_index, gates)  # [tokens, d_model]
         return F.dropout(y, self.dropout, self.training).view_as(x)
+
+    def masked(self, x: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
+        """Why it is called dropout: the dense layer, its hidden units masked in blocks.
+
+        x [tokens, d_model], expert_index and gates [tokens, k] -> [tokens, d_model]. All experts
+        are computed, whatever k is: this is the reference.
+        """
+        weight = gates.new_zeros(len(x), self.num_experts).scatter(1, expert_index, gates)
+        mask = weight.repeat_interleave(self.d_ff // self.num_experts, dim=1)  # [tokens, d_ff]
+        w1 = self.w1.transpose(0, 1).reshape(self.d_model, self.d_ff)
+        hidden = ACTIVATIONS[self.act](x @ w1 + self.b1.flatten())  # [tokens, d_ff]
+        hidden = F.dropout(hidden, self.dropout, self.training) * mask
+        return hidden @ self.w2.flatten(0, 1) + weight.to(self.b2.dtype) @ self.b2
+
+    def dispatched(self, x: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
+        """The same numbers from the chosen experts alone: sort by expert, multiply, add up."""
+        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        act, backend = self.act, self.backend
+        if act in kernels.ACTIVATIONS and not (self.dropout and self.training):
+            return kernels.moe_mlp(x, expert_index, gates, w1, w2, b1, b2, act, backend=backend)
+        dispatch = kernels.make_dispatch(expert_index, self.num_experts)
+        rows = kernels.gather(x, dispatch, backend)  # [tokens * k, d_model], sorted by expert
+        hidden = ACTIVATIONS[act](kernels.grouped_mm(rows, w1, dispatch, b1, backend))
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        y = kernels.grouped_mm(hidden, w2, dispatch, b2, backend)
+        return kernels.scatter(y, dispatch, gates, backend)
 
 
 def moe_layers(model: nn.Module) -> list[SMoEDropout]:
@@ -375,15 +342,9 @@ class DenseFFN(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        num_blocks: int,
-        dropout: float = 0.0,
-        expert_drop: float = 0.0,
-        init: float = 0.02,
-        generator: torch.Generator | None = None,
-    ):
+        self, d_model: int, d_ff: int, num_blocks: int, dropout: float = 0.0,
+        expert_drop: float = 0.0, init: float = 0.02, generator: torch.Generator | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.num_blocks, self.dropout, self.expert_drop = num_blocks, dropout, expert_drop
         self.width = check_width(d_ff, num_blocks)
@@ -393,7 +354,7 @@ class DenseFFN(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(d_model))
 
     def expert_outputs(self, x: Tensor) -> Tensor:
-        """Every slice on every token, without b2. [tokens, d_model] -> [blocks, tokens, d_model]"""
+        """Every slice on every token, without b2: [num_blocks, tokens, d_model]."""
         hidden = F.relu(x @ self.w1 + self.b1).unflatten(-1, (self.num_blocks, self.width))
         return hidden.transpose(0, 1) @ self.w2.unflatten(0, (self.num_blocks, self.width))
 
@@ -413,7 +374,7 @@ class DenseFFN(nn.Module):
 
 Schedule = Literal["linear", "cosine", "exponential", "random"]
 TaskName = Literal["sst2", "csqa", "asdiv-a", "mawps", "svamp"]
-Part = Annotated[float, Range(0, 1)]  # 0 is allowed, 1 is not
+Probability = Annotated[float, Range(0, 1)]  # 0 is allowed, 1 is not
 
 
 @dataclass(frozen=True)
@@ -421,17 +382,15 @@ class Config(common.Settings):
     num_experts: Annotated[int, Range(4)] = 8  # slices of the feed-forward; official script: 16
     d_ff: Count = 1024  # hidden width of all experts together; official script: 16 x 512
     k_min: Count = 4  # experts a token at the first step; official script: half of num_experts
-    schedule: Schedule = (
-        "linear"  # how k grows: linear (the paper's), cosine, exponential or random
-    )
+    schedule: Schedule = "linear"  # how k grows: linear (the paper's), or one of k_at's others
     scale: Positive = 8.0  # factor on the output of the experts; the paper has 1
     num_layers: Count = 2  # transformer layers; official script: 4
     d_model: Count = 64  # width; official script: 256
     num_heads: Count = 4  # attention heads; official script: 8
     context: Count = 64  # bytes; official script: 512
     conv: Whole = 4  # width of the causal convolution after the embedding; 0: none
-    dropout: Part = 0.0  # on the hidden units and the output of feed-forwards; official script: 0.1
-    expert_drop: Part = 0.0  # probability that a slice of the dense layer is left out; a baseline
+    dropout: Probability = 0.0  # on hidden units and output of a feed-forward; official: 0.1
+    expert_drop: Probability = 0.0  # that a slice of the dense layer is left out; a baseline
     balance: NonNegative = 0.0  # weight of the balance loss of routers; a control
     init: Positive = 0.1  # standard deviation of initial weights; official code: 0.02
     router_init: NonNegative = 0.04  # that of the router's; official code: 0.02
@@ -462,30 +421,12 @@ class Config(common.Settings):
 SMALL = Config()
 FULL = replace(
     SMALL,
-    num_experts=16,
-    d_ff=8192,
-    k_min=8,
-    scale=1.0,
-    num_layers=4,
-    d_model=256,
-    num_heads=8,
-    context=512,
-    conv=0,
-    dropout=0.1,
-    init=0.02,
-    router_init=0.02,
-    steps=400_000,
-    batch_size=22,
-    lr=2.5e-4,
-    beta2=0.999,
-    lr_final=0.0,
-    warmup=0,
-    clip=0.25,
+    num_experts=16, d_ff=8192, k_min=8, scale=1.0, dropout=0.1, init=0.02, router_init=0.02,
+    num_layers=4, d_model=256, num_heads=8, context=512, conv=0,
+    steps=400_000, batch_size=22, lr=2.5e-4, beta2=0.999, lr_final=0.0, warmup=0, clip=0.25,
     eval_bytes=5_000_000,
-    task_steps=5000,
-    task_lr=1e-4,
-    task_bytes=512,
-)
+    task_steps=5000, task_lr=1e-4, task_bytes=512,
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # The experiment: every arm on the same batches and steps, measured at every k
@@ -508,7 +449,8 @@ ARMS = {
     "learned_full": Arm("learned", "all"),
 }
 DEFAULT = ["dense", "smoe_dropout", "learned_k2", "learned_half"]
-CONTROLS = ["frozen_half", "frozen_full", "learned_ramp"]
+CONTROLS = ["learned_ramp", "frozen_full"]
+CONTROL_SEEDS = 5  # of a run of more: they are dear, and what they answer needs no more
 
 
 def trained_k(method: str, config: Config) -> tuple[int, int]:
@@ -628,7 +570,8 @@ def text_task(job: Job) -> Task:
 
 def text_loss(model: nn.Module, windows: Tensor) -> tuple[Tensor, dict]:
     """Nats a byte, and what the layers ask for. windows [batch, context + 1]."""
-    loss, aux_loss = common.lm_loss(model, windows).mean(), model.aux_loss()
+    loss = common.lm_loss(model, windows).mean()
+    aux_loss = model.aux_loss()
     return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach()}
 
 
@@ -677,23 +620,23 @@ def step_costs(job: Job, windows: Tensor) -> dict:
     Seconds are taken in turns: what slows the machine down for a while slows all of them down.
     FLOPs are counted on the CPU, as torch runs them, on two windows.
     """
-    config, device = job.config, job.run.device
+    config = job.config
     names = {"dense": config.num_experts}
     names |= {str(k): k for k in range(config.k_min, config.num_experts + 1)}
-    here, there = windows.to(device), windows[:2]
-    found, seconds = {}, {name: [] for name in names}
-    timed = {method: training_step(job, method, here) for method in ("dense", "smoe_dropout")}
-    counted = {method: training_step(job, method, there) for method in timed}
+    here = windows.to(job.run.device)
+    few = windows[:2]
+    found: dict[str, float] = {}
+    timed = {}
     for name, k in names.items():
-        model, step = counted["dense" if name == "dense" else "smoe_dropout"]
-        set_k(model, k)
+        method = "dense" if name == "dense" else "smoe_dropout"
+        model, step = training_step(job, method, k, few)
         found[f"active_{name}"] = common.count_parameters(model, k)
-        found[f"flops_{name}"] = common.count_flops(step)["Global"] * len(windows) / len(there)
+        found[f"flops_{name}"] = common.count_flops(step)["Global"] * len(windows) / len(few)
+        _, timed[name] = training_step(job, method, k, here)
+    seconds = {name: [] for name in names}
     for _ in range(9):
-        for name, k in names.items():
-            model, step = timed["dense" if name == "dense" else "smoe_dropout"]
-            set_k(model, k)
-            seconds[name].append(common.median_seconds(step, device, repeats=1))
+        for name, step in timed.items():
+            seconds[name].append(common.median_seconds(step, job.run.device, repeats=1))
     for name in names:
         found[f"seconds_{name}"] = float(np.median(seconds[name]))
     steps_at_k = [int(line["k"]) for line in job.log()]  # what ran, resumed or not
@@ -702,10 +645,13 @@ def step_costs(job: Job, windows: Tensor) -> dict:
     return found
 
 
-def training_step(job: Job, method: str, windows: Tensor) -> tuple[nn.Module, Callable[[], None]]:
-    """A fresh model on the device of the windows, and a step that trains it."""
+def training_step(
+    job: Job, method: str, k: int, windows: Tensor
+) -> tuple[nn.Module, Callable[[], None]]:
+    """A new model on the device of the windows, and a step that trains it at k."""
     run, device = job.run, windows.device.type
     model = build(job.config, method, job.seed).to(device)
+    set_k(model, k)
     optimizer = adam(model, job.config.lr, job.config)
 
     def step() -> None:
@@ -898,11 +844,12 @@ def less_collapse(results: Results, config: Config) -> Margin:
 
 
 def lead_over(other: str, results: Results, config: Config) -> Margin:
-    """How far the method is ahead of another arm, at half and at all experts: the smaller lead."""
+    """How far the method is ahead of a control, at half and at all experts: the smaller lead."""
     leads = {}
     for k in (config.num_experts // 2, config.num_experts):
-        leads[f"k = {k}"] = results.ahead(other, "smoe_dropout", f"bits_{k}")
-    text = f"bits/byte better than {other}: {listed(leads)}"
+        theirs = results.of(other, f"bits_{k}")  # of the first CONTROL_SEEDS seeds
+        leads[f"k = {k}"] = theirs - results.of("smoe_dropout", f"bits_{k}")[: len(theirs)]
+    text = f"bits/byte better than {other} ({len(theirs)} seeds): {listed(leads)}"
     return Margin(min(leads.values(), key=np.mean), text, leads)
 
 
@@ -1058,25 +1005,27 @@ def main(config: Config, run: Run) -> Results:
     if config.task:
         raise ValueError("--task belongs to an arm, as in dense@task=sst2; for all: --tasks sst2")
     chosen = run.choose(ARMS, DEFAULT, more=CONTROLS)
-    arms = [arm for arm in chosen if "task=" not in arm]
-    later = [arm for arm in chosen if "task=" in arm] + task_arms(arms, config)
+    controls = [arm for arm in chosen if arm in CONTROLS]
+    arms = [arm for arm in chosen if arm not in controls and "task=" not in arm]
+    finetuned = [arm for arm in chosen if "task=" in arm] + task_arms(arms, config)
     corpus = load_corpus(config, run)
     run.data = {corpus.name: corpus.digest}
     windows, _ = held_out(corpus, config)
     if not run.dry_run:
-        for arm in later:  # a file that is missing or damaged is told now
+        for arm in finetuned:  # a file that is missing or damaged is told now
             load_examples(common.arm_config(config, arm), run.seed, run)
 
     model = build(config, "smoe_dropout", run.seed).to(run.device)
     batch = windows[torch.arange(config.batch_size) % len(windows)].to(run.device)
     step = lambda: text_loss(model, batch)[0].backward()
-    steps = (config.steps * len(arms) + config.task_steps * len(later)) * len(run.seeds)
+    steps = config.steps * len(arms + controls) + config.task_steps * len(finetuned)
     text = f"text {corpus.name} {corpus.digest}"
-    run.plan(text, model, step, steps, download_bytes(config, run))
+    run.plan(text, model, step, steps * len(run.seeds), download_bytes(config, run))
     if corpus.note:
         common.say(corpus.note)
     results = run.train_arms(train_arm, arms)
-    results |= run.train_arms(train_arm, later)
+    results |= run.train_arms(train_arm, controls, run.seeds[:CONTROL_SEEDS])
+    results |= run.train_arms(train_arm, finetuned)
     print_tables(results, config, run)
     draw(results, config, run)
     if "smoe_dropout" in arms:
