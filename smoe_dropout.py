@@ -42,7 +42,7 @@ Differences from the paper and its code
 2. Small scale: scale = num_experts, so that equal gates at k = num_experts give the dense layer;
    router_init = 0.04 spreads logits as the official 0.02 does at d_model 256.
 3. Exponential schedule: officially 0.99 ** (step // (steps // 300)), here 0.99 ** (300 * step //
-   steps), which a run of less than 300 steps can have, too; 258 of 1000 steps differ.
+   steps), which a run of less than 300 steps can have, too; from 8 to 16, 258 of 1000 differ.
 4. Expert drop (dense@expert_drop=0.5): officially unit j belongs to slice j mod num_experts and
    nothing is rescaled; here slices are contiguous, and those kept are scaled by 1 / (1 - p).
 5. Left out: THOR (official code: a KL averaged over the 256 bytes, 1/256 of the usual sum),
@@ -318,6 +318,7 @@ def set_k(model: nn.Module, k: int) -> None:
         layer.set_k(k)
 
 
+@torch.no_grad()
 def effective_rank(outputs: Tensor) -> float:
     """How many different experts there are, 1 .. num_experts: exp of the entropy of the squared
     singular values, normalised. outputs [num_experts, ...]: what each says to the same tokens.
@@ -521,10 +522,14 @@ def load_corpus(config: Config, run: Run) -> text_data.Corpus:
 def held_out(corpus: text_data.Corpus, config: Config) -> tuple[Tensor, Tensor]:
     """Windows of the two halves of held-out text: to choose settings on, and to report.
 
-    Each [windows, context + 1], evenly spread.
+    Each [windows, context + 1], evenly spread. Raises ValueError for a text that is too short.
     """
     num = max(1, config.eval_bytes // config.context)
     to_choose, to_report = corpus.val.tensor_split(2)
+    shortest = min(len(corpus.train), len(to_report))
+    if shortest <= config.context:
+        needed = f"each part needs more than context = {config.context} bytes, one has {shortest}"
+        raise ValueError(f"text {corpus.name!r} is too short: {needed}")
     return (
         text_data.spread_windows(to_choose, config.context, num),
         text_data.spread_windows(to_report, config.context, num),
@@ -764,7 +769,7 @@ def rebuild(job: Job, state: dict) -> nn.Module:
     if job.config.task:
         set_k(model, job.config.task_k or job.config.num_experts)
         model = Classifier(model, len(state["out.bias"]))
-    common.load_state(model, state, f"{job.label}.pt")
+    model.load_state_dict(state)
     return model
 
 
