@@ -59,6 +59,7 @@ Break it yourself: --k-min 8 (TO COME); --k-min 1 (TO COME); detach router_logit
 import operator
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -449,8 +450,8 @@ ARMS = {
     "learned_ramp": Arm("learned", "growing"),
     "learned_full": Arm("learned", "all"),
 }
-DEFAULT = ["dense", "smoe_dropout", "learned_k2", "learned_half"]
-CONTROLS = ["learned_ramp", "frozen_full"]
+DEFAULT = ["dense", "smoe_dropout", "learned_half"]
+CONTROLS = ["learned_k2", "learned_ramp", "frozen_full"]
 CONTROL_SEEDS = 5  # of a run of more: they are dear, and what they answer needs no more
 
 
@@ -622,7 +623,7 @@ def step_costs(job: Job, windows: Tensor) -> dict:
     """What a training step costs, dense and at every k of training: parameters that a token meets,
     FLOPs, seconds; and the means over the growing k.
 
-    Seconds are taken in turns: what slows the machine down for a while slows all of them down.
+    Seconds are taken in turns: what slows the machine down for a while slows all of them.
     FLOPs are counted on the CPU, as torch runs them, on two windows.
     """
     config = job.config
@@ -641,13 +642,23 @@ def step_costs(job: Job, windows: Tensor) -> dict:
     seconds = {name: [] for name in names}
     for _ in range(9):
         for name, step in timed.items():
-            seconds[name].append(common.median_seconds(step, job.run.device, repeats=1))
+            seconds[name].append(seconds_of(step, job.run.device))
     for name in names:
         found[f"seconds_{name}"] = float(np.median(seconds[name]))
     steps_at_k = [int(line["k"]) for line in job.log()]  # what ran, resumed or not
     for unit in ("flops", "seconds"):
         found[f"{unit}_growing"] = float(np.mean([found[f"{unit}_{k}"] for k in steps_at_k]))
     return found
+
+
+def seconds_of(step: Callable[[], None], device: str) -> float:
+    """After a warm-up: of the clock on a GPU; of a CPU the seconds that it worked for this."""
+    if device == "cuda":
+        return common.median_seconds(step, device, repeats=1)
+    step()
+    start = time.process_time()
+    step()
+    return time.process_time() - start
 
 
 def training_step(
@@ -806,16 +817,22 @@ def slimmable(results: Results, config: Config) -> Margin:
     return Margin(min(gains.values(), key=np.mean), text, {**gains, **steps})
 
 
-@claim("with a learned router at constant k, bits/byte rises when all experts are switched on",
+def loss_with_all(arm: str, results: Results, config: Config) -> Margin:
+    """What an arm loses when all experts are switched on, instead of those it was trained with."""
+    k, full = trained_k(arm, config)[1], config.num_experts
+    loss = results.difference(arm, f"bits_{full}", f"bits_{k}")
+    return Margin(loss, f"{show(loss)} bits/byte lost from k = {k} to {full} ({len(loss)} seeds)")
+
+
+@claim("with a learned router trained at half of the experts, bits/byte rises when all are on",
        required=True)  # fmt: skip
 def learned_overfits(results: Results, config: Config) -> Margin:
-    """The router that loses less, of those trained at two experts and at half."""
-    losses = {}
-    for arm in ("learned_k2", "learned_half"):
-        k = trained_k(arm, config)[1]
-        losses[f"k = {k}"] = results.difference(arm, f"bits_{config.num_experts}", f"bits_{k}")
-    text = f"bits/byte lost, trained at {listed(losses)}"
-    return Margin(min(losses.values(), key=np.mean), text, losses)
+    return loss_with_all("learned_half", results, config)
+
+
+@claim("with a learned router trained at two experts, as the official code does, it rises, too")
+def learned_overfits_two(results: Results, config: Config) -> Margin:
+    return loss_with_all("learned_k2", results, config)
 
 
 @claim("with all experts on, better than a dense model of equal parameters after equal steps",
@@ -840,8 +857,8 @@ def step_time(results: Results, config: Config) -> Margin:
 @claim("experts are less alike (effective rank) than a dense layer's slices or a learned router's",
        paper="not verified (its metric was not found)", required=True)  # fmt: skip
 def less_collapse(results: Results, config: Config) -> Margin:
-    """Against the best of the others."""
-    others = ("dense", "learned_k2", "learned_half")
+    """Against the better of the two."""
+    others = ("dense", "learned_half")
     ranks = {arm: results.of(arm, "rank") for arm in ("smoe_dropout", *others)}
     rival = max(others, key=lambda arm: ranks[arm].mean())
     text = f"{listed(ranks, 2)}, of at most {config.num_experts}"

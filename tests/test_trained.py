@@ -145,7 +145,7 @@ def test_smoe_dropout(left):
         model = again(smoe_dropout, run, arm)
         for k in smoe_dropout.swept(arm, config):
             assert smoe_dropout.evaluate(model, windows, k) == result[f"bits_{k}"], arm
-    assert {"dense", "smoe_dropout", "learned_k2", "learned_half"} == set(results)
+    assert {"dense", "smoe_dropout", "learned_half"} == set(results)
 
 
 def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
