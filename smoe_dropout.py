@@ -560,6 +560,8 @@ def text_task(job: Job) -> Task:
         windows = text_data.sample_windows(corpus.train, config.batch_size, length, generator)
         return windows.to(job.run.device)
 
+    warmup = min(config.warmup, config.steps // 5)
+    schedule = common.cosine(config.steps, warmup, config.lr_final)
     return Task(
         model=build(config, job.method, job.seed),
         k=trained_k(job.method, config),
@@ -568,9 +570,7 @@ def text_task(job: Job) -> Task:
         measure=partial(measure_text, job),
         steps=config.steps,
         lr=config.lr,
-        schedule=common.cosine(
-            config.steps, min(config.warmup, config.steps // 5), config.lr_final
-        ),
+        schedule=schedule,
     )
 
 
@@ -1039,9 +1039,13 @@ def main(config: Config, run: Run) -> Results:
 
     model = build(config, "smoe_dropout", run.seed).to(run.device)
     batch = windows[torch.arange(config.batch_size) % len(windows)].to(run.device)
-    step = lambda: text_loss(model, batch)[0].backward()
     steps = config.steps * len(arms + controls) + config.task_steps * len(finetuned)
     text = f"text {corpus.name} {corpus.digest}"
+    if run.dry_run and run.device == "cpu":  # which takes a minute for a step of the full scale
+        text += ", in steps of one window"
+        steps *= len(batch)
+        batch = batch[:1]
+    step = lambda: text_loss(model, batch)[0].backward()
     run.plan(text, model, step, steps * len(run.seeds), download_bytes(config, run))
     if corpus.note:
         common.say(corpus.note)

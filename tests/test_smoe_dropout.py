@@ -528,7 +528,7 @@ def test_settings_are_chosen_on_other_text_than_results_are_reported_on():
 
 
 def test_enwik8_is_split_as_published(tmp_path, monkeypatch):
-    """A sparse file of the right size stands in: 90 million bytes train, the last 5 are reported."""
+    """A sparse file stands in: 90 million bytes train, the last 5 are reported."""
     monkeypatch.setattr(smoe.download, "fetch", lambda name, root: tmp_path)
     with open(tmp_path / "enwik8", "wb") as file:
         file.seek(95_000_000)
@@ -725,7 +725,7 @@ def test_a_finished_run_writes_what_it_is_asked_to(tmp_path, monkeypatch, capsys
 
 
 def test_full_scale_runs_on_a_file(command_line, tmp_path):
-    """The official configuration but for sizes, dropout included, and resumed after its first arm."""
+    """The official configuration but for sizes, dropout included; its last arm is resumed."""
     lines = [f"<page> {i} the quick brown fox [[{i * i}]] </page>\n" for i in range(4000)]
     (tmp_path / "slice").write_text("".join(lines))
     flags = ["--full", *SMOE_DROPOUT, "--dropout", 0.1, "--text", "slice"]
@@ -773,7 +773,8 @@ def test_a_dry_run_downloads_nothing_and_counts_every_arm(command_line, tmp_path
     flags = ["--full", "--dry-run", *SMOE_DROPOUT, "--threads", 1, "--data-dir", "none"]
     done = command_line(smoe, *flags)
     assert done.returncode == 0 and "36,445,475" in done.stdout and not list(tmp_path.iterdir())
-    assert f"dry run: {6 * len(smoe.DEFAULT)} training steps" in done.stdout
+    assert f"dry run: {4 * 6 * len(smoe.DEFAULT)} training steps" in done.stdout  # of one window
+    assert "in steps of one window" in done.stdout
 
 
 # --- in other people's code -----------------------------------------------------------------------
