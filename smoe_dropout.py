@@ -752,7 +752,8 @@ def train_arm(job: Job) -> dict:
     task = finetuning_task(job) if config.task else text_task(job)
     if job.run.compile:  # a graph for every k; by default torch stops compiling at the ninth
         torch._dynamo.config.recompile_limit = 4 * config.num_experts
-    model, (first, last) = job.prepare(task.model), task.k
+    model = job.prepare(task.model)
+    first, last = task.k
 
     def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
         k = k_at(step, task.steps, first, last, config.schedule)
@@ -830,7 +831,7 @@ def learned_overfits(results: Results, config: Config) -> Margin:
     return loss_with_all("learned_half", results, config)
 
 
-@claim("with a learned router trained at two experts, as the official code does, it rises, too")
+@claim("with a learned router trained at two experts, the official default, it rises, too")
 def learned_overfits_two(results: Results, config: Config) -> Margin:
     return loss_with_all("learned_k2", results, config)
 
@@ -875,12 +876,12 @@ def lead_over(other: str, results: Results, config: Config) -> Margin:
     return Margin(min(leads.values(), key=np.mean), text, leads)
 
 
-@claim("is it the router? Under the same growing k a frozen one beats a learned one")
+@claim("under the same growing k, a frozen router beats a learned one")
 def router_matters(results: Results, config: Config) -> Margin:
     return lead_over("learned_ramp", results, config)
 
 
-@claim("is it the growing k? Under a frozen router it beats all experts from the beginning")
+@claim("under a frozen router, a growing k beats all experts from the beginning")
 def growth_matters(results: Results, config: Config) -> Margin:
     return lead_over("frozen_full", results, config)
 
@@ -924,7 +925,8 @@ def print_tables(results: Results, config: Config, run: Run) -> None:
 
 
 def cost_table(results: Results, config: Config) -> tuple[list[str], list[list[str]]]:
-    rows, found = [], results["smoe_dropout"][0]
+    found = results["smoe_dropout"][0]
+    rows = []
     dense = results.of("smoe_dropout", "seconds_dense")
     for name in ("dense", *range(config.k_min, config.num_experts + 1)):
         ratio = results.of("smoe_dropout", f"seconds_{name}") / dense
@@ -952,10 +954,12 @@ WIDTH = 36  # of a column of text
 
 def sample_table(model: nn.Module, prompt: str, count: int = 160) -> tuple[list, list]:
     """One model going on with a prompt, at a quarter, half and all of its experts, side by side."""
-    num_experts, columns = moe_layers(model)[0].num_experts, {}
+    num_experts = moe_layers(model)[0].num_experts
+    tokens = torch.tensor(list(prompt.encode()))
+    columns = {}
     for k in (num_experts // 4, num_experts // 2, num_experts):
         set_k(model, k)
-        tokens, generator = torch.tensor(list(prompt.encode())), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         written = common.generate(model, tokens, count, model.context, 0.6, generator)
         text = bytes(written.tolist()).decode(errors="replace")
         shown = re.sub(r"[^ -~\n]", "?", text)  # no terminal is upset
@@ -1034,8 +1038,8 @@ def main(config: Config, run: Run) -> Results:
     run.data = {corpus.name: corpus.digest}
     windows, _ = held_out(corpus, config)
     if not run.dry_run:
-        for arm in finetuned:  # a file that is missing or damaged is told now
-            load_examples(common.arm_config(config, arm), run.seed, run)
+        for task in {common.arm_config(config, arm).task for arm in finetuned}:
+            load_examples(replace(config, task=task), run.seed, run)  # damaged files are told now
 
     model = build(config, "smoe_dropout", run.seed).to(run.device)
     batch = windows[torch.arange(config.batch_size) % len(windows)].to(run.device)
