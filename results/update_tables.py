@@ -26,7 +26,7 @@ PAPERS = {  # script: (paper, problem, idea, the claim whose number the README q
         "SMoE-Dropout (Chen et al. 2023)",
         "experts end up alike, and more of them than in training do not help",
         "a frozen random router and a growing k make a model that can be slimmed",
-        "compute",
+        "slimmable",
     ),
     "mcsmoe": (
         "Merge, then Compress (Li et al. 2024)",
