@@ -137,28 +137,27 @@ def test_mowst(left):
 
 def test_smoe_dropout(left):
     run, config, results = left(smoe_dropout)
-    windows = smoe_dropout.held_out_windows(smoe_dropout.load_corpus(config, None, False), config, run)
+    _, windows = smoe_dropout.held_out(smoe_dropout.load_corpus(config, run), config)
     for arm, result in results.items():
         model = again(smoe_dropout, run, arm)
-        for k, blocks in result["blocks"].items():
-            assert smoe_dropout.evaluate(model, windows, config, int(k)) == blocks, arm
-    assert {"dense", "smoe_dropout", "learned_k2", "dense_sliced"} <= set(results)
+        for k in smoe_dropout.swept(arm, config):
+            assert smoe_dropout.evaluate(model, windows, k) == result[f"bits_{k}"], arm
+    assert {"dense", "smoe_dropout", "learned_half"} == set(results)
 
 
 def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
     config = smoe_dropout.Config(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, task_steps=2)
     run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path, config=config)
     common.write_json(tmp_path / "run.json", run.record())
-    body = smoe_dropout.build(config, smoe_dropout.trained_arms(config, True)["smoe_dropout"], 0)
-    common.save(run.path("smoe_dropout", 0, ".pt"), body.state_dict())
+    common.save(run.path("smoe_dropout", 0, ".pt"), smoe_dropout.build(config, "smoe_dropout", 0).state_dict())
     rows, right = torch.randint(256, (6, 2, 9)), F.one_hot(torch.arange(6) % 2, 2).bool()  # [examples, choices, bytes]
-    monkeypatch.setattr(smoe_dropout.tasks, "load_task", lambda *_: ())
-    monkeypatch.setattr(smoe_dropout.tasks, "pose", lambda *_: (rows, torch.arange(6) % 2, rows, right))
-    result = smoe_dropout.finetune_arm(config, "csqa.fold0.smoe_dropout.k2", 0, run)
-    model = again(smoe_dropout, run, "csqa.fold0.smoe_dropout.k2")
+    monkeypatch.setattr(smoe_dropout, "load_examples", lambda *_: (rows, torch.arange(6) % 2, rows, right))
+    arm = "smoe_dropout@task=csqa,task_k=2"
+    result = smoe_dropout.train_arm(common.Job(run, arm, 0))
+    model = again(smoe_dropout, run, arm)
     assert [layer.k for layer in smoe_dropout.moe_layers(model)] == [2]
     predicted = model(rows).argmax(dim=1)
-    assert result["accuracy"] == float(right[torch.arange(6), predicted].double().mean())
+    assert result["accuracy"] == 100 * float(right[torch.arange(6), predicted].double().mean())
 
 
 # --- what cannot be loaded is one line -------------------------------------------------------------------------
@@ -170,8 +169,8 @@ def saved(tmp_path):
     config = smoe_dropout.Config(num_layers=1, d_model=8, d_ff=8, num_experts=4, num_heads=2)
     run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path / "out", config=config)
     common.write_json(run.out / "run.json", run.record())
-    path, arm = run.path("dense", 0, ".pt"), smoe_dropout.trained_arms(config, True)["dense"]
-    common.save(path, smoe_dropout.build(config, arm, 0).state_dict())
+    path = run.path("dense", 0, ".pt")
+    common.save(path, smoe_dropout.build(config, "dense", 0).state_dict())
     assert isinstance(smoe_dropout.load_trained(str(path)), common.TransformerLM)
     return path
 
