@@ -63,10 +63,10 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -418,28 +418,26 @@ class Forest:
 
     def __init__(self, path: str | Path):
         """Raises FileNotFoundError without a forest.json, UsageError for a damaged one."""
-        self.path, mark = Path(path), Path(path) / "forest.json"
+        self.path = Path(path)
+        mark = self.path / "forest.json"
         if not mark.is_file():
             raise FileNotFoundError(f"{path} is no forest: no forest.json; --stage seed makes one")
         try:
-            if mark.stat().st_size > 100_000:
-                raise ValueError("it is too large")
             content = json.loads(mark.read_bytes())
-            if set(content) != {"seed", *OF_A_FOREST} or type(content["seed"]) is not int:
-                raise ValueError("it lacks a setting, or has one too many")
-            settings = {name: content[name] for name in OF_A_FOREST}
-            self.config = replace(SMALL, **settings | {"domains": tuple(content["domains"])})
-            self.seed = content["seed"]
+            self.seed, settings = content["seed"], {name: content[name] for name in OF_A_FOREST}
+            if type(self.seed) is not int or len(content) != 1 + len(settings):
+                raise ValueError("a seed, its settings and nothing else are needed")
+            self.config = replace(SMALL, **settings | {"domains": tuple(settings["domains"])})
             with torch.device("meta"):  # no memory is spent on the weights
                 state = make_model(self.config, "").state_dict()
-        except (ValueError, TypeError, RecursionError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
             raise UsageError(f"{mark} is damaged ({error})") from error
         self.shapes = {name: (tuple(tensor.shape), "float32") for name, tensor in state.items()}
         self.digest = common.digest(content)[:12]
 
     @classmethod
     def create(cls, path: Path, config: Config, seed: int) -> "Forest":
-        """Make an empty forest, or open the one that is there. UsageError: it was made otherwise."""
+        """Make an empty one, or open the one that is there. UsageError: it was made otherwise."""
         if not (path / "forest.json").exists():
             settings = {name: getattr(config, name) for name in OF_A_FOREST}
             common.write_json(path / "forest.json", {"seed": seed, **settings})
@@ -447,12 +445,10 @@ class Forest:
         forest.refuse_others(config, seed, OF_A_FOREST)
         return forest
 
-    def refuse_others(self, config: Config, seed: int | None, names: Iterable[str]) -> None:
-        """UsageError when one of these settings is not the forest's own."""
+    def refuse_others(self, config: Config, seed: int, names: Iterable[str]) -> None:
+        """UsageError when the seed, or one of these settings, is not the forest's own."""
         pairs = {name: (getattr(self.config, name), getattr(config, name)) for name in names}
-        if seed is not None:
-            pairs["seed"] = (self.seed, seed)
-        for name, (own, other) in pairs.items():
+        for name, (own, other) in {**pairs, "seed": (self.seed, seed)}.items():
             if own != other:
                 made = f"{self.path} was made with {name} = {common.as_typed(own)}"
                 raise UsageError(f"{made}, not {common.as_typed(other)}")
@@ -470,9 +466,9 @@ class Forest:
         first = [name for name in self.config.own if name in there]
         return first + [name for name in there if name not in first]
 
-    def add(self, path: Path, model: nn.Module, meta: dict) -> None:
-        common_to_all = {"name": path.stem, "forest": self.digest}
-        arrays.save_arrays(path, model.state_dict(), {**meta, **common_to_all})
+    def save(self, path: Path, model: nn.Module, meta: dict) -> None:
+        about = {**meta, "name": path.stem, "forest": self.digest}
+        arrays.save_arrays(path, model.state_dict(), about)
 
     def load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
         """(state, meta). Raises ValueError in one line that begins with the expert's name."""
@@ -481,9 +477,9 @@ class Forest:
             if path.stat().st_size > room:
                 raise ValueError("it is larger than this architecture needs")
             state, meta = arrays.load_arrays(path, self.shapes)
-            if not isinstance(meta, dict) or meta.get("name") != path.stem:
+            if meta["name"] != path.stem:
                 raise ValueError("it was saved under another name")
-            if meta.get("forest") != self.digest:
+            if meta["forest"] != self.digest:
                 raise ValueError("it was made for another forest")
             for parent, weight in meta["parents"].items():
                 if not text_data.NAME.fullmatch(parent) or not 0 <= weight <= 1:
@@ -493,33 +489,31 @@ class Forest:
             raise ValueError(f"{path.stem[:64]!r} refused: {reason}") from error
         return state, meta
 
-    def model(self, path: Path) -> nn.Module:
-        model = make_model(self.config, "")
-        model.load_state_dict(self.load(path)[0])
-        return model.eval()
-
-    def states(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """One after another, so that one at a time is in memory."""
-        for name in names:
-            yield self.load(self.file(name))[0]
+    def model(self, name: str) -> nn.Module:
+        return self.filled(self.load(self.file(name))[0])
 
     def average(self, names: Sequence[str], weights: Tensor) -> nn.Module:
+        """One state after another is in memory, never all of them."""
+        states = (self.load(self.file(name))[0] for name in names)
+        return self.filled(average_parameters(states, weights.tolist()))
+
+    def filled(self, state: dict[str, Tensor]) -> nn.Module:
         model = make_model(self.config, "")
-        model.load_state_dict(average_parameters(self.states(names), weights.tolist()))
+        model.load_state_dict(state)
         return model.eval()
 
-    def sound(self, without: Iterable[str] = ()) -> dict[str, dict]:
-        """{name: meta} of the experts that load; a line for each that is refused. UsageError: none."""
+    def sound(self, without: Sequence[str] = ()) -> dict[str, dict]:
+        """{name: meta} of the experts that load, a line for each that does not. UsageError."""
+        found, there = {}, self.names()
         for name in without:
-            if name not in self.names():
+            if name not in there:
                 raise UsageError(f"{self.path}: there is no expert {name!r}")
-        found = {}
-        for name in self.names():
-            if name not in without:
-                try:
+        for name in there:
+            try:
+                if name not in without:
                     found[name] = self.load(self.file(name))[1]
-                except ValueError as error:
-                    say(f"{self.path}: {error}")
+            except ValueError as error:
+                say(f"{self.path}: {error}")
         if not found:
             raise UsageError(f"{self.path}: no expert to use; --stage expert trains one")
         return found
@@ -534,8 +528,8 @@ def load_trained(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     if path.suffix == ".npz":
-        root = path.parent if path.stem == "seed" else path.parent.parent
-        return Forest(root).model(path)
+        forest = Forest(path.parent if path.stem == "seed" else path.parent.parent)
+        return forest.filled(forest.load(path)[0])
     return common.load_trained(path, Config, rebuild)
 
 
@@ -549,12 +543,9 @@ def rebuild(job: Job, state: dict) -> nn.Module:
 # The experiment: seed, experts, and rivals that cost the same
 # --------------------------------------------------------------------------------------------------
 
-ARMS = ("dense", "btm", "random", "grow")  # systems; a system is a seed and one or several models
-FEWER = ["btm@num_domains=2", "dense@num_domains=2", "btm@num_domains=4", "dense@num_domains=4"]
-LESS_SEED = ["btm@seed_share=0.25", "btm@seed_share=0.5"]
-DEFAULT = [*ARMS, *FEWER, *LESS_SEED]
-UNSEEDED, LONGER, FROM_SEED = "btm@seed_share=0", "dense@steps=750", "grow@branch=seed"
-MORE = [UNSEEDED, LONGER, FROM_SEED]
+ARMS = ("dense", "btm", "random", "grow")  # systems: a seed, and the models branched from it
+SHARES = (0.25, 0.5)  # of the seed, beside the config's
+COUNTS = (2, 4)  # of domains, beside all
 
 
 @functools.cache
@@ -562,15 +553,15 @@ def read_domain(name: str, root: Path) -> text_data.Split:
     return text_data.find_split(name, root / "btm")
 
 
-def settings_of(arm: str, of_a_forest: bool = False) -> str:
-    """ "grow@lr=0.1,branch=seed" -> "lr=0.1,branch=seed"; of_a_forest: "lr=0.1"."""
-    changes = arm.partition("@")[2].split(",")
-    kept = [change for change in changes if change.partition("=")[0] in OF_A_FOREST]
-    return ",".join(kept if of_a_forest else changes)
+def changes_of(arm: str) -> list[str]:
+    """ "grow@lr=0.1,branch=seed" -> ["lr=0.1", "branch=seed"]."""
+    return list(filter(None, arm.partition("@")[2].split(",")))
 
 
-def seed_of(arm: str) -> str:
-    return "@".join(filter(None, ["seed", settings_of(arm, of_a_forest=True)]))
+def sister(arm: str, method: str) -> str:
+    """An arm of the same forest: ("grow@lr=0.1,branch=seed", "seed") -> "seed@lr=0.1"."""
+    shared = [change for change in changes_of(arm) if change.partition("=")[0] in OF_A_FOREST]
+    return f"{method}@{','.join(shared)}" if shared else method
 
 
 def models_of(arm: str, config: Config) -> list[str]:
@@ -579,16 +570,14 @@ def models_of(arm: str, config: Config) -> list[str]:
     if method == "dense":
         return [arm]
     kind = "shard" if method == "random" else "expert"
-    found = []
-    for name in config.novel if method == "grow" else config.own:
-        found.append(f"{kind}@" + ",".join(filter(None, [settings_of(arm), f"domain={name}"])))
-    return found
+    names = config.novel if method == "grow" else config.own
+    return [f"{kind}@{','.join([*changes_of(arm), f'domain={name}'])}" for name in names]
 
 
 def forest_of(job: Job) -> Forest:
     """The forest of a stage, or of the system that an arm belongs to."""
-    suffix = seed_of(job.arm).removeprefix("seed")
-    path = job.run.actions.get("forest", job.run.out / f"forest-seed{job.seed}{suffix}")
+    name = sister(job.arm, f"forest-seed{job.seed}")
+    path = job.run.actions.get("forest", job.run.out / name)
     return Forest.create(path, job.config, job.seed)
 
 
@@ -619,7 +608,7 @@ def mixed_batches(job: Job) -> Callable[[int], Tensor]:
 
 
 def random_batches(job: Job) -> Callable[[int], Tensor]:
-    """The control: as many blocks as an expert reads, of its share of domains drawn at random."""
+    """The control: as many blocks as an expert reads, of its shard of domains drawn at random."""
     config = job.config
     index, num, k = config.own.index(config.domain), config.blocks_per_domain, len(config.own)
     streams = []
@@ -652,19 +641,18 @@ class Start(NamedTuple):
 def branch(job: Job, forest: Forest) -> Start:
     """A seed from scratch, the first round from the seed, a later one from those that are there."""
     config, domain = job.config, job.config.domain
-    in_round_one = job.method == "seed" or not domain or domain in config.own
-    if not in_round_one:
+    if domain and domain not in config.own:
         model, parents = branch_later(job, forest)
-        steps = config.branch_steps
-        return Start(model, config.branch_lr, range(steps), steps, parents)
+        return Start(
+            model, config.branch_lr, range(config.branch_steps), config.branch_steps, parents
+        )
     first, last = config.seed_steps, config.steps
     if job.method == "seed" or first == 0:
-        model = make_model(config, f"{job.seed} {domain or 'seed'}").to(job.run.device)
+        model = make_model(config, f"{job.seed} {domain or 'seed'}")
         return Start(model, config.lr, range(first or last), last, {})
     if not forest.file("seed").exists():
         raise UsageError(f"{forest.path} has no seed yet; --stage seed comes first")
-    model = forest.model(forest.file("seed")).to(job.run.device)
-    return Start(model, config.lr, range(first, last), last, {"seed": 1.0})
+    return Start(forest.model("seed"), config.lr, range(first, last), last, {"seed": 1.0})
 
 
 def branch_later(job: Job, forest: Forest) -> tuple[nn.Module, dict[str, float]]:
@@ -674,7 +662,7 @@ def branch_later(job: Job, forest: Forest) -> tuple[nn.Module, dict[str, float]]
     """
     config, run = job.config, job.run
     if config.branch == "scratch":
-        return make_model(config, f"{job.seed} scratch {config.domain}").to(run.device), {}
+        return make_model(config, f"{job.seed} scratch {config.domain}"), {}
     names = list(config.own)  # in a run every new domain is added alone
     if "stage" in run.actions:
         names = [name for name in forest.sound() if name != config.domain]
@@ -685,7 +673,7 @@ def branch_later(job: Job, forest: Forest) -> tuple[nn.Module, dict[str, float]]
         weights = prior_of(forest, names, config.domain, config, run)
     if config.branch == "nearest":
         weights = top_k_prior(weights, 1)
-    return forest.average(names, weights).to(run.device), dict(zip(names, weights.tolist()))
+    return forest.average(names, weights), dict(zip(names, weights.tolist()))
 
 
 def train_model(job: Job) -> tuple[nn.Module, dict]:
@@ -698,13 +686,11 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
     model = job.prepare(start.model)
     optimizer = common.adamw(model, start.lr, config.weight_decay)
     if start.updates.start:  # the seed's own run goes on: Adam's moments, and the schedule
-        moments = common.load(forest.path / "seed-adam.pt", run.device)
-        optimizer.load_state_dict(moments)
+        optimizer.load_state_dict(common.load(forest.path / "seed-adam.pt", run.device))
     if job.method == "shard":
         batches = random_batches(job)
     else:
         batches = domain_batches(job, config.domain) if config.domain else mixed_batches(job)
-    rows = len(batches(start.updates.start))
     read = {}
 
     def counted(step: int) -> Tensor:
@@ -712,15 +698,13 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         read[step] = windows[:, 1:].numel()
         return windows.to(run.device)
 
-    def loss_fn(windows: Tensor, step: int) -> tuple[Tensor, dict]:
-        return common.lm_loss(model, windows).mean(), {}
-
     def schedule(step: int) -> float:  # fairseq sets the rate after each update
         return learning_rate_factor(max(1, step), start.schedule, config.warmup_share)
 
+    some = counted(start.updates.start)
     job.train(
         model,
-        loss_fn,
+        lambda windows, step: (common.lm_loss(model, windows).mean(), {}),
         start.schedule,
         batches=counted,
         start_step=start.updates.start,
@@ -728,19 +712,18 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         optimizer=optimizer,
         schedule=schedule,
         clip=config.clip,
-        accumulate=math.ceil(rows / config.micro_batch),
+        accumulate=math.ceil(len(some) / config.micro_batch),
         on_step=lambda step: {"tokens": read.pop(step)},
     )
-    cost = cost_of(job, model, counted(start.updates.start)[: config.micro_batch])
-    meta = {"parents": start.parents, "domain": config.domain, **cost}
+    cost = cost_of(job, model, some[: config.micro_batch])
+    meta = {"parents": start.parents, **cost}
     if job.method == "seed":
         common.save(forest.path / "seed-adam.pt", optimizer.state_dict())
-        forest.add(forest.file("seed"), model, meta)
+        forest.save(forest.file("seed"), model, meta)  # last: with it the seed is there
     elif job.method == "expert" and config.branch == run.config.branch:
-        split = read_domain(config.domain, run.data_dir)
-        dev_bits = bits(-score(model, "dev", config.domain, config, run))
-        meta |= {"data": split.digest, "dev_bits": dev_bits}
-        forest.add(forest.file(config.domain), model, meta)
+        meta["data"] = read_domain(config.domain, run.data_dir).digest
+        meta["dev_bits"] = bits(-score(model, "dev", config.domain, config, run))
+        forest.save(forest.file(config.domain), model, meta)
     else:
         common.save(job.path(".pt"), model.state_dict())
     return model, cost
@@ -751,23 +734,17 @@ def cost_of(job: Job, model: nn.Module, some: Tensor) -> dict:
     counts = [int(line["tokens"]) for line in job.log()]
     flops = common.count_flops(lambda: common.lm_loss(model, some).mean().backward())["Global"]
     model.zero_grad(set_to_none=True)
-    return {
-        "updates": len(counts),
-        "tokens": sum(counts),
-        "flops": flops * sum(counts) // some[:, 1:].numel(),
-        "parameters": common.count_parameters(model),
-    }
+    flops = flops * sum(counts) // some[:, 1:].numel()
+    return {"updates": len(counts), "tokens": sum(counts), "flops": flops}
 
 
 @torch.no_grad()
 def score(model: nn.Module, part: str, name: str, config: Config, run: Run) -> Tensor:
     """log p of every token of a domain's "dev" or "test" blocks: [N, context] fp32, on the CPU."""
     num = config.dev_blocks if part == "dev" else config.test_blocks
-    text = getattr(read_domain(name, run.data_dir), part)
-    windows, model = text_data.spread_windows(text, config.context, num), model.eval()
-    found = []
-    for some in windows.split(64):
-        found.append(-common.lm_loss(model, some.to(run.device)).cpu())
+    text, model = getattr(read_domain(name, run.data_dir), part), model.to(run.device).eval()
+    windows = text_data.spread_windows(text, config.context, num)
+    found = [-common.lm_loss(model, some.to(run.device)).cpu() for some in windows.split(64)]
     return torch.cat(found)
 
 
@@ -778,108 +755,97 @@ def bits(nll: Tensor) -> float:
 
 def prior_of(forest: Forest, names: Sequence[str], domain: str, config: Config, run: Run) -> Tensor:
     """p(expert) on the development text of a domain; one model at a time is in memory."""
-    said = []
-    for name in names:
-        model = forest.model(forest.file(name)).to(run.device)
-        said.append(score(model, "dev", domain, config, run))
+    said = [score(forest.model(name), "dev", domain, config, run) for name in names]
     return cached_prior(torch.stack(said), blocks=config.dev_blocks)
 
 
+def forest_bits(dev: Tensor, test: Tensor, config: Config) -> float:
+    """Of eq. 2 with the cached prior. dev, test: log-probabilities [E, N, T]."""
+    prior = cached_prior(dev, blocks=config.dev_blocks)
+    return bits(ensemble_nll(test, prior.log())[0])
+
+
 def mixtures(dev: Tensor, test: Tensor, config: Config) -> dict[str, float]:
-    """Bits of every way to mix E experts on one domain, from log-probabilities [E, N, T]."""
+    """Bits of every way to mix E experts on one domain. dev, test: [E, N, T]."""
     prior = cached_prior(dev, blocks=config.dev_blocks)
     moving = cached_prior(dev, blocks=config.dev_blocks, rate=0.3)
-    found = {
-        "eq2": ensemble_nll(test, prior.log())[0],
-        "last": ensemble_nll(test, prior.log(), window=1)[0],
-        "released": released_nll(test, released_prior(dev)),
-        "moving": ensemble_nll(test, moving.log())[0],
+    two = top_k_prior(prior, min(2, len(prior)))
+    return {
+        "eq2": forest_bits(dev, test, config),
+        "last": bits(ensemble_nll(test, prior.log(), window=1)[0]),
+        "released": bits(released_nll(test, released_prior(dev))),
+        "moving": bits(ensemble_nll(test, moving.log())[0]),
+        "top1": bits(-test[prior.argmax()]),
+        "top2": bits(ensemble_nll(test, two.log())[0]),
     }
-    for k in (1, 2):
-        found[f"top{k}"] = ensemble_nll(test, top_k_prior(prior, min(k, len(prior))).log())[0]
-    return {rule: bits(nll) for rule, nll in found.items()}
 
 
 def scored(arm: str, config: Config) -> tuple[str, ...]:
-    """The domains that a system is compared on: its own, and if it is none of a curve the novel."""
-    is_plain = not settings_of(arm, of_a_forest=True)
+    """The domains that a system is compared on: its own, and unless it is of a curve the novel."""
     own = common.arm_config(config, arm).own
-    return (*own, *config.novel) if is_plain else own
+    return own if "@" in sister(arm, "") else (*own, *config.novel)
 
 
 def train_arm(job: Job) -> dict:
     """train_model; the log-probability of every token is kept: read once, mixed in many ways."""
     model, result = train_model(job)
-    said, config, run = {}, job.config, job.run
-    names = scored(job.arm, run.config)
+    said, names = {}, scored(job.arm, job.run.config)
     for name in names:
         for part in ("dev", "test"):
-            said[f"{part} {name}"] = score(model, part, name, config, run)
+            said[f"{part} {name}"] = score(model, part, name, job.config, job.run)
     common.save(job.path("-said.pt"), said)
-    result["bits"] = [bits(-said[f"test {name}"]) for name in names]
-    return result
+    return result | {"bits": [bits(-said[f"test {name}"]) for name in names]}
 
 
-class Said:
-    """What the models of a system said: said("dev", "python") -> [E, N, T]."""
-
-    def __init__(self, job: Job, arms: Sequence[str]):
-        self.models = [common.load(job.other(arm).path("-said.pt")) for arm in arms]
-
-    def __call__(self, part: str, name: str) -> Tensor:
-        return torch.stack([said[f"{part} {name}"] for said in self.models])
+def read_said(job: Job, arms: Sequence[str]) -> dict[str, Tensor]:
+    """{"dev python": log-probabilities [E, N, T] of the models of these arms, ...}."""
+    models = [common.load(job.other(arm).path("-said.pt")) for arm in arms]
+    return {key: torch.stack([said[key] for said in models]) for key in models[0]}
 
 
 def merge(job: Job) -> dict:
     """A system on every domain: {rule: bits [domains]}. Nothing is trained any more."""
-    config = job.config
-    said = Said(job, models_of(job.arm, job.run.config))
+    config, run, names = job.config, job.run, scored(job.arm, job.run.config)
+    said = read_said(job, models_of(job.arm, run.config))
     result: dict[str, list] = {}
-    for name in scored(job.arm, job.run.config):
-        dev, test = said("dev", name), said("test", name)
-        for rule, value in mixtures(dev, test, config).items():
-            result.setdefault(rule, []).append(value)
-    return result | (inspect_forest(job, said) if job.method == "btm" else {})
 
+    def note(**values: Any) -> None:
+        for key, value in values.items():
+            result.setdefault(key, []).append(value)
 
-def inspect_forest(job: Job, said: Said) -> dict:
-    """Whom it believes, its averages, and what becomes of it without each of its experts."""
-    config, run, forest = job.config, job.run, forest_of(job)
-    names, experts = scored(job.arm, run.config), len(config.own)
-    equal = torch.full((experts,), 1 / experts, dtype=torch.float64)
-    uniform = forest.average(config.own, equal).to(run.device)
-    result: dict[str, list] = {"uniform": [], "posterior": [], "weights": []}
     for name in names:
-        dev, test = said("dev", name), said("test", name)
-        prior = cached_prior(dev, blocks=config.dev_blocks)
-        weights = ensemble_nll(test, prior.log())[1].mean(dim=(1, 2))
-        result["weights"].append(weights.tolist())
-        average = forest.average(config.own, prior).to(run.device)
-        for kind, model in (("uniform", uniform), ("posterior", average)):
-            result[kind].append(bits(-score(model, "test", name, config, run)))
-    result["without"] = []  # [expert removed, domains]
+        note(**mixtures(said[f"dev {name}"], said[f"test {name}"], config))
+    if job.method == "random":
+        return result
+    forest, experts = forest_of(job), len(config.own)
+    uniform = forest.average(config.own, torch.full((experts,), 1 / experts, dtype=torch.float64))
+    for name in names:
+        prior = cached_prior(said[f"dev {name}"], blocks=config.dev_blocks)
+        posterior = forest.average(config.own, prior)
+        _, weights = ensemble_nll(said[f"test {name}"], prior.log())
+        note(
+            uniform=bits(-score(uniform, "test", name, config, run)),
+            posterior=bits(-score(posterior, "test", name, config, run)),
+            weights=weights.mean(dim=(1, 2)).tolist(),
+        )
     for removed in range(experts):
         kept = [expert for expert in range(experts) if expert != removed]
-        found = [
-            mixtures(said("dev", name)[kept], said("test", name)[kept], config) for name in names
-        ]
-        result["without"].append([one["eq2"] for one in found])
+        note(without=[forest_bits(said[f"dev {name}"][kept], said[f"test {name}"][kept], config)
+                      for name in names])  # fmt: skip
     return result
 
 
 def merge_grown(job: Job) -> dict:
     """Every new expert put beside those of the first round, alone: {"eq2": [new, domains]}."""
-    config = job.config
-    plain = "@".join(filter(None, ["btm", settings_of(job.arm, of_a_forest=True)]))
-    experts = models_of(plain, job.run.config)
+    config, names = job.config, scored(job.arm, job.run.config)
+    experts = models_of(sister(job.arm, "btm"), job.run.config)
     result: dict[str, list] = {"eq2": [], "alone": []}
-    for number, arm in enumerate(models_of(job.arm, job.run.config)):
-        said, row = Said(job, [*experts, arm]), []
-        for name in scored(job.arm, job.run.config):
-            prior = cached_prior(said("dev", name), blocks=config.dev_blocks)
-            row.append(bits(ensemble_nll(said("test", name), prior.log())[0]))
-        result["eq2"].append(row)
-        result["alone"].append(job.other(arm).result()["bits"][len(config.own) + number])
+    for new, arm in zip(config.novel, models_of(job.arm, job.run.config)):
+        said = read_said(job, [*experts, arm])
+        result["eq2"].append(
+            [forest_bits(said[f"dev {name}"], said[f"test {name}"], config) for name in names]
+        )
+        result["alone"].append(bits(-said[f"test {new}"][-1]))
     return result
 
 
@@ -888,8 +854,150 @@ def merge_grown(job: Job) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 PPL = "perplexity 19.8 against 22.5 (125M, mean of all 16 domains)"
-SHARES = (0.25, 0.5)  # of the seed, beside the config's
-COUNTS = (2, 4)  # of domains, beside all
+
+
+def split(values: np.ndarray, where: str, config: Config) -> np.ndarray:
+    """The columns of values [seeds, domains] that are training domains ("in") or novel ones."""
+    k = len(config.own)
+    return values[:, :k] if where == "in" else values[:, k:]
+
+
+def gains(results: Results, config: Config, rule: str, where: str, arm: str = "btm") -> np.ndarray:
+    """[seeds, domains]: bits by which a system is below the dense LM."""
+    return split(results.of("dense", "bits") - results.of(arm, rule), where, config)
+
+
+def mean_gain(results: Results, config: Config, rule: str, where: str, arm: str = "btm"):
+    return gains(results, config, rule, where, arm).mean(axis=1)  # [seeds]
+
+
+def weakest_domain(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Of values [seeds, domains] the column of the smallest mean, and what to say of it."""
+    worst = int(values.mean(axis=0).argmin())
+    text = f"{show(values[:, worst])} bits/byte on {names[worst]}, the weakest; "
+    return values[:, worst], text + f"mean {show(values.mean(axis=1))}"
+
+
+def perplexity(bits_by_domain: np.ndarray) -> str:
+    """Of a byte (or token), the mean over domains and seeds, as in the paper's tables."""
+    return f"{np.mean(2.0**bits_by_domain):.2f}"
+
+
+@claim("at equal cost the forest beats the dense LM on every training domain", paper=PPL,
+       required=True)  # fmt: skip
+def in_domain(results: Results, config: Config) -> Margin:
+    gain = gains(results, config, "eq2", "in")
+    weakest, text = weakest_domain(gain, config.own)
+    forest = perplexity(split(results.of("btm", "eq2"), "in", config))
+    dense = perplexity(split(results.of("dense", "bits"), "in", config))
+    text += f", perplexity {forest} against {dense}"
+    return Margin(weakest, text, {"mean": gain.mean(axis=1)})
+
+
+@claim("... and, in the mean, on domains that no expert was trained on", paper=PPL, required=True)
+def out_of_domain(results: Results, config: Config) -> Margin:
+    """The mean over domains is what the paper's tables have; the weakest domain is named."""
+    gain = gains(results, config, "eq2", "novel")
+    weakest, text = weakest_domain(gain, config.novel)
+    numbers = {"weakest": weakest}
+    for rule in ("last", "released"):
+        numbers[rule] = mean_gain(results, config, rule, "novel")
+        text += f"; {RULES[rule]} {show(numbers[rule])}"
+    return Margin(gain.mean(axis=1), text, numbers)
+
+
+@claim("random splits of the data do not do: their ensemble loses to the dense LM on training "
+       "domains, and to the forest there and on novel ones", required=True)  # fmt: skip
+def random_split(results: Results, config: Config) -> Margin:
+    """The weakest of its defeats, whether the whole past counts or the last token."""
+    leads = {}
+    for rule in ("eq2", "last"):
+        leads[f"dense, {rule}"] = -mean_gain(results, config, rule, "in", "random")
+        for where in ("in", "novel"):
+            forest = mean_gain(results, config, rule, where)
+            leads[f"forest, {rule}, {where}"] = forest - mean_gain(
+                results, config, rule, where, "random"
+            )
+    weakest = min(leads, key=lambda name: leads[name].mean())
+    text = "; ".join(f"{name} {show(lead)}" for name, lead in leads.items())
+    return Margin(leads[weakest], f"bits/byte behind the {text}", leads)
+
+
+@claim("averaged by posterior into one LM it still beats the dense LM on every training domain",
+       required=True)  # fmt: skip
+def posterior_average(results: Results, config: Config) -> Margin:
+    gain = gains(results, config, "posterior", "in")
+    weakest, text = weakest_domain(gain, config.own)
+    novel = mean_gain(results, config, "posterior", "novel")
+    numbers = {"mean": gain.mean(axis=1), "novel": novel}
+    return Margin(weakest, f"{text}; novel domains {show(novel)}", numbers)
+
+
+@claim("the gain is robust to the initialisation: a seed of a quarter, a half, three quarters of "
+       "the compute")  # fmt: skip
+def robust_to_seed(results: Results, config: Config) -> Margin:
+    """The share with the smallest gain over the dense LM, mean of the training domains."""
+    found = gains_by_share(results, config, "eq2")
+    weakest = min(found, key=lambda share: found[share].mean())
+    text = ", ".join(f"{share:g}: {show(gain)}" for share, gain in found.items())
+    numbers = {f"{share:g}": gain for share, gain in found.items()}
+    return Margin(found[weakest], f"bits/byte gained, by share of the seed, {text}", numbers)
+
+
+@claim("the gain over the dense LM grows with the number of domains")
+def more_domains(results: Results, config: Config) -> Margin:
+    """On the same first domains, so that easier ones do not count; the smaller step."""
+    found = gains_by_count(results, config)
+    grown = list(found.values())
+    if len(grown) < 2:
+        raise common.Missing("more than two domains")
+    steps = [more - fewer for fewer, more in zip(grown, grown[1:])]
+    text = ", ".join(f"{show(gain)} with {count}" for count, gain in found.items())
+    listed = " and ".join(config.own[: min(found)])
+    numbers = {str(count): gain for count, gain in found.items()}
+    return Margin(min(steps, key=np.mean), f"bits/byte gained on {listed}: {text}", numbers)
+
+
+@claim("an added or removed expert changes its own domain only: others by less than a tenth",
+       required=True)  # fmt: skip
+def add_remove(results: Results, config: Config) -> Margin:
+    """The worst of all experts that can be added or removed, and of all other domains."""
+    return worst_move(results, config, tenth=0.1)
+
+
+@claim("... its own domain most: an expert is worth more there than anywhere else")
+def coverage(results: Results, config: Config) -> Margin:
+    """The worst likewise."""
+    return worst_move(results, config, tenth=1.0)
+
+
+@claim("averaged with equal weights it loses to the dense LM on the training domains")
+def uniform_average(results: Results, config: Config) -> Margin:
+    margin = -mean_gain(results, config, "uniform", "in")
+    return Margin(margin, f"{show(margin)} bits/byte worse than dense")
+
+
+@claim("the plain mean is a better cached prior than the moving average", paper="0.3 on the new")
+def plain_prior(results: Results, config: Config) -> Margin:
+    """The weaker of training and novel domains."""
+    leads = []
+    for where in ("in", "novel"):
+        plain = mean_gain(results, config, "eq2", where)
+        leads.append(plain - mean_gain(results, config, "moving", where))
+    text = f"{show(leads[0])} bits/byte on training domains, {show(leads[1])} on novel ones"
+    return Margin(min(leads, key=np.mean), text)
+
+
+@check("seed and experts cost what the dense LM costs, in tokens and FLOPs")
+def cost_matched(results: Results, config: Config) -> Check:
+    parts, passed = [], True
+    for key in ("tokens", "flops"):
+        seed, dense = results["seed"][0][key], results["dense"][0][key]
+        for system in ("btm", "random"):
+            spent = sum(results[arm][0][key] for arm in models_of(system, config))
+            passed = passed and spent == dense
+        parts.append(f"{seed + spent:,} {key} of {seed + dense:,}")
+    return Check(passed, "; ".join(parts))
 
 
 def with_share(share: float, config: Config) -> str:
@@ -900,209 +1008,19 @@ def with_count(method: str, count: int, config: Config) -> str:
     return method if count == len(config.own) else f"{method}@num_domains={count}"
 
 
-def shares(config: Config) -> list[float]:
-    return sorted({*SHARES, config.seed_share})
-
-
 def counts(config: Config) -> list[int]:
     return [count for count in COUNTS if count < len(config.own)] + [len(config.own)]
 
 
-def perplexity(bits_by_domain: np.ndarray) -> float:
-    """Per token, the mean over domains (and seeds), as in the paper's tables."""
-    return float(np.mean(2.0**bits_by_domain))
-
-
-def gains(
-    results: Results, config: Config, rule: str, where: str, better: str = "btm"
-) -> np.ndarray:
-    """[seeds, domains]: bits by which a rule is below the dense LM, in the domain or on novel ones."""
-    gain = results.of("dense", "bits") - results.of(better, rule)
-    k = len(config.own)
-    return gain[:, :k] if where == "in" else gain[:, k:]
-
-
-def by_the_worst(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Of values [seeds, names] the column of the smallest mean, and its name."""
-    worst = int(values.mean(axis=0).argmin())
-    return values[:, worst], names[worst]
-
-
-@claim("at equal cost the forest beats the dense LM on every training domain", paper=PPL,
-       required=True)  # fmt: skip
-def in_domain(results: Results, config: Config) -> Margin:
-    """By its weakest domain."""
-    gain, k = gains(results, config, "eq2", "in"), len(config.own)
-    weakest, name = by_the_worst(gain, config.own)
-    dense, forest = results.of("dense", "bits")[:, :k], results.of("btm", "eq2")[:, :k]
-    text = f"{show(weakest)} bits/byte on {name}, the weakest; mean {show(gain.mean(axis=1))}: "
-    text += f"perplexity {perplexity(forest):.2f} against {perplexity(dense):.2f}"
-    return Margin(weakest, text, {"mean": gain.mean(axis=1)})
-
-
-@claim("... and, in the mean, on domains that no expert was trained on", paper=PPL, required=True)
-def out_of_domain(results: Results, config: Config) -> Margin:
-    """The mean over domains, which the paper's tables have; the weakest domain is named."""
-    gain = gains(results, config, "eq2", "novel")
-    weakest, name = by_the_worst(gain, config.novel)
-    others = {rule: gains(results, config, rule, "novel").mean(axis=1) for rule in RIVAL_RULES}
-    text = f"{show(gain.mean(axis=1))} bits/byte; weakest {name}, {show(weakest)}; "
-    text += ", ".join(f"{RULES[rule]} {show(value)}" for rule, value in others.items())
-    return Margin(gain.mean(axis=1), text, {"weakest": weakest, **others})
-
-
-@claim("random splits of the data do not do: their ensemble loses to the dense LM on training "
-       "domains, and to the forest there and on novel ones", required=True)  # fmt: skip
-def random_split(results: Results, config: Config) -> Margin:
-    """The weakest of three leads, each against the random split's better rule."""
-    leads = {}
-    for rule in ("eq2", "last"):
-        behind_dense = -gains(results, config, rule, "in", "random").mean(axis=1)
-        leads[f"dense, {rule}"] = behind_dense
-        for where in ("in", "novel"):
-            random = gains(results, config, rule, where, "random").mean(axis=1)
-            forest = gains(results, config, rule, where).mean(axis=1)
-            leads[f"forest, {where}, {rule}"] = forest - random
-    weakest = min(leads, key=lambda name: leads[name].mean())
-    text = "bits/byte behind the " + "; ".join(
-        f"{name} {show(lead)}" for name, lead in leads.items()
-    )
-    return Margin(leads[weakest], text, leads)
-
-
-@claim("averaged by posterior into one LM it still beats the dense LM on every training domain",
-       required=True)  # fmt: skip
-def posterior_average(results: Results, config: Config) -> Margin:
-    """By its weakest domain."""
-    gain = gains(results, config, "posterior", "in")
-    weakest, name = by_the_worst(gain, config.own)
-    novel = gains(results, config, "posterior", "novel").mean(axis=1)
-    text = f"{show(weakest)} bits/byte on {name}, the weakest; mean {show(gain.mean(axis=1))}; "
-    text += f"novel domains {show(novel)}"
-    return Margin(weakest, text, {"mean": gain.mean(axis=1), "novel": novel})
-
-
-@claim("the gain is robust to the initialisation: a seed of a quarter, a half and three quarters "
-       "of the compute", required=True)  # fmt: skip
-def robust_to_seed(results: Results, config: Config) -> Margin:
-    """The share with the smallest gain over the dense LM, mean of the training domains."""
-    found = gains_by_share(results, config)
-    weakest = min(found, key=lambda share: found[share].mean())
-    text = ", ".join(f"{share:g}: {show(gain)}" for share, gain in found.items())
-    return Margin(found[weakest], f"bits/byte gained, by share of the seed, {text}", named(found))
-
-
-@claim("the gain over the dense LM grows with the number of domains", required=True)
-def more_domains(results: Results, config: Config) -> Margin:
-    """On the same first domains, so that easier ones do not count; the smaller step."""
-    found = gains_by_count(results, config)
-    grown = list(found.values())
-    if len(grown) < 2:
-        raise common.Missing("more than two domains")
-    steps = [more - fewer for fewer, more in zip(grown, grown[1:])]
-    listed = " and ".join(config.own[: min(found)])
-    text = ", ".join(f"{show(gain)} with {count}" for count, gain in found.items())
-    return Margin(min(steps, key=np.mean), f"bits/byte gained on {listed}: {text}", named(found))
-
-
-@claim("an added or removed expert changes its own domain only: others by less than a tenth",
-       required=True)  # fmt: skip
-def add_remove(results: Results, config: Config) -> Margin:
-    """The worst of all experts that can be added or removed, and of all other domains."""
-    found = {change: own / 10 - other for change, (own, other, _) in moves(results, config).items()}
-    return worst_change(found, results, config)
-
-
-@claim("... its own domain most: an expert is worth more there than anywhere else")
-def coverage(results: Results, config: Config) -> Margin:
-    """The worst likewise."""
-    found = {change: own - other for change, (own, other, _) in moves(results, config).items()}
-    return worst_change(found, results, config)
-
-
-@claim("averaged with equal weights it loses to the dense LM on the training domains")
-def uniform_average(results: Results, config: Config) -> Margin:
-    margin = -gains(results, config, "uniform", "in").mean(axis=1)
-    return Margin(margin, f"{show(margin)} bits/byte worse than dense")
-
-
-@claim("two experts a domain do nearly as well as all: within 1 %, also on novel domains")
-def topk(results: Results, config: Config) -> Margin:
-    """The weaker of training and novel domains."""
-    margins, parts = [], []
-    for where in ("in", "novel"):
-        lost = gains(results, config, "eq2", where) - gains(results, config, "top2", where)
-        lost, whole = lost.mean(axis=1), results.of("btm", "eq2")
-        k = len(config.own)
-        whole = (whole[:, :k] if where == "in" else whole[:, k:]).mean(axis=1)
-        margins.append(0.01 * whole - lost)
-        parts.append(f"{where} {show(100 * lost / whole, 2)} %")
-    return Margin(min(margins, key=np.mean), f"bits/byte lost: {', '.join(parts)}")
-
-
-@claim("the plain mean is a better cached prior than the moving average", paper="0.3 on the new")
-def plain_prior(results: Results, config: Config) -> Margin:
-    """The weaker of training and novel domains."""
-    margins = []
-    for where in ("in", "novel"):
-        gain = gains(results, config, "eq2", where) - gains(results, config, "moving", where)
-        margins.append(gain.mean(axis=1))
-    text = f"{show(margins[0])} bits/byte in domain, {show(margins[1])} on novel domains"
-    return Margin(min(margins, key=np.mean), text)
-
-
-@claim("experts without a common seed cannot be averaged")
-def averaging_needs_seed(results: Results, config: Config) -> Margin:
-    margin = results.of(UNSEEDED, "uniform") - results.of("btm", "uniform")
-    margin = margin[:, : len(config.own)].mean(axis=1)
-    ensemble = gains(results, config, "eq2", "in", UNSEEDED).mean(axis=1)
-    text = f"{show(margin)} bits/byte worse (equal weights); their ensemble gains {show(ensemble)}"
-    return Margin(margin, text)
-
-
-@claim("the forest matches a dense LM that had a quarter more compute",
-       paper="2.5 times the compute (64 domains, 22.4B parameters in all)")  # fmt: skip
-def compute(results: Results, config: Config) -> Margin:
-    margin = results.of(longer(config), "bits") - results.of("btm", "eq2")
-    margin = margin[:, : len(config.own)].mean(axis=1)
-    return Margin(margin, f"{show(margin)} bits/byte better on the training domains")
-
-
-@claim("a new expert does better from the posterior average than from the seed, in every domain")
-def branch_init(results: Results, config: Config) -> Margin:
-    """By the weakest new domain."""
-    gain = results.of(FROM_SEED, "alone") - results.of("grow", "alone")
-    weakest, name = by_the_worst(gain, config.novel)
-    text = f"{show(weakest)} bits/byte on {name}, the weakest; mean {show(gain.mean(axis=1))}"
-    return Margin(weakest, text)
-
-
-@check("seed and experts cost what the dense LM costs, in tokens and FLOPs")
-def cost_matched(results: Results, config: Config) -> Check:
-    parts, passed = [], True
-    for key in ("tokens", "flops"):
-        spent = {}
-        for system in ("dense", "btm", "random"):
-            models = models_of(system, config)
-            spent[system] = [sum(results[arm][seed][key] for arm in models)
-                             for seed in range(len(results["dense"]))]  # fmt: skip
-        passed = passed and spent["dense"] == spent["btm"] == spent["random"]
-        seed = results["seed"][0][key]
-        parts.append(f"{seed + spent['btm'][0]:,} {key} of {seed + spent['dense'][0]:,}")
-    return Check(passed, "; ".join(parts))
-
-
-def named(found: dict) -> dict[str, np.ndarray]:
-    return {f"{key:g}": value for key, value in found.items()}
-
-
-def gains_by_share(results: Results, config: Config) -> dict[float, np.ndarray]:
+def gains_by_share(results: Results, config: Config, rule: str) -> dict[float, np.ndarray]:
     """{share of the seed: bits gained over the dense LM on training domains [seeds]}."""
     found = {}
-    for share in shares(config):
-        arm = with_share(share, config)
-        found[share] = gains(results, config, "eq2", "in", arm).mean(axis=1)
-    return found
+    for share in sorted({*SHARES, config.seed_share}):
+        forest = results.of(with_share(share, config), rule)
+        dense = results.of("dense", "bits")[: len(forest)]
+        found[share] = split(dense, "in", config).mean(axis=1)
+        found[share] = found[share] - split(forest, "in", config).mean(axis=1)
+    return at_same_seeds(found)
 
 
 def gains_by_count(results: Results, config: Config) -> dict[int, np.ndarray]:
@@ -1112,38 +1030,44 @@ def gains_by_count(results: Results, config: Config) -> dict[int, np.ndarray]:
         dense = results.of(with_count("dense", count, config), "bits")
         forest = results.of(with_count("btm", count, config), "eq2")
         found[count] = (dense - forest)[:, :first].mean(axis=1)
+    return at_same_seeds(found)
+
+
+def at_same_seeds(found: dict) -> dict:
+    """Curves are of the first few seeds; so are the points that have more."""
+    fewest = min(map(len, found.values()))
+    return {key: values[:fewest] for key, values in found.items()}
+
+
+def moves(results: Results, config: Config) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
+    """{"+ licences": (bits gained there [seeds], largest change elsewhere [seeds], where)}."""
+    before, names = results.of("btm", "eq2"), scored("btm", config)  # [seeds, domains]
+    changed = {f"+ {name}": results.of("grow", "eq2")[:, i] for i, name in enumerate(config.novel)}
+    for i, name in enumerate(config.own):
+        changed[f"- {name}"] = results.of("btm", "without")[:, i]
+    found = {}
+    for change, after in changed.items():
+        own = names.index(change[2:])
+        sizes = np.abs(after - before)
+        others = sizes.copy()
+        others[:, own] = 0
+        most = int(others.mean(axis=0).argmax())
+        found[change] = (sizes[:, own], others[:, most], names[most])
     return found
 
 
-Moves = dict[str, tuple[np.ndarray, np.ndarray, str]]
-
-
-def moves(results: Results, config: Config) -> Moves:
-    """{"+ licences": (bits gained there, largest change elsewhere, where)}, and "- python" lost."""
-    before = results.of("btm", "eq2")  # [seeds, domains]
-    names, found = scored("btm", config), {}
-    for sign, after, changed in (
-        ("+", results.of("grow", "eq2"), config.novel),  # [seeds, new, domains]
-        ("-", results.of("btm", "without"), config.own),
-    ):
-        for number, name in enumerate(changed):
-            own = names.index(name)
-            change = after[:, number] - before
-            others = np.delete(np.abs(change), own, axis=1)
-            most = int(others.mean(axis=0).argmax())
-            where = [other for other in names if other != name][most]
-            found[f"{sign} {name}"] = (np.abs(change[:, own]), others[:, most], where)
-    return found
-
-
-def worst_change(margins: dict[str, np.ndarray], results: Results, config: Config) -> Margin:
+def worst_move(results: Results, config: Config, tenth: float) -> Margin:
+    """Of the changes where a share of the own domain's exceeds the largest elsewhere least."""
+    found, margins = moves(results, config), {}
+    for change, (own, other, _) in found.items():
+        margins[change] = tenth * own - other
     worst = min(margins, key=lambda change: margins[change].mean())
-    own, other, where = moves(results, config)[worst]
+    own, other, where = found[worst]
     good = sum(margin.mean() > 0 for margin in margins.values())
-    text = f"worst of {len(margins)} is {worst}: {show(own)} bits/byte there, {show(other)} on "
-    return Margin(
-        margins[worst], f"{text}{where}; {good} of {len(margins)} are so in the mean", margins
+    text = (
+        f"worst of {len(margins)} is {worst}: {show(own)} bits/byte there, {show(other)} on {where}"
     )
+    return Margin(margins[worst], f"{text}; so it is with {good} in the mean", margins)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1153,18 +1077,17 @@ def worst_change(margins: dict[str, np.ndarray], results: Results, config: Confi
 RULES = {
     "eq2": "forest, eq. 2",
     "last": "forest, last token",
-    "released": "forest, released scorer and prior",
+    "released": "forest, released scorer",
     "moving": "forest, moving-average prior",
     "top1": "forest, best expert alone",
     "top2": "forest, two experts",
     "posterior": "average by posterior",
     "uniform": "average, equal weights",
 }
-RIVAL_RULES = ("last", "released")
 
 
 def print_tables(results: Results, config: Config, run: Run) -> None:
-    names, k = scored("btm", config), len(config.own)
+    names = scored("btm", config)
     found = {arm: results.of(arm, "bits") for arm in ("seed", "dense") if arm in results}
     if "btm" in results:
         found |= {label: results.of("btm", rule) for rule, label in RULES.items()}
@@ -1174,125 +1097,81 @@ def print_tables(results: Results, config: Config, run: Run) -> None:
     rows = []
     for label, by_domain in found.items():
         row = [label]
-        for group in (by_domain[:, :k], by_domain[:, k:]):
-            row += [show(group.mean(axis=1), 3), f"{perplexity(group):.2f}"]
+        for where in ("in", "novel"):
+            group = split(by_domain, where, config)
+            row += [show(group.mean(axis=1), 3), perplexity(group)]
         rows.append(row + [f"{value:.3f}" for value in by_domain.mean(axis=0)])
-    title = f"bits/byte and perplexity a byte on test text, {len(run.seeds)} seed(s): "
+    title = f"bits/byte and perplexity of a byte on test text, {len(run.seeds)} seed(s): "
     title += "means over domains, then bits of each; novel ones have no expert"
-    header = ["method", "in domain", "perplexity", "novel", "perplexity", *names]
-    run.table(title, header, rows)
+    run.table(title, ["", "in domain", "perplexity", "novel", "perplexity", *names], rows)
 
     if "btm" in results:
         weights = np.mean([result["weights"] for result in results["btm"]], axis=0)
-        rows = [[name, *(f"{weight:.2f}" for weight in row)] for name, row in zip(names, weights)]
-        title = "whom eq. 2 believes: mean weight of each expert, by test domain"
-        run.table(title, ["", *config.own], rows)
+        run.table(*posterior_table(names, config.own, weights))
     if {"btm", "grow"} <= results.keys():
         rows = []
         for change, (own, other, where) in moves(results, config).items():
             rows.append([change, show(own, 3), show(other, 3), where])
         title = "an expert more (+) or less (-): bits/byte that its own domain gains or loses"
         run.table(title, ["", "own domain", "largest change elsewhere", "where"], rows)
-    others = [arm for arm in results if arm.partition("@")[0] in ("btm", "dense") and "@" in arm]
+
+
+def posterior_table(domains: Sequence[str], experts: Sequence[str], weights: Any) -> tuple:
     rows = []
-    for arm in others:
-        by_domain = results.of(arm, "bits" if arm.startswith("dense") else "eq2")
-        own = common.arm_config(config, arm).own
-        rows.append([arm, show(by_domain[:, : len(own)].mean(axis=1), 3)])
-    if rows:
-        run.table("other systems: bits/byte in their domains", ["", "in domain"], rows)
+    for name, row in zip(domains, weights):
+        rows.append([name, *(f"{float(weight):.2f}" for weight in row)])
+    return "whom eq. 2 believes: mean weight of each expert, by test domain", ["", *experts], rows
 
 
 def draw(results: Results, config: Config, run: Run) -> None:
-    colors = dict(zip(("eq2", "last", "posterior"), common.COLORS))
-
-    def by_domain(ax) -> None:
-        for offset, rule in ((-0.2, "eq2"), (0.0, "last"), (0.2, "posterior")):
+    def by_domain(ax: Any) -> None:
+        for i, rule in enumerate(("eq2", "last", "posterior")):
             gain = results.of("dense", "bits") - results.of("btm", rule)  # [seeds, domains]
             bars = [common.half_width(column) for column in gain.T] if len(gain) > 2 else None
-            rows = np.arange(gain.shape[1]) + offset
-            ax.errorbar(gain.mean(axis=0), rows, xerr=bars, fmt="o", color=colors[rule],
-                        label=RULES[rule], markersize=4)  # fmt: skip
-        ax.set_yticks(range(len(scored("btm", config))), scored("btm", config))
+            rows = np.arange(gain.shape[1]) + 0.2 * (i - 1)
+            ax.errorbar(gain.mean(axis=0), rows, xerr=bars, fmt="o", markersize=4,
+                        color=common.COLORS[i], label=RULES[rule])  # fmt: skip
+        ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.axvline(0, color="0.7", zorder=0)
         ax.axhline(len(config.own) - 0.5, color="0.7", linestyle=":")
-        ax.set(xlabel="bits/byte gained over the dense LM", title="by domain; below: novel ones")
+        ax.set(xlabel="bits/byte below the dense LM", title="gain by domain; below: novel domains")
 
-    def by_count(ax) -> None:
+    def by_count(ax: Any) -> None:
         found = gains_by_count(results, config)
         values = np.stack(list(found.values()), axis=1)  # [seeds, counts]
-        common.curve(ax, list(found), values, RULES["eq2"], colors["eq2"])
-        first = " and ".join(config.own[: min(found)])
-        ax.set(
-            xlabel="domains", ylabel="bits/byte gained", title=f"gain on {first}", ylim=(0, None)
-        )
+        common.curve(ax, list(found), values, RULES["eq2"], common.COLORS[0])
+        title = f"gain on {' and '.join(config.own[: min(found)])}"
+        ax.set(xlabel="domains", ylabel="bits/byte", title=title, ylim=(0, None))
 
-    def by_share(ax) -> None:
-        found = gains_by_share(results, config)
-        values = np.stack(list(found.values()), axis=1)
-        common.curve(ax, list(found), values, RULES["eq2"], colors["eq2"])
-        average = [results.of("dense", "bits") - results.of(with_share(share, config), "posterior")
-                   for share in found]  # fmt: skip
-        average = np.stack([gain[:, : len(config.own)].mean(axis=1) for gain in average], axis=1)
-        common.curve(ax, list(found), average, RULES["posterior"], colors["posterior"])
-        title = "gain in domain, by the seed's share of compute"
-        ax.set(xlabel="share", ylabel="bits/byte gained", title=title)
+    def by_share(ax: Any) -> None:
+        for rule, color in (("eq2", common.COLORS[0]), ("posterior", common.COLORS[2])):
+            found = gains_by_share(results, config, rule)
+            values = np.stack(list(found.values()), axis=1)
+            common.curve(ax, list(found), values, RULES[rule], color)
         ax.axhline(0, color="0.7", zorder=0)
+        ax.set(xlabel="seed's share of compute", ylabel="bits/byte", title="gain in domain")
 
-    def believed(ax) -> None:
-        chosen = [config.own[0], config.own[-1]]
-        for name, weights in zip(config.own, changing_text(config, run, chosen)):
-            ax.plot(weights, label=f"expert {name}")
-        title = f"whom eq. 2 believes: {chosen[0]}, then {chosen[1]}"
-        ax.set(xlabel="byte of a text", ylabel="weight", title=title)
-
-    panels = []
-    if {"dense", "btm"} <= results.keys():
-        panels = [by_domain, believed]
-        needed = {with_count(method, count, config)
-                  for method in ("dense", "btm") for count in counts(config)}  # fmt: skip
-        panels += [by_count] if needed <= results.keys() else []
-        needed = {with_share(share, config) for share in shares(config)}
-        panels += [by_share] if needed <= results.keys() else []
-    if panels:
-        run.plot(panels, width=5.0, height=4.2)
-
-
-@torch.no_grad()
-def changing_text(config: Config, run: Run, chosen: Sequence[str]) -> np.ndarray:
-    """Weights [E, bytes] along a context that changes its domain half-way, mean of eight texts."""
-    half, num = config.context // 2, 8
-    parts = []
-    for name in chosen:
-        test = read_domain(name, run.data_dir).test
-        parts.append(test[: num * half].long().view(num, half))
-    forest = forest_of(Job(run, "btm", run.seed))
-    ensemble = Ensemble([forest.model(forest.file(name)) for name in config.own])
-    ensemble(torch.cat(parts, dim=1))
-    return ensemble.weights.mean(dim=1).numpy()
+    names = scored("btm", config)
+    if set(curves(config)) | {"dense", "btm"} <= results.keys():
+        run.plot([by_domain, by_count, by_share])
 
 
 # --------------------------------------------------------------------------------------------------
-# Stages: the same as separate commands, with nothing in common but the forest's folder
+# Commands: parts of a run, with nothing in common but the forest's folder
 # --------------------------------------------------------------------------------------------------
 
-ACTIONS = {  # the script's own commands; see common.FLAGS
+ACTIONS = {  # the script's own flags; see common.FLAGS
     "stage": ("", ("seed", "expert", "eval"), "one part of a run, on a forest"),
-    "forest": (Path(), "DIR", "the forest; default: the one of the run in --out"),
+    "forest": (Path(), "DIR", "the forest; default: that of the run in --out"),
     "domain_index": (0, "I", "the domain of --stage expert by number, for job arrays"),
     "without": ("", "NAMES", "experts that --stage eval, --sample and --average leave out"),
-    "force": (False, None, "with --stage: train again what is there already"),
-    "top_k": (0, "K", "experts that --stage eval keeps a domain; the others are not run"),
+    "force": (False, None, "train again what is there already"),
     "sample": ("", "TEXT", "go on writing TEXT with the ensemble, or with --model"),
-    "sample_bytes": (160, "N", "bytes that --sample writes"),
-    "model": (Path(), "FILE", "one model of a forest for --sample"),
-    "average": ("", ("uniform", "posterior"), "save all experts as one; posterior: on --domain"),
-    "prepare": (
-        Path(),
-        "PATH",
-        "make domains of a file or folder; without --domain by Pile labels",
-    ),
+    "sample_bytes": (160, "N", "bytes that --sample writes; default 160"),
+    "model": (Path(), "FILE", "a file of a forest, for --sample"),
+    "average": ("", ("uniform", "posterior"), "save all experts as one; posterior: by --domain"),
+    "prepare": (Path(), "PATH", "make domains of a file or folder; without --domain by the Pile's"),
 }
 ANYWHERE = {
     "full",
@@ -1305,9 +1184,9 @@ ANYWHERE = {
     "forest",
     "out",
 }
-TRAINS = {"workers", "compile", "force", "micro_batch"}
-MAY_HAVE = {  # what may be given with a command, beside ANYWHERE and the forest's own settings
-    "seed": {"tokens", *TRAINS},
+TRAINING = {"workers", "compile", "force", "micro_batch"}
+GOES_WITH = {  # what may be given with a command, beside ANYWHERE and the forest's own settings
+    "seed": {"tokens", *TRAINING},
     "expert": {
         "domain",
         "domain_index",
@@ -1315,9 +1194,9 @@ MAY_HAVE = {  # what may be given with a command, beside ANYWHERE and the forest
         "branch_steps",
         "branch_lr",
         "dev_blocks",
-        *TRAINS,
+        *TRAINING,
     },
-    "eval": {"without", "top_k", "domain", "novel", "dev_blocks", "test_blocks"},
+    "eval": {"without", "domain", "novel", "dev_blocks", "test_blocks"},
     "sample": {"sample_bytes", "without", "model"},
     "average": {"domain", "without", "dev_blocks"},
     "prepare": {"domain"},
@@ -1325,72 +1204,70 @@ MAY_HAVE = {  # what may be given with a command, beside ANYWHERE and the forest
 
 
 def act(config: Config, run: Run) -> None:
-    """The command that was given, instead of a whole run."""
+    """The command that was given: a flag is used or refused, never ignored."""
     given = [name for name in ("stage", "sample", "average", "prepare") if name in run.actions]
     if len(given) != 1:
         flags = ", ".join(common.flag(name) for name in run.actions)
         raise UsageError(f"{flags}: goes with one of --stage, --sample, --average, --prepare")
     command = run.actions["stage"] if given == ["stage"] else given[0]
-    of_a_forest = {"seed", *OF_A_FOREST} if command != "prepare" else set()
-    idle = set(run.given) - ANYWHERE - MAY_HAVE[command] - of_a_forest - set(given)
+    shared = set() if command == "prepare" else {"seed", *OF_A_FOREST}
+    idle = set(run.given) - ANYWHERE - GOES_WITH[command] - shared - set(given)
     if idle:
-        what = "--stage " + command if given == ["stage"] else common.flag(command)
-        raise UsageError(f"{common.flag(min(idle))} does nothing with {what}")
+        does = f"--stage {command}" if given == ["stage"] else common.flag(command)
+        raise UsageError(f"{common.flag(min(idle))} does nothing with {does}")
     if command == "prepare":
         return prepare(config, run)
     path = run.actions.setdefault("forest", run.out / f"forest-seed{run.seed}")
     if command == "seed":
-        run.config = check_data(config, run)
-        forest = Forest.create(path, run.config, run.seed)
-        return train_here(["seed"], [forest.file("seed")], forest, run)
+        run.config = check_data(config, config.own, run)
+        return train_here(["seed"], Forest.create(path, run.config, run.seed), run)
     forest = Forest(path)
-    seed = run.seed if "seed" in run.given else None
+    seed = run.seed if "seed" in run.given else forest.seed
     forest.refuse_others(config, seed, [name for name in OF_A_FOREST if name in run.given])
-    own = {name: getattr(forest.config, name) for name in OF_A_FOREST}
-    run.config, run.seeds = replace(config, **own), [forest.seed]
+    run.config = replace(config, **{name: getattr(forest.config, name) for name in OF_A_FOREST})
     commands = {"expert": train_experts, "eval": evaluate, "sample": write, "average": save_average}
     return commands[command](forest, run.config, run)
 
 
 def train_experts(forest: Forest, config: Config, run: Run) -> None:
     """--stage expert: one by --domain or --domain-index, or all of the first round."""
-    names, index = list(config.own), run.actions.get("domain_index")
-    if index is not None and config.domain:
-        raise UsageError("--domain and --domain-index exclude each other")
-    if index is not None and not 0 <= index < len(names):
-        raise UsageError(f"--domain-index is {index}; it counts the {len(names)} domains from 0")
-    if index is not None:
+    names = [config.domain] if config.domain else list(config.own)
+    if "domain_index" in run.actions:
+        index = run.actions["domain_index"]
+        if config.domain or not 0 <= index < len(names):
+            count = f"it counts the {len(config.own)} domains from 0, and --domain excludes it"
+            raise UsageError(f"--domain-index is {index}; {count}")
         names = [names[index]]
-    if config.domain:
-        names = [config.domain]
     own = {"branch", "branch_steps", "branch_lr", "dev_blocks"} & set(run.given)
     if own and names[0] in config.own:
         goes_on = "an expert of the first round goes on with the seed's schedule"
         raise UsageError(f"{common.flag(min(own))} does nothing for {names[0]}: {goes_on}")
+    checked = check_data(config, names, run)
+    forest.refuse_others(checked, forest.seed, ["vocab_size"])
     run.config = replace(config, domain="")
-    arms = [f"expert@domain={name}" for name in names]
-    train_here(arms, [forest.file(name) for name in names], forest, run)
+    train_here([f"expert@domain={name}" for name in names], forest, run)
 
 
-def train_here(arms: Sequence[str], files: Sequence[Path], forest: Forest, run: Run) -> None:
-    """Train what is not there yet, `workers` at a time; unfinished work stays in FOREST/work."""
-    run.out = forest.path / "work"
+def train_here(arms: Sequence[str], forest: Forest, run: Run) -> None:
+    """Train who is not there yet, `workers` at a time; checkpoints are in FOREST/work."""
+    run.out, run.seeds = forest.path / "work", [forest.seed]
     (run.out / "arms").mkdir(parents=True, exist_ok=True)
-    todo = []
-    for arm, file in zip(arms, files):
+    jobs = []
+    for job in (Job(run, arm, forest.seed) for arm in arms):
+        file = forest.file(job.config.domain or "seed")
         if file.exists() and "force" not in run.actions:
             say(f"{file} is there already; --force trains it again")
         else:
-            todo.append((Job(run, arm, forest.seed), train_part))
-    if min(run.workers, len(todo)) > 1:
-        common.train_in_processes(run, todo)
+            jobs.append((job, train_part))
+    if min(run.workers, len(jobs)) > 1:
+        common.train_in_processes(run, jobs)
     else:
-        for job, train in todo:
+        for job, train in jobs:
             job.do(train)
-    for job, _ in todo:
-        name = job.config.domain or "seed"
-        _, meta = forest.load(forest.file(name))
-        say(f"{forest.file(name)}: from {lineage(meta)}, {meta['tokens']:,} tokens")
+    for job, _ in jobs:
+        file = forest.file(job.config.domain or "seed")
+        meta = forest.load(file)[1]
+        say(f"{file}: from {lineage(meta)}, {meta['updates']} updates, {meta['tokens']:,} tokens")
 
 
 def train_part(job: Job) -> dict:
@@ -1398,100 +1275,77 @@ def train_part(job: Job) -> dict:
 
 
 def lineage(meta: dict) -> str:
-    parents = meta["parents"].items()
-    return (
-        " + ".join(f"{weight:.2f} {name}" for name, weight in parents if weight >= 0.005)
-        or "scratch"
-    )
+    parents = sorted(meta["parents"].items(), key=lambda parent: -parent[1])
+    shown = [f"{weight:.2f} {name}" for name, weight in parents if weight >= 0.005]
+    return " + ".join(shown) or "scratch"
 
 
 def evaluate(forest: Forest, config: Config, run: Run) -> None:
-    """--stage eval: every domain whose text is here, by every expert that loads, one at a time."""
-    top_k, without = run.actions.get("top_k", 0), split_names(run)
-    metas = forest.sound(without)
-    experts = list(metas)
-    if not 0 <= top_k <= len(experts):
-        raise UsageError(f"--top-k is {top_k}; there are {len(experts)} experts, 0 keeps all")
+    """--stage eval: whoever loads, one model at a time, on every domain whose text is here."""
+    metas = forest.sound(left_out(run))
     rows = []
     for name, meta in metas.items():
-        rows.append(
-            [name, lineage(meta), meta.get("updates", ""), f"{meta.get('dev_bits', 0):.3f}"]
-        )
+        rows.append([name, lineage(meta), meta["updates"], f"{meta['dev_bits']:.3f}"])
     run.table(f"lineage of {forest.path}", ["", "branched from", "updates", "dev bits/byte"], rows)
 
+    names = dict.fromkeys([*scored("btm", config), *forest.names(), config.domain or config.own[0]])
     texts = []
-    for name in dict.fromkeys(
-        [*scored("btm", config), *forest.names(), *filter(None, [config.domain])]
-    ):
+    for name in names:
         try:
             read_domain(name, run.data_dir)
             texts.append(name)
-        except FileNotFoundError as missing:
-            say(f"no row for {name}: {missing}")
-    said = {part: {name: [] for name in texts} for part in ("dev", "test")}
-    priors: dict[str, Tensor] = {}
-    for part in said:
-        for number, expert in enumerate(experts):
-            model = forest.model(forest.file(expert)).to(run.device)
-            for name in texts:
-                if part == "dev" or priors[name][number] > 0:
-                    said[part][name].append(score(model, part, name, config, run))
-        for name in texts if part == "dev" else []:
-            prior = cached_prior(torch.stack(said["dev"][name]), blocks=config.dev_blocks)
-            priors[name] = top_k_prior(prior, top_k or len(experts))
+        except (FileNotFoundError, ValueError) as error:
+            say(f"no row for {name}: {error}")
+    said: dict[str, list] = {f"{part} {name}": [] for name in texts for part in ("dev", "test")}
+    for expert in metas:
+        model = forest.model(expert)
+        for key, found in said.items():
+            found.append(score(model, *key.split(), config, run))
 
     rows, believed = [], []
-    for name, prior in priors.items():
-        kept = prior.nonzero()[:, 0]
-        dev, test = torch.stack(said["dev"][name])[kept], torch.stack(said["test"][name])
-        nll, weights = ensemble_nll(test, prior[kept].log())
-        average = forest.average(experts, prior).to(run.device)
-        others = [ensemble_nll(test, prior[kept].log(), window=1)[0]]
-        others += [released_nll(test, released_prior(dev))]
-        others += [-score(average, "test", name, config, run), -test[prior[kept].argmax()]]
-        shown = [
-            f"{bits(nll):.3f}",
-            f"{2 ** bits(nll):.2f}",
-            *(f"{bits(one):.3f}" for one in others),
-        ]
-        rows.append([name, *shown, len(kept)])
-        share = torch.zeros_like(prior).index_copy(0, kept, weights.mean(dim=(1, 2)))
-        believed.append([name, *(f"{weight:.2f}" for weight in share)])
-    header = ["", "eq. 2", "perplexity", "last token", "released", "posterior average", "best expert",
-              "passes a token"]  # fmt: skip
-    run.table("bits/byte (and perplexity) on test text", header, rows)
-    run.table("whom eq. 2 believes: mean weight, by test domain", ["", *experts], believed)
+    for name in texts:
+        dev, test = torch.stack(said[f"dev {name}"]), torch.stack(said[f"test {name}"])
+        prior = cached_prior(dev, blocks=config.dev_blocks)
+        average = forest.average(list(metas), prior)
+        found = mixtures(dev, test, config)
+        found["posterior"] = bits(-score(average, "test", name, config, run))
+        shown = [found[rule] for rule in ("eq2", "last", "released", "top1", "posterior")]
+        rows.append([name, f"{2 ** found['eq2']:.2f}", *(f"{value:.3f}" for value in shown)])
+        believed.append(ensemble_nll(test, prior.log())[1].mean(dim=(1, 2)))
+    header = ["", "perplexity", "eq. 2", "last token", "released", "best expert", "average"]
+    run.table("bits/byte on test text; perplexity is that of eq. 2", header, rows)
+    run.table(*posterior_table(texts, list(metas), believed))
 
 
-def split_names(run: Run) -> list[str]:
+def left_out(run: Run) -> list[str]:
     return [name for name in run.actions.get("without", "").split(",") if name]
 
 
 def save_average(forest: Forest, config: Config, run: Run) -> None:
     """--average: all experts as one model, which load_trained and --sample --model read."""
-    kind, names = run.actions["average"], list(forest.sound(split_names(run)))
+    kind, names = run.actions["average"], list(forest.sound(left_out(run)))
     if (kind == "posterior") != bool(config.domain):
         raise UsageError(
-            "--average posterior goes with --domain, whose text it is for; uniform without"
+            "--average posterior goes with the --domain that it is for, uniform without"
         )
     weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    if kind == "posterior":
+    if config.domain:
         weights = prior_of(forest, names, config.domain, config, run)
     path = forest.path / "averages" / f"{config.domain or kind}.npz"
-    parents = dict(zip(names, weights.tolist()))
-    forest.add(path, forest.average(names, weights), {"parents": parents})
-    say(f"{path}: {lineage({'parents': parents})}")
+    meta = {"parents": dict(zip(names, weights.tolist()))}
+    forest.save(path, forest.average(names, weights), meta)
+    say(f"{path}: {lineage(meta)}")
 
 
 def write(forest: Forest, config: Config, run: Run) -> None:
-    """--sample: go on with a text, and show whom the ensemble believes as it does."""
+    """--sample: go on with a text; at its end, whom the ensemble believes."""
     if config.vocab_size != 256:
         raise UsageError("--sample writes bytes; this forest was trained on token ids")
     if "model" in run.actions:
-        names, models = [run.actions["model"].stem], [load_trained(run.actions["model"])]
+        names, models = ["model"], [load_trained(run.actions["model"])]
     else:
-        names = list(forest.sound(split_names(run)))
-        models = [forest.model(forest.file(name)) for name in names]
+        names = list(forest.sound(left_out(run)))
+        models = [forest.model(name) for name in names]
     ensemble = Ensemble(models).to(run.device)
     prompt = torch.tensor([0, *run.actions["sample"].encode()], device=run.device)
     generator = torch.Generator().manual_seed(run.seed)
@@ -1499,25 +1353,18 @@ def write(forest: Forest, config: Config, run: Run) -> None:
     tokens = common.generate(ensemble, prompt, count, config.context, generator=generator)
     text = bytes(tokens[1:].tolist()).decode("utf-8", "replace")
     say("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
-    if len(models) == 1:
-        return
-    rows = []
-    with torch.no_grad():
-        for last in range(16, len(tokens), 16):
-            ensemble(tokens[None, max(0, last + 1 - config.context) : last + 1])
-            part = bytes(tokens[last - 15 : last + 1].tolist()).decode("latin-1")
-            weights = ensemble.weights[:, 0, -1].tolist()
-            rows.append([repr(part), *(f"{weight:.2f}" for weight in weights)])
-    run.table("whom eq. 2 believes after these bytes", ["text", *names], rows)
+    if len(models) > 1:
+        believed = {"parents": dict(zip(names, ensemble.weights[:, 0, -1].tolist()))}
+        say(f"\nbelieved at the end: {lineage(believed)}")
 
 
 def prepare(config: Config, run: Run) -> None:
     """--prepare: a domain of one's own, or those of the Pile by their labels."""
     root = run.data_dir / "btm"
     sizes, labels = text_data.prepare(run.actions["prepare"], root, config.domain)
-    rows = [
-        [name, *(f"{parts[part]:,}" for part in text_data.PARTS)] for name, parts in sizes.items()
-    ]
+    rows = []
+    for name, parts in sizes.items():
+        rows.append([name, *(f"{parts[part]:,}" for part in text_data.PARTS)])
     run.table(f"bytes written to {root}", ["domain", *text_data.PARTS], rows)
     lacking = [label for label, name in text_data.PILE.items() if name not in sizes]
     if labels and lacking:
@@ -1528,15 +1375,19 @@ def prepare(config: Config, run: Run) -> None:
 # main
 # --------------------------------------------------------------------------------------------------
 
-
-def longer(config: Config) -> str:
-    return f"dense@steps={round(1.25 * config.steps)}"
+CURVE_SEEDS = 5  # at most: the curves cost more than all the rest
 
 
-def check_data(config: Config, run: Run) -> Config:
-    """Read every text once; settle vocabulary and steps. Raises ValueError before anything is written."""
+def curves(config: Config) -> list[str]:
+    arms = [with_share(share, config) for share in SHARES]
+    arms += [with_count(method, n, config) for n in counts(config) for method in ("dense", "btm")]
+    return [arm for arm in arms if "@" in arm]
+
+
+def check_data(config: Config, names: Sequence[str], run: Run) -> Config:
+    """Read the texts before anything is written; settle vocabulary and steps."""
     splits = {}
-    for name in scored("btm", config):
+    for name in names:
         try:
             splits[name] = read_domain(name, run.data_dir)
         except FileNotFoundError as missing:
@@ -1557,10 +1408,9 @@ def check_data(config: Config, run: Run) -> Config:
     config = replace(config, vocab_size=sizes.pop())
     if config.tokens is not None:
         update = len(config.own) * config.blocks_per_domain * config.context
-        steps = int(config.tokens // update)
-        if steps < 2:
+        if config.tokens < 2 * update:
             raise ValueError(f"{config.tokens:g} tokens are less than two updates of {update:,}")
-        config = replace(config, steps=steps)
+        config = replace(config, steps=int(config.tokens // update))
     return config
 
 
@@ -1569,10 +1419,10 @@ def rounds(arms: Sequence[str], config: Config) -> list[list[str]]:
     seeds, first, later = [], [], []
     for arm in arms:
         if common.arm_config(config, arm).seed_steps:
-            seeds.append(seed_of(arm))
+            seeds.append(sister(arm, "seed"))
         if arm.partition("@")[0] == "grow":
             later += models_of(arm, config)
-            arm = "@".join(filter(None, ["btm", settings_of(arm, of_a_forest=True)]))
+            arm = sister(arm, "btm")
         first += models_of(arm, config)
     return [list(dict.fromkeys(some)) for some in (seeds, first, later)]
 
@@ -1580,13 +1430,11 @@ def rounds(arms: Sequence[str], config: Config) -> list[list[str]]:
 def sequences(arm: str, config: Config) -> int:
     """How many an arm reads in training."""
     config, method = common.arm_config(config, arm), arm.partition("@")[0]
-    blocks = config.blocks_per_domain
-    if method == "seed":
-        return config.seed_steps * blocks * len(config.own)
     if config.domain in config.novel:
-        return config.branch_steps * blocks
-    width = len(config.own) if method == "dense" else 1
-    return (config.steps - config.seed_steps) * blocks * width
+        return config.branch_steps * config.blocks_per_domain
+    updates = config.seed_steps if method == "seed" else config.steps - config.seed_steps
+    width = len(config.own) if method in ("seed", "dense") else 1
+    return updates * width * config.blocks_per_domain
 
 
 def main(config: Config, run: Run) -> Results | None:
@@ -1594,45 +1442,44 @@ def main(config: Config, run: Run) -> Results | None:
         return act(config, run)
     if config.domain:
         raise UsageError("--domain goes with one of --stage, --average, --prepare")
-    run.config = config = check_data(config, run)
-    default = list(ARMS)
-    if run.scale == "small":
-        default += [with_share(share, config) for share in shares(config)]
-        default += [
-            with_count(method, n, config) for n in counts(config) for method in ("dense", "btm")
-        ]
-    arms = run.choose(ARMS, default=default, more=[UNSEEDED, longer(config), FROM_SEED])
+    run.config = config = check_data(config, scored("btm", config), run)
+    arms = run.choose(ARMS, default=ARMS, more=curves(config))
     waves = rounds(arms, config)
 
     model = make_model(config, "").to(run.device)
-    slow = run.scale == "full" and run.device == "cpu"  # one sequence: a batch would take minutes
+    slow = run.scale == "full" and run.device == "cpu"  # there a batch would take minutes
     rows = 1 if slow else min(config.micro_batch, len(config.own) * config.blocks_per_domain)
-    windows = torch.arange(rows * (config.context + 1), device=run.device) % config.vocab_size
-    windows = windows.view(rows, -1)  # what a step costs does not depend on the text
-
-    def step() -> None:
-        common.lm_loss(model, windows).mean().backward()
-
-    total = sum(sequences(arm, config) for wave in waves for arm in wave) * len(run.seeds)
+    windows = torch.zeros(rows, config.context + 1, dtype=torch.long, device=run.device)
+    reads = sum(sequences(arm, config) for wave in waves for arm in wave) * len(run.seeds)
     text = f"{len(run.data)} domains {common.digest(run.data)[:12]}"
-    run.plan(text, model, step, total / rows)
+    run.plan(text, model, lambda: common.lm_loss(model, windows).mean().backward(), reads / rows)
     for path in [] if run.resume else run.out.glob("forest-seed*"):
         shutil.rmtree(path)
 
     results = Results()
     for wave in waves:
-        results |= run.train_arms(train_arm, wave)
-    merged = [arm for arm in arms if arm.partition("@")[0] in ("btm", "random")]
-    results |= run.train_arms(merge, merged)
-    grown = [arm for arm in arms if arm.partition("@")[0] == "grow"]
-    results |= run.train_arms(merge_grown, grown)
+        results |= train_or_merge(train_arm, wave, run)
+    results |= train_or_merge(merge, [arm for arm in arms if arm[:3] in ("btm", "ran")], run)
+    results |= train_or_merge(merge_grown, [arm for arm in arms if arm[:4] == "grow"], run)
     print_tables(results, config, run)
     draw(results, config, run)
     say(f"\nthe forest is in {run.out / f'forest-seed{run.seed}'}; --sample 'def ' writes with it")
     return results
 
 
+def train_or_merge(function: Callable, arms: Sequence[str], run: Run) -> Results:
+    """With every seed; the curves, unless asked for by name, with the first few."""
+    plain = [arm for arm in arms if run.arms or not is_extra(arm)]
+    results = run.train_arms(function, plain)
+    extra = [arm for arm in arms if arm not in plain]
+    return results | run.train_arms(function, extra, run.seeds[:CURVE_SEEDS])
+
+
+def is_extra(arm: str) -> bool:
+    return any(not change.startswith("domain=") for change in changes_of(arm))
+
+
 if __name__ == "__main__" and int(os.environ.get("RANK", 0)) == 0:
-    # Experts never talk: under torchrun the first process trains as many at a time as it has
-    # GPUs or cores, and the others are not needed.
+    # Experts never talk: under torchrun the first process trains as many at a time as it has GPUs
+    # or cores, and the others are not needed.
     common.run(main, SMALL, FULL, actions=ACTIONS)
