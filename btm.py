@@ -66,7 +66,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,10 +126,8 @@ def ensemble_nll(
     Raises ValueError: shapes that do not fit, NaN or infinity, a prior without mass.
     """
     log_prior = torch.as_tensor(log_prior)
-    if expert_logprobs.dim() != 3 or log_prior.shape not in (
-        expert_logprobs.shape[:1],
-        expert_logprobs.shape[:2],
-    ):
+    fits = log_prior.shape in (expert_logprobs.shape[:1], expert_logprobs.shape[:2])
+    if expert_logprobs.dim() != 3 or not fits:
         shapes = f"{list(expert_logprobs.shape)} with log_prior {list(log_prior.shape)}"
         raise ValueError(f"expert_logprobs are {shapes}; [E, N, T] and [E] or [E, N] are needed")
     if window is not None and window < 0:
@@ -187,11 +185,10 @@ def released_prior(
     blocks' weights at the last position, under the prior after the batches before.
     """
     prior = torch.full((len(expert_logprobs),), 1 / len(expert_logprobs), dtype=torch.float64)
-    seen = []
-    for batch in expert_logprobs.split(batch_size, dim=1)[:batches]:
+    for number, batch in enumerate(expert_logprobs.split(batch_size, dim=1)[:batches]):
         weights = log_posterior(batch, prior.log(), window=1)[..., -2].exp()  # [E, blocks]
-        seen.append(weights.mean(dim=1))
-        prior = moving_average(torch.stack(seen), rate)
+        posterior = weights.mean(dim=1)
+        prior = posterior if number == 0 else rate * posterior + (1 - rate) * prior
     return prior
 
 
@@ -297,20 +294,20 @@ class MLP(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
+HERE = ("python", "headers", "docs", "tests", "operators", "unicode")  # on every machine with torch
+
+
 @dataclass(frozen=True)
 class Config(common.Settings):
-    domains: tuple[str, ...] = (
-        "python",
-        "headers",
-        "docs",
-        "tests",
-        "operators",
-        "unicode",
-    )  # seed
-    novel: tuple[str, ...] = ("licences", "numpy", "cmake", "stubs")  # no expert, but later rounds
+    domains: tuple[str, ...] = HERE  # the seed reads all; each gets an expert in the first round
+    novel: tuple[str, ...] = (
+        "licences",
+        "numpy",
+        "cmake",
+        "stubs",
+    )  # each gets one in a later round
     num_domains: Whole = 0  # of `domains`, the first ones; 0: all
     steps: Count = 600  # updates of seed and expert together, and of the dense model; paper 80,000
-    tokens: Positive | None = None  # budget of the forest, and of the dense model; chooses steps
     seed_share: Annotated[float, common.Range(0, 1)] = 0.75  # of the updates; released scripts 0.5
     blocks_per_domain: Count = 4  # sequences an update, of an expert; full: released scripts
     micro_batch: Count = 1024  # sequences a forward pass; gradients are accumulated over them
@@ -326,9 +323,6 @@ class Config(common.Settings):
     clip: Positive = 1.0  # gradient norm; released scripts 0.1
     weight_decay: NonNegative = 0.1  # decoupled; released scripts
     domain: str = ""  # whose expert --stage expert trains; of --prepare and --average
-    branch: Literal["posterior", "nearest", "uniform", "seed", "scratch"] = (
-        "posterior"  # later rounds
-    )
     branch_steps: Count = 150  # updates of an expert of a later round
     branch_lr: Positive = 4e-3  # its peak, own warm-up, linear to zero; chosen on seed 100
     dev_blocks: Count = 100  # development sequences a domain, for the cached prior; paper 100
@@ -339,13 +333,15 @@ class Config(common.Settings):
         names = (*self.domains, *self.novel)
         for name in (*names, *filter(None, [self.domain])):
             text_data.check_name(name)
-        if len(self.own) < 2 or len(set(names)) < len(names) or len(self.own) < self.num_domains:
-            listed = f"domains {','.join(self.domains)}, novel {','.join(self.novel)}"
-            raise ValueError(f"{listed}: two domains or more are needed, none of them twice")
-        leaves_one_out = self.seed_steps == self.steps or (self.seed_share and not self.seed_steps)
-        if leaves_one_out:
-            shares = f"seed_share {self.seed_share:g} of {self.steps} updates"
-            raise ValueError(f"{shares} leaves nothing to the seed or to the experts")
+        if len(self.own) < 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"domains {','.join(names)}: two or more are needed, none of them twice"
+            )
+        if self.num_domains > len(self.domains):
+            raise ValueError(f"num_domains is {self.num_domains} of {len(self.domains)} domains")
+        if self.seed_steps == self.steps or (self.seed_share and not self.seed_steps):
+            share = f"seed_share {self.seed_share:g} of {self.steps} updates"
+            raise ValueError(f"{share} leaves nothing to the seed or to the experts")
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model is {self.d_model}; it must be a multiple of num_heads")
 
@@ -656,23 +652,11 @@ def branch(job: Job, forest: Forest) -> Start:
 
 
 def branch_later(job: Job, forest: Forest) -> tuple[nn.Module, dict[str, float]]:
-    """An average of the experts, weighted by their posterior on the new domain's development text.
-
-    The other values of `branch`: the likeliest expert alone, equal weights, the seed, none.
-    """
-    config, run = job.config, job.run
-    if config.branch == "scratch":
-        return make_model(config, f"{job.seed} scratch {config.domain}"), {}
-    names = list(config.own)  # in a run every new domain is added alone
-    if "stage" in run.actions:
-        names = [name for name in forest.sound() if name != config.domain]
-    if config.branch == "seed":
-        names = ["seed"]
-    weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    if config.branch in ("posterior", "nearest"):
-        weights = prior_of(forest, names, config.domain, config, run)
-    if config.branch == "nearest":
-        weights = top_k_prior(weights, 1)
+    """The average of the experts, by their posterior on the new domain's development text."""
+    names = list(job.config.own)  # in a run every new domain is added alone
+    if "stage" in job.run.actions:
+        names = [name for name in forest.sound() if name != job.config.domain]
+    weights = prior_of(forest, names, job.config.domain, job.config, job.run)
     return forest.average(names, weights), dict(zip(names, weights.tolist()))
 
 
@@ -701,7 +685,7 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
     def schedule(step: int) -> float:  # fairseq sets the rate after each update
         return learning_rate_factor(max(1, step), start.schedule, config.warmup_share)
 
-    some = counted(start.updates.start)
+    rows = len(batches(start.updates.start))
     job.train(
         model,
         lambda windows, step: (common.lm_loss(model, windows).mean(), {}),
@@ -712,30 +696,22 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         optimizer=optimizer,
         schedule=schedule,
         clip=config.clip,
-        accumulate=math.ceil(len(some) / config.micro_batch),
+        accumulate=math.ceil(rows / config.micro_batch),
         on_step=lambda step: {"tokens": read.pop(step)},
     )
-    cost = cost_of(job, model, some[: config.micro_batch])
+    tokens = [int(line["tokens"]) for line in job.log()]  # also of before an interruption
+    cost = {"updates": len(tokens), "tokens": sum(tokens)}
     meta = {"parents": start.parents, **cost}
     if job.method == "seed":
         common.save(forest.path / "seed-adam.pt", optimizer.state_dict())
         forest.save(forest.file("seed"), model, meta)  # last: with it the seed is there
-    elif job.method == "expert" and config.branch == run.config.branch:
+    elif job.method == "expert":
         meta["data"] = read_domain(config.domain, run.data_dir).digest
         meta["dev_bits"] = bits(-score(model, "dev", config.domain, config, run))
         forest.save(forest.file(config.domain), model, meta)
     else:
         common.save(job.path(".pt"), model.state_dict())
     return model, cost
-
-
-def cost_of(job: Job, model: nn.Module, some: Tensor) -> dict:
-    """Tokens as they were read, FLOPs of the operators that some rows ran."""
-    counts = [int(line["tokens"]) for line in job.log()]
-    flops = common.count_flops(lambda: common.lm_loss(model, some).mean().backward())["Global"]
-    model.zero_grad(set_to_none=True)
-    flops = flops * sum(counts) // some[:, 1:].numel()
-    return {"updates": len(counts), "tokens": sum(counts), "flops": flops}
 
 
 @torch.no_grad()
@@ -912,12 +888,11 @@ def random_split(results: Results, config: Config) -> Margin:
     """The weakest of its defeats, whether the whole past counts or the last token."""
     leads = {}
     for rule in ("eq2", "last"):
-        leads[f"dense, {rule}"] = -mean_gain(results, config, rule, "in", "random")
         for where in ("in", "novel"):
-            forest = mean_gain(results, config, rule, where)
-            leads[f"forest, {rule}, {where}"] = forest - mean_gain(
-                results, config, rule, where, "random"
-            )
+            gain = mean_gain(results, config, rule, where, "random")
+            leads[f"forest, {rule}, {where}"] = mean_gain(results, config, rule, where) - gain
+            if where == "in":
+                leads[f"dense, {rule}"] = -gain
     weakest = min(leads, key=lambda name: leads[name].mean())
     text = "; ".join(f"{name} {show(lead)}" for name, lead in leads.items())
     return Margin(leads[weakest], f"bits/byte behind the {text}", leads)
@@ -988,16 +963,14 @@ def plain_prior(results: Results, config: Config) -> Margin:
     return Margin(min(leads, key=np.mean), text)
 
 
-@check("seed and experts cost what the dense LM costs, in tokens and FLOPs")
+@check("seed and experts read as many tokens as the dense LM, with models of its size")
 def cost_matched(results: Results, config: Config) -> Check:
-    parts, passed = [], True
-    for key in ("tokens", "flops"):
-        seed, dense = results["seed"][0][key], results["dense"][0][key]
-        for system in ("btm", "random"):
-            spent = sum(results[arm][0][key] for arm in models_of(system, config))
-            passed = passed and spent == dense
-        parts.append(f"{seed + spent:,} {key} of {seed + dense:,}")
-    return Check(passed, "; ".join(parts))
+    seed, dense = results["seed"][0]["tokens"], results["dense"][0]["tokens"]
+    spent = {}
+    for system in ("btm", "random"):
+        spent[system] = sum(results[arm][0]["tokens"] for arm in models_of(system, config))
+    text = f"{seed + spent['btm']:,} of {seed + dense:,} tokens, {seed:,} of them in the seed"
+    return Check(spent == {"btm": dense, "random": dense}, text)
 
 
 def with_share(share: float, config: Config) -> str:
@@ -1166,7 +1139,6 @@ ACTIONS = {  # the script's own flags; see common.FLAGS
     "forest": (Path(), "DIR", "the forest; default: that of the run in --out"),
     "domain_index": (0, "I", "the domain of --stage expert by number, for job arrays"),
     "without": ("", "NAMES", "experts that --stage eval, --sample and --average leave out"),
-    "force": (False, None, "train again what is there already"),
     "sample": ("", "TEXT", "go on writing TEXT with the ensemble, or with --model"),
     "sample_bytes": (160, "N", "bytes that --sample writes; default 160"),
     "model": (Path(), "FILE", "a file of a forest, for --sample"),
@@ -1184,18 +1156,10 @@ ANYWHERE = {
     "forest",
     "out",
 }
-TRAINING = {"workers", "compile", "force", "micro_batch"}
+TRAINING = {"workers", "compile", "micro_batch"}
 GOES_WITH = {  # what may be given with a command, beside ANYWHERE and the forest's own settings
-    "seed": {"tokens", *TRAINING},
-    "expert": {
-        "domain",
-        "domain_index",
-        "branch",
-        "branch_steps",
-        "branch_lr",
-        "dev_blocks",
-        *TRAINING,
-    },
+    "seed": TRAINING,
+    "expert": {"domain", "domain_index", "branch_steps", "branch_lr", "dev_blocks", *TRAINING},
     "eval": {"without", "domain", "novel", "dev_blocks", "test_blocks"},
     "sample": {"sample_bytes", "without", "model"},
     "average": {"domain", "without", "dev_blocks"},
@@ -1238,7 +1202,7 @@ def train_experts(forest: Forest, config: Config, run: Run) -> None:
             count = f"it counts the {len(config.own)} domains from 0, and --domain excludes it"
             raise UsageError(f"--domain-index is {index}; {count}")
         names = [names[index]]
-    own = {"branch", "branch_steps", "branch_lr", "dev_blocks"} & set(run.given)
+    own = {"branch_steps", "branch_lr", "dev_blocks"} & set(run.given)
     if own and names[0] in config.own:
         goes_on = "an expert of the first round goes on with the seed's schedule"
         raise UsageError(f"{common.flag(min(own))} does nothing for {names[0]}: {goes_on}")
@@ -1255,8 +1219,8 @@ def train_here(arms: Sequence[str], forest: Forest, run: Run) -> None:
     jobs = []
     for job in (Job(run, arm, forest.seed) for arm in arms):
         file = forest.file(job.config.domain or "seed")
-        if file.exists() and "force" not in run.actions:
-            say(f"{file} is there already; --force trains it again")
+        if file.exists():
+            say(f"{file} is there already; delete it to train it again")
         else:
             jobs.append((job, train_part))
     if min(run.workers, len(jobs)) > 1:
@@ -1385,7 +1349,7 @@ def curves(config: Config) -> list[str]:
 
 
 def check_data(config: Config, names: Sequence[str], run: Run) -> Config:
-    """Read the texts before anything is written; settle vocabulary and steps."""
+    """Read the texts before anything is written; settle the vocabulary."""
     splits = {}
     for name in names:
         try:
@@ -1405,13 +1369,7 @@ def check_data(config: Config, names: Sequence[str], run: Run) -> Config:
         found = ", ".join(f"{name} {split.vocab_size}" for name, split in splits.items())
         raise ValueError(f"vocabularies differ: {found}")
     run.data = {name: split.digest for name, split in splits.items()}
-    config = replace(config, vocab_size=sizes.pop())
-    if config.tokens is not None:
-        update = len(config.own) * config.blocks_per_domain * config.context
-        if config.tokens < 2 * update:
-            raise ValueError(f"{config.tokens:g} tokens are less than two updates of {update:,}")
-        config = replace(config, steps=int(config.tokens // update))
-    return config
+    return replace(config, vocab_size=sizes.pop())
 
 
 def rounds(arms: Sequence[str], config: Config) -> list[list[str]]:

@@ -296,10 +296,9 @@ def test_costs_match_and_the_dense_model_is_the_seeds_own_run_continued(tmp_path
     config = replace(TINY, steps=steps, seed_share=share)
     arms = ["seed", "dense", *btm.models_of("btm", config), *btm.models_of("random", config)]
     found = {arm: btm.train_model(job_of(tmp_path, arm, config)) for arm in arms}
-    for key in ("tokens", "flops"):
-        for system in ("btm", "random"):
-            spent = sum(found[arm][1][key] for arm in btm.models_of(system, config))
-            assert spent == found["dense"][1][key] > 0
+    for system in ("btm", "random"):
+        spent = sum(found[arm][1]["tokens"] for arm in btm.models_of(system, config))
+        assert spent == found["dense"][1]["tokens"] > 0
     assert found["seed"][1]["updates"] + found["dense"][1]["updates"] == steps
     # Bit for bit the run without a branch point: Adam's moments and the schedule are carried on.
     whole = btm.make_model(config, "0 seed")
@@ -326,24 +325,15 @@ def test_accumulated_parts_read_the_same_tokens_and_give_the_same_model(tmp_path
         torch.testing.assert_close(tensor, found[1][0][name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("start", ["posterior", "nearest", "uniform", "seed", "scratch"])
-def test_later_rounds_branch_from_where_they_say(plain, start):
-    run = make_run(plain.parent, replace(TINY, branch=start))
-    job = common.Job(run, "expert@domain=cmake", 0)
+def test_a_later_round_branches_from_the_average_by_posterior(plain):
+    job = common.Job(make_run(plain.parent), "expert@domain=cmake", 0)
     forest = btm.forest_of(job)
-    found = btm.branch(job, forest)
-    states = [forest.load(forest.file(name))[0] for name in TINY.domains]
-    prior = btm.prior_of(forest, TINY.domains, "cmake", TINY, run)
-    expected = {
-        "posterior": lambda: btm.average_parameters(states, prior),
-        "nearest": lambda: states[int(prior.argmax())],
-        "uniform": lambda: btm.average_parameters(states, [1 / 3] * 3),
-        "seed": lambda: forest.load(forest.file("seed"))[0],
-        "scratch": lambda: btm.make_model(TINY, "0 scratch cmake").state_dict(),
-    }[start]()
+    found, states = btm.branch(job, forest), [forest.load(forest.file(name))[0] for name in TINY.domains]
+    prior = btm.prior_of(forest, TINY.domains, "cmake", TINY, job.run)
+    expected = btm.average_parameters(states, prior)
     assert all(torch.equal(found.model.state_dict()[name], expected[name]) for name in expected)
-    assert found.updates == range(2) and found.lr == TINY.branch_lr
-    assert sum(found.parents.values()) == pytest.approx(0 if start == "scratch" else 1)
+    assert found.updates == range(2) and found.lr == TINY.branch_lr  # Adam and its warm-up start afresh
+    assert found.parents == dict(zip(TINY.domains, prior.tolist()))
 
 
 def test_experts_learn_their_domains_and_the_posterior_finds_them(tmp_path):
@@ -737,7 +727,7 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
         (["--stage", "eval", "--lr", 0.5], "was made with lr = 0.01, not 0.5"),
         (["--stage", "seed"], "was made with"),
         (["--stage", "expert", "--domain", "python", "--branch-steps", 150], "--branch-steps does nothing for python"),
-        (["--stage", "expert", "--tokens", 9e9], "--tokens does nothing with --stage expert"),
+        (["--stage", "expert", "--novel", "cmake"], "--novel does nothing with --stage expert"),
         (["--stage", "expert", "--domain-index", 3], "counts the 3 domains from 0"),
         (["--stage", "expert", "--domain-index", 1, "--domain", "docs"], "--domain excludes it"),
         (["--stage", "expert", "--domain", "seed"], "cannot be called 'seed'"),
@@ -764,8 +754,8 @@ def test_with_a_forest_flags_are_used_or_refused(act, plain, flags, message):
     [
         (["--seed-share", 1], "below 1"),
         (["--seed-share", 0.01, "--steps", 4], "leaves nothing to the seed"),
-        (["--tokens", 1000], "less than two updates of 1,536"),
-        (["--domains", "python"], "two domains or more"),
+        (["--num-domains", 7], "num_domains is 7 of 6 domains"),
+        (["--domains", "python"], "two or more are needed"),
         (["--domains", "python,numpy"], "none of them twice"),
         (["--domains", "python,poems"], "btm/poems: no such folder"),
         (["--domains", "python,../poems"], "cannot be called '../poems'"),
@@ -790,7 +780,7 @@ FULL = shlex.split(
 )
 
 
-def test_full_scale_on_the_pile_by_its_labels_and_a_token_budget(act, tmp_path):
+def test_full_scale_on_the_pile_by_its_labels(act, tmp_path):
     labels = list(text_data.PILE)
     (tmp_path / "pile").mkdir()
     with open(tmp_path / "pile" / "val.jsonl", "w") as file:
@@ -800,10 +790,10 @@ def test_full_scale_on_the_pile_by_its_labels_and_a_token_budget(act, tmp_path):
     (tmp_path / "pile" / "00.jsonl.zst").write_bytes(b"packed")  # is passed over
     done = act("--prepare", "pile", "--data-dir", "D")
     assert done.returncode == 0 and "too little" not in done.stdout, done
-    done = act(*FULL, "--tokens", "5e3", "--arms", "btm")
+    done = act(*FULL, "--steps", 4, "--arms", "btm")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "btm-full" / "results.json").read_text())
-    assert report["config"]["steps"] == 4 and len(report["results"]["arms"]) == 1 + 8 + 1
+    assert report["config"]["conv"] == 0 and len(report["results"]["arms"]) == 1 + 8 + 1
 
 
 def test_full_scale_on_token_ids(act, tmp_path):
