@@ -294,18 +294,14 @@ class MLP(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-HERE = ("python", "headers", "docs", "tests", "operators", "unicode")  # on every machine with torch
+HERE = ("python", "headers", "docs", "tests", "operators", "unicode")  # where torch is
+ALSO_HERE = ("licences", "numpy", "cmake", "stubs")
 
 
 @dataclass(frozen=True)
 class Config(common.Settings):
     domains: tuple[str, ...] = HERE  # the seed reads all; each gets an expert in the first round
-    novel: tuple[str, ...] = (
-        "licences",
-        "numpy",
-        "cmake",
-        "stubs",
-    )  # each gets one in a later round
+    novel: tuple[str, ...] = ALSO_HERE  # each gets an expert in a later round, alone
     num_domains: Whole = 0  # of `domains`, the first ones; 0: all
     steps: Count = 600  # updates of seed and expert together, and of the dense model; paper 80,000
     seed_share: Annotated[float, common.Range(0, 1)] = 0.75  # of the updates; released scripts 0.5
@@ -334,9 +330,8 @@ class Config(common.Settings):
         for name in (*names, *filter(None, [self.domain])):
             text_data.check_name(name)
         if len(self.own) < 2 or len(set(names)) < len(names):
-            raise ValueError(
-                f"domains {','.join(names)}: two or more are needed, none of them twice"
-            )
+            listed = f"domains are {','.join(names)}"
+            raise ValueError(f"{listed}; two or more are needed, none of them twice")
         if self.num_domains > len(self.domains):
             raise ValueError(f"num_domains is {self.num_domains} of {len(self.domains)} domains")
         if self.seed_steps == self.steps or (self.seed_share and not self.seed_steps):
@@ -550,12 +545,12 @@ def read_domain(name: str, root: Path) -> text_data.Split:
 
 
 def changes_of(arm: str) -> list[str]:
-    """ "grow@lr=0.1,branch=seed" -> ["lr=0.1", "branch=seed"]."""
+    """ "grow@lr=0.1,branch_steps=9" -> ["lr=0.1", "branch_steps=9"]."""
     return list(filter(None, arm.partition("@")[2].split(",")))
 
 
 def sister(arm: str, method: str) -> str:
-    """An arm of the same forest: ("grow@lr=0.1,branch=seed", "seed") -> "seed@lr=0.1"."""
+    """An arm of the same forest: ("grow@lr=0.1,branch_steps=9", "seed") -> "seed@lr=0.1"."""
     shared = [change for change in changes_of(arm) if change.partition("=")[0] in OF_A_FOREST]
     return f"{method}@{','.join(shared)}" if shared else method
 
@@ -639,9 +634,8 @@ def branch(job: Job, forest: Forest) -> Start:
     config, domain = job.config, job.config.domain
     if domain and domain not in config.own:
         model, parents = branch_later(job, forest)
-        return Start(
-            model, config.branch_lr, range(config.branch_steps), config.branch_steps, parents
-        )
+        steps = config.branch_steps
+        return Start(model, config.branch_lr, range(steps), steps, parents)
     first, last = config.seed_steps, config.steps
     if job.method == "seed" or first == 0:
         model = make_model(config, f"{job.seed} {domain or 'seed'}")
@@ -670,7 +664,8 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
     model = job.prepare(start.model)
     optimizer = common.adamw(model, start.lr, config.weight_decay)
     if start.updates.start:  # the seed's own run goes on: Adam's moments, and the schedule
-        optimizer.load_state_dict(common.load(forest.path / "seed-adam.pt", run.device))
+        moments = common.load(forest.path / "seed-adam.pt", run.device)["state"]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     if job.method == "shard":
         batches = random_batches(job)
     else:
@@ -707,7 +702,6 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         forest.save(forest.file("seed"), model, meta)  # last: with it the seed is there
     elif job.method == "expert":
         meta["data"] = read_domain(config.domain, run.data_dir).digest
-        meta["dev_bits"] = bits(-score(model, "dev", config.domain, config, run))
         forest.save(forest.file(config.domain), model, meta)
     else:
         common.save(job.path(".pt"), model.state_dict())
@@ -1181,7 +1175,10 @@ def act(config: Config, run: Run) -> None:
         raise UsageError(f"{common.flag(min(idle))} does nothing with {does}")
     if command == "prepare":
         return prepare(config, run)
-    path = run.actions.setdefault("forest", run.out / f"forest-seed{run.seed}")
+    default = run.out / f"forest-seed{run.seed}"
+    if "model" in run.actions:
+        default = run.actions["model"].parent.parent
+    path = run.actions.setdefault("forest", default)
     if command == "seed":
         run.config = check_data(config, config.own, run)
         return train_here(["seed"], Forest.create(path, run.config, run.seed), run)
@@ -1249,8 +1246,8 @@ def evaluate(forest: Forest, config: Config, run: Run) -> None:
     metas = forest.sound(left_out(run))
     rows = []
     for name, meta in metas.items():
-        rows.append([name, lineage(meta), meta["updates"], f"{meta['dev_bits']:.3f}"])
-    run.table(f"lineage of {forest.path}", ["", "branched from", "updates", "dev bits/byte"], rows)
+        rows.append([name, lineage(meta), meta.get("updates", "?")])
+    run.table(f"lineage of {forest.path}", ["", "branched from", "updates"], rows)
 
     names = dict.fromkeys([*scored("btm", config), *forest.names(), config.domain or config.own[0]])
     texts = []
@@ -1289,9 +1286,7 @@ def save_average(forest: Forest, config: Config, run: Run) -> None:
     """--average: all experts as one model, which load_trained and --sample --model read."""
     kind, names = run.actions["average"], list(forest.sound(left_out(run)))
     if (kind == "posterior") != bool(config.domain):
-        raise UsageError(
-            "--average posterior goes with the --domain that it is for, uniform without"
-        )
+        raise UsageError("--average posterior goes with the --domain it is for, uniform without")
     weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
     if config.domain:
         weights = prior_of(forest, names, config.domain, config, run)

@@ -1,4 +1,4 @@
-"""btm.py: the posterior's arithmetic, averages, the forest on disk, costs that match, and what others can add to it."""
+"""btm.py: the arithmetic, averages, the forest on disk, equal costs, and what others can add."""
 
 import inspect
 import json
@@ -53,7 +53,7 @@ def random_logprobs(*shape, seed=0):
     return -torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).exp()
 
 
-# --- the posterior -------------------------------------------------------------------------------------------
+# --- the posterior
 
 
 def test_the_worked_example_of_the_docstring():
@@ -63,14 +63,16 @@ def test_the_worked_example_of_the_docstring():
     near(nll.sum().neg().exp(), (0.0625 + 0.015625) / 2)  # the mean of both texts' probabilities
     for line in ("1/2     2/3     1/2", "0.375   0.333   0.3125", "(0.0625 + 0.015625) / 2"):
         assert line in btm.__doc__
-    near(btm.log_posterior(P, EVEN)[0, 0].exp(), [1 / 2, 2 / 3, 1 / 2, 4 / 5])  # also after the last
+    near(
+        btm.log_posterior(P, EVEN)[0, 0].exp(), [1 / 2, 2 / 3, 1 / 2, 4 / 5]
+    )  # also after the last
     nll, weights = btm.ensemble_nll(P, SKEWED)
     near(weights[0, 0], [0.8, 8 / 9, 0.8])
     near(nll.neg().exp()[0], [0.45, 5 / 18, 0.425])
 
 
 def test_the_ensemble_is_bayesian_and_never_much_worse_than_its_best_expert():
-    """prod_t p_t = sum_j prior_j prod_t p_j; a text costs at most log(1 / prior) more than with expert j."""
+    """prod_t p_t = sum_j prior_j prod_t p_j: at most log(1 / prior_j) more than expert j."""
     for seed in range(20):
         logprobs, prior = random_logprobs(5, 7, 30, seed=seed), torch.rand(5, dtype=F64) + 0.01
         log_prior = (prior / prior.sum()).log()
@@ -115,7 +117,7 @@ def test_impossible_ensembles_are_refused(logprobs, prior, window, message):
 
 
 def test_parity_with_the_released_scorer():
-    """Known answers: DEMix's SequenceScorer and its moving average, run on these very tensors, two blocks a batch."""
+    """Known answers: DEMix's SequenceScorer and moving average, run on these very tensors."""
     x = torch.arange(60).view(3, 4, 5)
     logprobs = -(1 + ((x * x * 7) % 11).double() / 4)
     prior = btm.released_prior(logprobs)
@@ -124,14 +126,14 @@ def test_parity_with_the_released_scorer():
     nll = btm.released_nll(logprobs, prior)
     near(nll[0], [1.49448165, 2.86097921, 1.80257073, 2.78104832, 1.35551963], 1e-7)
     near(nll[1], [3.03716336, 2.21216242, 2.95444226, 2.36665321, 3.05021690], 1e-7)
-    # What is not ours: at the first token it forgets the prior; its prior looks at last positions, one batch most.
+    # Not ours: at the first token it forgets the prior, and its prior looks at last positions.
     ours = btm.ensemble_nll(logprobs, prior.log(), window=1)[0]
     near(ours[:, 1:], nll[:, 1:])
     near(ours[0, 0], 1.49324970, 1e-8)
     near(btm.cached_prior(logprobs), [0.35367193, 0.28273179, 0.36359629], 1e-8)
 
 
-# --- priors --------------------------------------------------------------------------------------------------
+# --- priors
 
 
 def test_the_cached_prior_is_a_plain_mean_in_which_every_block_counts():
@@ -160,7 +162,7 @@ def test_moving_average_and_top_k_by_hand():
             btm.top_k_prior(prior, k)
 
 
-# --- averages ------------------------------------------------------------------------------------------------
+# --- averages
 
 
 def test_parameter_average_by_hand():
@@ -190,7 +192,9 @@ def test_an_average_holds_one_state_at_a_time():
             del weights
 
     average = btm.average_parameters(states(), [1 / 6] * 6)
-    assert average["w"].tolist() == [2.5] * 4 and most <= 3  # the first's copy, the last one's and the next
+    assert (
+        average["w"].tolist() == [2.5] * 4 and most <= 3
+    )  # the first's copy, the last one's and the next
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,9 @@ def test_the_ensemble_module_is_eqs_1_and_2_as_a_language_model():
     ensemble = btm.Ensemble(models, prior)
     found = ensemble(tokens)
     near(found.exp().sum(-1), torch.ones(4, 9), 1e-6)
-    given = [model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]) for model in models]
+    given = [
+        model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]) for model in models
+    ]
     nll, weights = btm.ensemble_nll(torch.stack(given)[..., 0], prior.log())
     near(-found[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0], nll, 1e-6)
     near(ensemble.weights[..., :-1], weights, 1e-6)
@@ -254,7 +260,7 @@ def test_learning_rate_by_hand():
     assert factors == pytest.approx([0.125, 1, 0.543478, 0.271739, 0], abs=1e-6)
 
 
-# --- training: the same data, one schedule, isolation --------------------------------------------------------
+# --- training: the same data, one schedule, isolation
 
 
 def make_run(tmp_path, config=TINY, **options):
@@ -273,7 +279,9 @@ def test_experts_read_what_the_dense_model_reads_of_their_domain(tmp_path):
             own = btm.domain_batches(job_of(tmp_path, f"expert@domain={name}"), name)(step)
             assert torch.equal(mixed(step)[i :: len(TINY.domains)], own) and own.shape == (4, 17)
     assert not torch.equal(mixed(0), mixed(1))
-    batch = btm.stream(torch.arange(1000), 2, 3, "0 python")(5)  # the same in every process, unlike hash()
+    batch = btm.stream(torch.arange(1000), 2, 3, "0 python")(
+        5
+    )  # the same in every process, unlike hash()
     assert batch.tolist() == [[570, 571, 572, 573], [849, 850, 851, 852]]
 
 
@@ -302,7 +310,10 @@ def test_costs_match_and_the_dense_model_is_the_seeds_own_run_continued(tmp_path
     assert found["seed"][1]["updates"] + found["dense"][1]["updates"] == steps
     # Bit for bit the run without a branch point: Adam's moments and the schedule are carried on.
     whole = btm.make_model(config, "0 seed")
-    optimizer, batches = common.adamw(whole, config.lr, config.weight_decay), btm.mixed_batches(job_of(tmp_path, "dense", config))
+    optimizer, batches = (
+        common.adamw(whole, config.lr, config.weight_decay),
+        btm.mixed_batches(job_of(tmp_path, "dense", config)),
+    )
     common.train(
         whole,
         lambda windows, step: (common.lm_loss(whole, windows).mean(), {}),
@@ -312,13 +323,17 @@ def test_costs_match_and_the_dense_model_is_the_seeds_own_run_continued(tmp_path
         schedule=lambda step: btm.learning_rate_factor(max(1, step), steps),
         clip=config.clip,
     )
-    assert all(map(torch.equal, whole.state_dict().values(), found["dense"][0].state_dict().values()))
+    assert all(
+        map(torch.equal, whole.state_dict().values(), found["dense"][0].state_dict().values())
+    )
 
 
 def test_accumulated_parts_read_the_same_tokens_and_give_the_same_model(tmp_path):
     found = []
     for size in (1024, 4):
-        model, cost = btm.train_model(job_of(tmp_path / str(size), "seed", replace(TINY, micro_batch=size)))
+        model, cost = btm.train_model(
+            job_of(tmp_path / str(size), "seed", replace(TINY, micro_batch=size))
+        )
         found.append((model.state_dict(), cost))
     assert found[0][1] == found[1][1]
     for name, tensor in found[0][0].items():
@@ -328,18 +343,29 @@ def test_accumulated_parts_read_the_same_tokens_and_give_the_same_model(tmp_path
 def test_a_later_round_branches_from_the_average_by_posterior(plain):
     job = common.Job(make_run(plain.parent), "expert@domain=cmake", 0)
     forest = btm.forest_of(job)
-    found, states = btm.branch(job, forest), [forest.load(forest.file(name))[0] for name in TINY.domains]
+    found, states = (
+        btm.branch(job, forest),
+        [forest.load(forest.file(name))[0] for name in TINY.domains],
+    )
     prior = btm.prior_of(forest, TINY.domains, "cmake", TINY, job.run)
     expected = btm.average_parameters(states, prior)
     assert all(torch.equal(found.model.state_dict()[name], expected[name]) for name in expected)
-    assert found.updates == range(2) and found.lr == TINY.branch_lr  # Adam and its warm-up start afresh
+    assert (
+        found.updates == range(2) and found.lr == TINY.branch_lr
+    )  # Adam and its warm-up start afresh
     assert found.parents == dict(zip(TINY.domains, prior.tolist()))
 
 
 def test_experts_learn_their_domains_and_the_posterior_finds_them(tmp_path):
     """On generated text, end to end; averages by posterior beat equal weights."""
     config = replace(
-        TINY, domains=("sums", "numerals"), novel=("dates",), d_model=32, context=32, steps=150, test_blocks=16
+        TINY,
+        domains=("sums", "numerals"),
+        novel=("dates",),
+        d_model=32,
+        context=32,
+        steps=150,
+        test_blocks=16,
     )
     run = make_run(tmp_path, config)
     for arm in ("seed", "dense", *btm.models_of("btm", config)):
@@ -349,12 +375,18 @@ def test_experts_learn_their_domains_and_the_posterior_finds_them(tmp_path):
         bits[arm] = common.Job(run, arm, 0).result()["bits"]
     for own in (0, 1):
         name, other = config.domains[own], config.domains[1 - own]
-        assert bits[f"expert@domain={name}"][own] < bits["seed"][own] < bits[f"expert@domain={other}"][own]
-        assert result["weights"][own][own] > 0.9 and result["posterior"][own] < result["uniform"][own]
+        assert (
+            bits[f"expert@domain={name}"][own]
+            < bits["seed"][own]
+            < bits[f"expert@domain={other}"][own]
+        )
+        assert (
+            result["weights"][own][own] > 0.9 and result["posterior"][own] < result["uniform"][own]
+        )
         assert result["without"][own][own] > result["eq2"][own]  # it is missed where it was at home
 
 
-# --- the forest ----------------------------------------------------------------------------------------------
+# --- the forest
 
 
 @pytest.fixture
@@ -376,7 +408,10 @@ def test_an_expert_is_a_file_that_comes_back_bit_for_bit(forest, tmp_path):
     os.rename(tmp_path / "b.npz", forest.file("c"))  # dropped in, under another name
     with pytest.raises(ValueError, match="'c' refused: it was saved under another name"):
         forest.load(forest.file("c"))
-    for config, seed, message in ((replace(TINY, lr=0.5), 0, "lr = 0.01, not 0.5"), (TINY, 1, "seed = 0, not 1")):
+    for config, seed, message in (
+        (replace(TINY, lr=0.5), 0, "lr = 0.01, not 0.5"),
+        (TINY, 1, "seed = 0, not 1"),
+    ):
         with pytest.raises(common.UsageError, match=message):
             btm.Forest.create(forest.path, config, seed)
 
@@ -446,7 +481,9 @@ def planted(forest, how):
     "pickled array|pickle|flipped bit|cut short|other arrays|other shape|NaN|huge|other forest|"
     "parents that lead elsewhere|text as weight|no parents|folder".split("|"),
 )
-def test_a_damaged_or_hostile_expert_is_one_line_and_the_rest_goes_on(forest, how, tmp_path, monkeypatch, capsys):
+def test_a_damaged_or_hostile_expert_is_one_line_and_the_rest_goes_on(
+    forest, how, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     expected = planted(forest, how)
     with pytest.raises(ValueError, match="^'a' refused: ") as refusal:
@@ -465,12 +502,22 @@ def test_a_name_that_leads_out_of_the_forest_is_refused(forest, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": "fast"}, {"num_layers": 10**9}, {"domains": ["../x", "y"]}, {"more": 1}, {"seed": "0"}, None, "[" * 99_999],
+    [
+        {"lr": "fast"},
+        {"num_layers": 10**9},
+        {"domains": ["../x", "y"]},
+        {"more": 1},
+        {"seed": "0"},
+        None,
+        "[" * 99_999,
+    ],
 )
 def test_a_damaged_forest_is_one_line(forest, change):
     mark = forest.path / "forest.json"
     content = json.loads(mark.read_text())
-    mark.write_text(change if isinstance(change, str) else json.dumps(content | change if change else []))
+    mark.write_text(
+        change if isinstance(change, str) else json.dumps(content | change if change else [])
+    )
     with pytest.raises(common.UsageError, match="forest.json is damaged"):
         btm.Forest(forest.path)
 
@@ -488,7 +535,7 @@ def test_killed_while_saving_the_old_expert_stays(fork, forest):
     assert forest.file("b").read_bytes() == before and list(forest.sound()) == ["a", "b"]
 
 
-# --- claims --------------------------------------------------------------------------------------------------
+# --- claims
 
 IN, NOVEL = len(btm.SMALL.domains), len(btm.SMALL.novel)
 
@@ -558,11 +605,16 @@ def test_the_worst_domain_and_the_worst_expert_decide():
         result["eq2"][2] += 0.25  # docs
     claim = next(claim for claim in common.claims_of(btm.main) if claim.id == "btm.in_domain")
     claim.judge(results, btm.SMALL)
-    assert claim.verdict == "contradicted" and "-0.0500 bits/byte on docs, the weakest" in claim.measured
+    assert (
+        claim.verdict == "contradicted"
+        and "-0.0500 bits/byte on docs, the weakest" in claim.measured
+    )
     for table, where in (("btm", "without"), ("grow", "eq2")):
         results = results_of()
         for result in results[table]:
-            result[where][1][4] += 0.3  # one expert, one other domain, more than a tenth, less than all
+            result[where][1][4] += (
+                0.3  # one expert, one other domain, more than a tenth, less than all
+            )
         found = verdicts(results)
         assert found["add_remove"] == "contradicted" and found["coverage"] == "holds"
         for result in results[table]:
@@ -570,7 +622,7 @@ def test_the_worst_domain_and_the_worst_expert_decide():
         assert verdicts(results)["coverage"] == "contradicted"
 
 
-# --- commands ------------------------------------------------------------------------------------------------
+# --- commands
 
 
 @pytest.fixture
@@ -626,19 +678,27 @@ def test_two_machines_and_a_day_grow_one_forest(act, fork, plain, tmp_path):
     """One is killed, another goes on; a domain is added with twice the steps, one removed; averaged; sampled."""
     assert act(*SEED, "--steps", 240, "--stage", "seed", "--forest", "F").returncode == 0
     shutil.copytree(tmp_path / "F", tmp_path / "whole")
-    process = fork("btm.py", "--stage", "expert", "--forest", "F", "--domain-index", 1, folder=tmp_path)
+    process = fork(
+        "btm.py", "--stage", "expert", "--forest", "F", "--domain-index", 1, folder=tmp_path
+    )
     log = tmp_path / "F" / "work" / "arms" / "expert@domain=docs-seed0.jsonl"
     wait_until(lambda: log.exists() and log.read_text().count("\n") >= 10, process)
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 143
     command = finished(process).stderr.split("Go on with: ")[1]
-    assert act("--stage", "expert", "--forest", "F", "--domain", "python").returncode == 0  # beside it
-    again = fork("btm.py", *shlex.split(command)[2:], folder=tmp_path)  # the very command it printed
+    assert (
+        act("--stage", "expert", "--forest", "F", "--domain", "python").returncode == 0
+    )  # beside it
+    again = fork(
+        "btm.py", *shlex.split(command)[2:], folder=tmp_path
+    )  # the very command it printed
     assert finished(again).returncode == 0
     assert "60 updates" in finished(again).stdout  # each of them once
     second = fork("btm.py", "--stage", "expert", "--forest", "F", folder=tmp_path / "elsewhere")
     assert finished(second).returncode == 2  # a relative folder is another one there
-    assert act("--stage", "expert", "--forest", "F").stdout.count("is there already") == 2
+    assert (
+        act("--stage", "expert", "--forest", "F").stdout.count("is there already; delete it") == 2
+    )
     assert act("--stage", "expert", "--forest", "whole").returncode == 0
     assert same(contents("F"), contents("whole"), ["seed", "python", "docs", "unicode"])
 
@@ -650,7 +710,18 @@ def test_two_machines_and_a_day_grow_one_forest(act, fork, plain, tmp_path):
     data = ["--data-dir", "D"]
     prepared = act("--prepare", "notes", "--domain", "notes", *data)
     assert prepared.returncode == 0 and "notes" in prepared.stdout
-    grow = ["--stage", "expert", "--forest", "F", "--domain", "notes", "--branch-steps", 120, "--branch-lr", 1e-3]
+    grow = [
+        "--stage",
+        "expert",
+        "--forest",
+        "F",
+        "--domain",
+        "notes",
+        "--branch-steps",
+        120,
+        "--branch-lr",
+        1e-3,
+    ]
     assert "120 updates" in act(*grow, *data).stdout
     forest = btm.Forest(tmp_path / "F")
     assert set(forest.load(forest.file("notes"))[1]["parents"]) == {"python", "docs", "unicode"}
@@ -666,21 +737,38 @@ def test_two_machines_and_a_day_grow_one_forest(act, fork, plain, tmp_path):
         saved = act("--average", kind, "--forest", "F", *flags, *data)
         assert saved.returncode == 0 and saved.stdout.startswith("F/averages/")
     average = btm.load_trained(tmp_path / "F" / "averages" / "notes.npz")
-    windows = text_data.spread_windows(text_data.load_split(tmp_path / "D" / "btm" / "notes").test, 16, 8)
+    windows = text_data.spread_windows(
+        text_data.load_split(tmp_path / "D" / "btm" / "notes").test, 16, 8
+    )
     losses = [float(common.lm_loss(model, windows).mean()) for model in
               (average, btm.load_trained(tmp_path / "F" / "averages" / "uniform.npz"))]  # fmt: skip
     assert losses[0] < losses[1]
-    for more in ([], ["--model", "F/averages/notes.npz"]):
-        sample = ["--sample", "note 7", "--forest", "F", "--sample-bytes", 20, *more]
+    for more in (["--forest", "F"], ["--model", "F/averages/notes.npz"]):
+        sample = ["--sample", "note 7", "--sample-bytes", 20, *more]
         told = act(*sample)
-        assert told.returncode == 0 and told.stdout.startswith("note 7") and told.stdout == act(*sample).stdout
-        assert ("believed at the end" in told.stdout) == (not more)
+        assert (
+            told.returncode == 0
+            and told.stdout.startswith("note 7")
+            and told.stdout == act(*sample).stdout
+        )
+        assert ("believed at the end" in told.stdout) == ("--forest" in more)
 
 
 def test_a_plain_run_and_separate_commands_make_one_forest(act, plain, tmp_path):
     assert act(*SEED, "--stage", "seed", "--forest", "F").returncode == 0
     assert act("--stage", "expert", "--forest", "F").returncode == 0
-    added = act("--stage", "expert", "--forest", "F", "--domain", "cmake", "--branch-steps", 2, "--dev-blocks", 3)
+    added = act(
+        "--stage",
+        "expert",
+        "--forest",
+        "F",
+        "--domain",
+        "cmake",
+        "--branch-steps",
+        2,
+        "--dev-blocks",
+        3,
+    )
     assert added.returncode == 0
     names = ["seed", "python", "docs", "unicode", "cmake"]
     assert same(contents("F"), contents(plain), names)
@@ -688,8 +776,13 @@ def test_a_plain_run_and_separate_commands_make_one_forest(act, plain, tmp_path)
                "--dev-blocks", 3, "--test-blocks", 4)  # fmt: skip
     rows = table(told.stdout, "bits/byte on test text")
     result = json.loads((plain.parent / "results.json").read_text())["results"]["arms"]["btm"][0]
-    for number, name in enumerate(("python", "docs", "unicode", "cmake", "sums")):  # the numbers of the run
-        shown = [f"{result[rule][number]:.3f}" for rule in ("eq2", "last", "released", "top1", "posterior")]
+    for number, name in enumerate(
+        ("python", "docs", "unicode", "cmake", "sums")
+    ):  # the numbers of the run
+        shown = [
+            f"{result[rule][number]:.3f}"
+            for rule in ("eq2", "last", "released", "top1", "posterior")
+        ]
         assert rows[name][1:] == shown
 
 
@@ -712,10 +805,14 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
         (tmp_path / "out" / "arms" / f"{arm}-seed0.json").unlink()
     (tmp_path / "out" / "forest-seed0" / "experts" / "docs.npz").unlink()
     assert act(*WHOLE, *few, "--resume").returncode == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == report["results"]
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["results"] == report["results"]
+    )
     assert same(before, contents(tmp_path / "out" / "forest-seed0"), before)
     assert act(*WHOLE, "--out", "out", "--overwrite", "--arms", "dense").returncode == 0
-    assert btm.Forest(tmp_path / "out" / "forest-seed0").names() == []  # nobody is left of the run before
+    assert (
+        btm.Forest(tmp_path / "out" / "forest-seed0").names() == []
+    )  # nobody is left of the run before
 
 
 @pytest.mark.parametrize(
@@ -723,10 +820,16 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
     [
         (["--stage", "expert", "--steps", 6], "was made with steps = 4, not 6"),
         (["--stage", "expert", "--seed", 3], "was made with seed = 0, not 3"),
-        (["--stage", "eval", "--domains", "python,docs"], "was made with domains = python,docs,unicode"),
+        (
+            ["--stage", "eval", "--domains", "python,docs"],
+            "was made with domains = python,docs,unicode",
+        ),
         (["--stage", "eval", "--lr", 0.5], "was made with lr = 0.01, not 0.5"),
         (["--stage", "seed"], "was made with"),
-        (["--stage", "expert", "--domain", "python", "--branch-steps", 150], "--branch-steps does nothing for python"),
+        (
+            ["--stage", "expert", "--domain", "python", "--branch-steps", 150],
+            "--branch-steps does nothing for python",
+        ),
         (["--stage", "expert", "--novel", "cmake"], "--novel does nothing with --stage expert"),
         (["--stage", "expert", "--domain-index", 3], "counts the 3 domains from 0"),
         (["--stage", "expert", "--domain-index", 1, "--domain", "docs"], "--domain excludes it"),
@@ -739,7 +842,7 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
         (["--stage", "eval", "--without", "python,docs,unicode,cmake,sums"], "no expert to use"),
         (["--stage", "eval", "--sample", "x"], "goes with one of --stage"),
         (["--sample", "x", "--domain", "docs"], "--domain does nothing with --sample"),
-        (["--average", "posterior"], "goes with the --domain"),
+        (["--average", "posterior"], "goes with the --domain it is for"),
         (["--average", "uniform", "--domain", "docs"], "uniform without"),
         (["--without", "docs"], "goes with one of --stage"),
     ],
@@ -801,7 +904,9 @@ def test_full_scale_on_token_ids(act, tmp_path):
         folder = tmp_path / "D" / "btm" / name
         folder.mkdir(parents=True)
         for part in ("train", "valid", "test"):
-            ids = torch.randint(300 * i, 300 * i + 300, (2000,), generator=torch.Generator().manual_seed(i))
+            ids = torch.randint(
+                300 * i, 300 * i + 300, (2000,), generator=torch.Generator().manual_seed(i)
+            )
             (folder / f"{part}.bin").write_bytes(ids.numpy().astype("<u2").tobytes())
         (folder / "meta.json").write_text('{"vocab_size": 900}')
     flags = [*FULL, "--domains", "a,b", "--steps", 4]
@@ -809,8 +914,13 @@ def test_full_scale_on_token_ids(act, tmp_path):
     forest = ["--forest", "runs/btm-full/forest-seed0", "--full", "--data-dir", "D"]
     refused = act("--sample", "x", *forest)
     assert refused.returncode == 2 and "trained on token ids" in refused.stderr
-    for done in (act(*flags, "--novel", "python", "--out", "o"), act("--stage", "expert", "--domain", "docs", *forest)):
-        assert done.returncode == 2 and ("vocabularies differ" in done.stderr or "vocab_size = 900" in done.stderr)
+    for done in (
+        act(*flags, "--novel", "python", "--out", "o"),
+        act("--stage", "expert", "--domain", "docs", *forest),
+    ):
+        assert done.returncode == 2 and (
+            "vocabularies differ" in done.stderr or "vocab_size = 900" in done.stderr
+        )
 
 
 def test_a_dry_run_of_full_scale_needs_no_text(act, tmp_path):
