@@ -40,7 +40,12 @@ Run      python btm.py             seed, experts, their rivals, later rounds; no
          python btm.py --average posterior --forest F --domain notes
          python btm.py --sample "def " --model F/averages/notes.npz    or --forest F
 You see  bits/byte and perplexity by domain and method, whom the posterior believes, the claims.
-Found    (seeds 0-7) TO BE MEASURED
+Found    (seeds 0-7, bits/byte) At equal cost the forest is 0.115 below the dense LM on its domains,
+         0.050 on the weakest; averaged by posterior, one LM keeps 0.105 of it. On novel domains
+         eq. 2 gains 0.014 ± 0.025 (it loses 0.062 on stubs), the last token alone 0.070 ± 0.027.
+         Random splits lose 0.134 to it in domain; on novel ones that is undecided. To add an expert
+         gains 0.19 to 1.07; to remove python's, or tests', docs', numpy's, is felt elsewhere, too.
+         The curves have not been measured on several seeds.
 Differences from the paper and its code (its tables could not be read)
 1. The text defines eq. 2 over the whole prefix. The released scorer (DEMix) looks at the token
    before only, and gives all experts equal weights at the first token of a block: `released_nll`.
@@ -839,7 +844,9 @@ def gains(results: Results, config: Config, rule: str, where: str, arm: str = "b
     return split(results.of("dense", "bits") - results.of(arm, rule), where, config)
 
 
-def mean_gain(results: Results, config: Config, rule: str, where: str, arm: str = "btm"):
+def mean_gain(
+    results: Results, config: Config, rule: str, where: str, arm: str = "btm"
+) -> np.ndarray:
     return gains(results, config, rule, where, arm).mean(axis=1)  # [seeds]
 
 
