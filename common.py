@@ -1183,6 +1183,7 @@ class Run:
     workers: int = 1
     threads: int = 1
     data_dir: Path = Path("data/cache")
+    given: frozenset[str] = frozenset()  # names of all flags that were given
     actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     tables: list[dict] = field(default_factory=list)
@@ -1906,6 +1907,7 @@ def make_run(method: str, config: Any, options: dict, settings: dict, actions: d
         threads=options["threads"] or (1 if scale == "small" else num_cores()),
         data_dir=options["data_dir"] if "data_dir" in given else Path(cache),
         draw=options["plot"],
+        given=frozenset(given),
         actions=own,
         **{name: options[name] for name in switches},
     )

@@ -23,6 +23,7 @@ own is a folder; `prepare` makes one.
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -40,7 +41,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.reading import ReadError, json_lines, open_file, parse_json, read_bytes, reading, shown
+from data.reading import (
+    ReadError,
+    json_lines,
+    open_file,
+    parse_json,
+    read_bytes,
+    reading,
+    say_once,
+    shown,
+)
 
 Document = tuple[str, bytes]  # (name, contents)
 
@@ -288,10 +298,20 @@ NOT_PYTHON = (
 )
 
 
+# What a build writes into its own files (paths, options, what it links) differs between machines
+# and between torch with and without CUDA; the rest is the same for the same Python and pins.
+OF_A_BUILD = r"(?!_sysconfigdata|sitecustomize|usercustomize|__config__)"
+NOT_BUILT = r"(?!.*(Config|Targets|Targets-release)\.cmake$)"
+NOT_HEADERS = ("ops", "cuda", "hip", "torch", "google", "tensorpipe", "caffe2")
+
+
 def _licences() -> Iterator[Document]:
-    for root in sorted({Path(sysconfig.get_path("purelib")), _package("numpy").parent}):
-        for folder in sorted(root.glob("*.dist-info")):
-            yield from _under(folder, ("",), names="(?i)(LICEN[CS]E|COPYING|NOTICE)")
+    """Those of three pins, and Python's own: not of whatever else happens to be installed."""
+    for package in ("torch", "numpy", "tqdm"):
+        for file in importlib.metadata.files(package) or ():
+            is_licence = re.match("(?i)(LICEN[CS]E|COPYING|NOTICE)", file.name)
+            if is_licence and file.parts[0].endswith(".dist-info"):
+                yield f"{package}/{file.name}", file.locate().read_bytes()
     yield from _under(STDLIB, ("LICENSE.txt",), skip=NOT_PYTHON)
 
 
@@ -339,17 +359,15 @@ def generated(kind: str, num_lines: int = 12_000) -> Iterator[Document]:
 
 GENERATED = ("sums", "dates", "numerals", "records")
 PROVENANCE: dict[str, Callable[[], Iterable[Document]]] = {
-    "python": lambda: _under(STDLIB, (".py",), NOT_PYTHON),
-    "headers": lambda: _under(
-        _package("torch") / "include", (".h",), ("ops", "cuda", "hip", "torch", "google")
-    ),
+    "python": lambda: _under(STDLIB, (".py",), NOT_PYTHON, OF_A_BUILD),
+    "headers": lambda: _under(_package("torch") / "include", (".h",), NOT_HEADERS),
     "docs": lambda: _docs()[0],
     "operators": lambda: _under(_package("torchgen"), (".yaml",)),
     "unicode": _unicode,
     "tests": lambda: _under(STDLIB / "test", (".py",), names="test_"),
     "licences": _licences,
-    "numpy": lambda: _under(_package("numpy"), (".py",), ("tests", "typing")),
-    "cmake": lambda: _under(_package("torch"), (".cmake", "CMakeLists.txt")),
+    "numpy": lambda: _under(_package("numpy"), (".py",), ("tests", "typing"), OF_A_BUILD),
+    "cmake": lambda: _under(_package("torch"), (".cmake", "CMakeLists.txt"), (), NOT_BUILT),
     "stubs": lambda: _under(_package("torch"), (".pyi",)),
 } | {kind: functools.partial(generated, kind) for kind in GENERATED}
 STAND_INS = {"headers": "sums", "docs": "dates", "operators": "records", "tests": "numerals"}
@@ -643,6 +661,9 @@ def prepare(
     return _write_parts(texts, Path(root)), found
 
 
+UNPACK = {".zst": "zstd -d", ".gz": "gunzip", ".xz": "unxz", ".zip": "unzip"}
+
+
 def _sources(source: str | Path) -> list[Path]:
     """A file itself, or the files of a folder: no links, nothing hidden, nothing packed."""
     path = Path(source).expanduser()
@@ -655,10 +676,13 @@ def _sources(source: str | Path) -> list[Path]:
             child for child in sorted(path.rglob("*")) if child.is_file() and not child.is_symlink()
         ]
         found = [child for child in found if "/." not in f"/{child.relative_to(path).as_posix()}"]
-    for child in found:
-        if child.suffix in (".zst", ".gz", ".xz", ".zip"):
-            raise ReadError(f"{child} is packed; unpack it first (zstd -d FILE)")
-    return found
+    packed = [child for child in found if child.suffix in UNPACK]
+    for child in packed:
+        needed = f"{child} is packed; {UNPACK[child.suffix]} unpacks it"
+        if len(found) == 1:
+            raise ReadError(needed)
+        say_once(f"passed over: {needed}")
+    return [child for child in found if child not in packed]
 
 
 def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, bytes]]:

@@ -153,8 +153,7 @@ def provenance():
 def test_domains_are_whole_distinct_and_the_same_twice(provenance):
     for name, split in provenance.items():
         sizes = [len(getattr(split, part)) for part in text.PARTS]
-        # btm.py reads 128 test blocks of 64 bytes; a bare environment has 8,441 bytes of licences
-        # for them.
+        # btm.py reads 128 test blocks of 64 bytes; the pins bring 11,455 bytes of licences for them
         assert sizes[0] >= 60_000 and sizes[1] >= 5_000 and sizes[2] > 128 * 64, (name, sizes)
         assert all(size <= text.SMALL_SIZES[part] for part, size in zip(text.PARTS, sizes))
         assert split.train.dtype == torch.uint8 and split.vocab_size == 256
@@ -248,6 +247,33 @@ def test_packages_are_not_part_of_the_standard_library(monkeypatch, tmp_path):
         (tmp_path / name).write_text(f"# {name}")
     monkeypatch.setattr(text, "STDLIB", tmp_path)
     assert sorted(name for name, _ in text.PROVENANCE["python"]()) == ["json/decoder.py", "os.py"]
+
+
+def test_domains_read_what_the_pins_bring_and_no_file_of_a_build(monkeypatch, tmp_path):
+    """Else a corpus, its hash and all losses changed with `pip install`, or with torch's CUDA."""
+    before = text.load_provenance("licences").digest
+    folder = tmp_path / "other-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("other-1.0.dist-info/LICENSE,,\n")
+    (folder / "LICENSE").write_text(
+        "\n\n".join(f"you may do {i} things {i * i}" for i in range(9999))
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert text.load_provenance("licences").digest == before
+    found = {name.split("/")[0] for name, _ in text.PROVENANCE["licences"]()}
+    assert found == {"torch", "numpy", "tqdm", "LICENSE.txt"}
+    for domain, of_a_build in {
+        "python": ("_sysconfigdata", "sitecustomize"),
+        "numpy": ("__config__",),
+        "headers": ("tensorpipe", "caffe2", "cuda"),
+        "cmake": ("Caffe2Config.cmake", "Caffe2Targets.cmake", "Targets-release.cmake"),
+    }.items():
+        names = [f"/{name}" for name, _ in text.PROVENANCE[domain]()]
+        assert len(names) > 20
+        for word in of_a_build:
+            assert not [name for name in names if f"/{word}" in name or name.endswith(word)], domain
 
 
 def test_generated_text_is_true_and_the_same_everywhere():
@@ -429,6 +455,22 @@ def test_prepare_makes_a_domain_of_anything(tmp_path):
         text.prepare(folder, tmp_path / "btm", "../x")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         text.prepare(tmp_path / "none", tmp_path / "btm", "x")
-    (tmp_path / "val.jsonl.zst").write_bytes(b"packed")
-    with pytest.raises(ValueError, match="is packed; unpack it first"):
-        text.prepare(tmp_path / "val.jsonl.zst", tmp_path / "btm")
+
+
+def test_a_packed_file_is_named_with_its_tool_and_does_not_spoil_a_folder(tmp_path, capsys):
+    source = tmp_path / "pile"
+    source.mkdir()
+    (source / "val.jsonl").write_text("".join(pile_lines(6400)))
+    alone = text.prepare(source, tmp_path / "alone")[0]
+    for ending, tool in (
+        (".zst", "zstd -d"),
+        (".gz", "gunzip"),
+        (".xz", "unxz"),
+        (".zip", "unzip"),
+    ):
+        packed = source / f"train.jsonl{ending}"
+        packed.write_bytes(b"packed")
+        with pytest.raises(ValueError, match=f"{ending} is packed; {tool} unpacks it"):
+            text.prepare(packed, tmp_path / "btm")
+    assert text.prepare(source, tmp_path / "btm")[0] == alone
+    assert capsys.readouterr().err.count("passed over: ") == 4
