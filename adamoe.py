@@ -57,7 +57,6 @@ normalize="all_picks" (TO BE MEASURED).
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -497,28 +496,26 @@ def add_null_experts(
 
     top_k    None: each layer's own
     rank     above 0: the mixtures are frozen, LoRA on router and experts is trained; the rest of
-             the model is frozen, too, unless part of it is already (by PEFT: then it is its matter)
+             the model is frozen, too, unless part of it is already (as by PEFT)
     options  of AdaMoE.around
-    The model's attention_mask tells the layers what is padding. model.save_pretrained saves the
-    plain model: what was added is kept by save_null_experts. Raises ValueError, and leaves the
-    model as it was, if it has no mixture, is patched already, or holds a mixture that a layer with
-    0 nulls does not reproduce.
+    The model's attention_mask says what is padding. model.save_pretrained saves the plain model:
+    what was added is kept by save_null_experts. Raises ValueError, and leaves the model as it was,
+    if it has no mixture, is patched already, or has one that a layer with 0 nulls does not equal.
     """
-    layers = put_null_experts(model, num_null, top_k, rank, options)
-    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    layers = put_null_experts(model, num_null, top_k, rank, **options)
+    mixtures.watch(model, AdaMoE)
     return layers
 
 
 def put_null_experts(
-    model: nn.Module, num_null: int, top_k: int | None, rank: int, options: dict
+    model: nn.Module, num_null: int, top_k: int | None = None, rank: int = 0, **options
 ) -> list[AdaMoE]:
     if null_layers(model):
         raise ValueError("this model has null experts already; load it anew")
 
     def make(block: nn.Module) -> AdaMoE:
         mixture = mixtures.read_block(block)
-        picks = mixture.top_k if top_k is None else top_k
-        return AdaMoE.around(mixture, num_null, picks, rank, **options)
+        return AdaMoE.around(mixture, num_null, top_k or mixture.top_k, rank, **options)
 
     def make_equal(block: nn.Module) -> AdaMoE:
         mixture = mixtures.read_block(block)
@@ -527,56 +524,27 @@ def put_null_experts(
     is_untouched = all(parameter.requires_grad for parameter in model.parameters())
     with mixtures.all_or_nothing(model):
         layers = mixtures.replace_blocks(model, make, make_equal)
+        if rank and is_untouched:
+            model.requires_grad_(False)
         if rank:
-            if is_untouched:
-                model.requires_grad_(False)
             for layer in layers:
                 for name, parameter in layer.named_parameters():
                     parameter.requires_grad_("lora" in name)
     return layers
 
 
-def before_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Hook of a patched model: hands its attention_mask on, refuses what would fail silently."""
-    layers = null_layers(model)
-    config = getattr(model, "config", None)
-    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
-        reason = "the library's balance loss knows no null experts; add take_aux_loss(layers)"
-        raise ValueError(f"output_router_logits is on: {reason} to the loss instead")
-    if model.training and torch.is_grad_enabled():
-        if not any(p.requires_grad for layer in layers for p in layer.parameters()):
-            warnings.warn(
-                "nothing in the layers with null experts is trained; with PEFT, call "
-                "get_peft_model first and add_null_experts after it",
-                stacklevel=2,
-            )
-    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-    tokens = next((given for given in inputs if isinstance(given, Tensor)), None)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
-        mask = mask[:, -tokens.shape[1] :].bool()  # of a longer one, the tokens after the cache
-    else:
-        mask = None
-    for layer in layers:
-        layer.token_mask = mask
-
-
 def added_names(model: nn.Module) -> set[str]:
-    """The parameters that add_null_experts made."""
+    """The parameters that add_null_experts made: routers and LoRA."""
     names = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, AdaMoE):
-            for name, _ in module.named_parameters():
-                if name.startswith("router.") or "lora" in name:
-                    names.add(f"{prefix}.{name}")
+    for name, _ in model.named_parameters():
+        *_, parent, own = ("", "", *name.split("."))
+        if own.startswith("lora") or parent == "router":
+            names.add(name)
     return names
 
 
 def save_null_experts(path: str | Path, model: nn.Module, **sizes) -> None:
-    """What add_null_experts(model, **sizes) added, and whatever else is trained; see the README.
-
-    Megabytes with rank > 0, while the model stays where it was.
-    """
+    """What add_null_experts(model, **sizes) added and what else is trained: megabytes with LoRA."""
     kept, added = {}, added_names(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in added:
@@ -588,24 +556,24 @@ def save_null_experts(path: str | Path, model: nn.Module, **sizes) -> None:
 
 def load_null_experts(path: str | Path, model: nn.Module) -> list[AdaMoE]:
     """Patch a freshly loaded model as it was saved. Raises ValueError, and leaves the model as it
-    was, for a file of another model, with arrays missing, or with any that are not of the patch.
+    was, for a file with an array missing, of another shape, or that belongs to no patch.
     """
-    found, meta = load_arrays(path)
-    sizes = {"top_k": None, "rank": 0, **meta.get("sizes", {})}
-    if not isinstance(sizes.get("num_null"), int):
+    arrays, meta = load_arrays(path)
+    sizes = meta.get("sizes", {})
+    if "num_null" not in sizes:
         raise ValueError(f"{path} does not say how many null experts it has")
-    first = [sizes.pop(name) for name in ("num_null", "top_k", "rank")]
     with mixtures.all_or_nothing(model):
-        layers = put_null_experts(model, *first, sizes)
-        added, expected = added_names(model), {}
-        for name, parameter in model.named_parameters():
-            is_trained = first[2] == 0 and name in found
-            if name in added or is_trained:
-                dtype = found[name].dtype if name in found else parameter.dtype
-                expected[name] = (tuple(parameter.shape), str(dtype).removeprefix("torch."))
-        arrays, _ = load_arrays(path, expected)
+        layers = put_null_experts(model, **sizes)
+        there, added = dict(model.named_parameters()), added_names(model)
+        allowed = added if sizes.get("rank") else there
+        odd = sorted(added - arrays.keys())
+        for name, array in arrays.items():
+            if name not in allowed or array.shape != there[name].shape:
+                odd.append(name)
+        if odd:
+            raise ValueError(f"{path} does not fit this model: {', '.join(odd[:3])}")
         model.load_state_dict(arrays, strict=False)
-    model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    mixtures.watch(model, AdaMoE)
     return layers
 
 
@@ -646,8 +614,6 @@ def shuffle_counts(counts: Tensor, generator: torch.Generator) -> Tensor:
 # Config
 # --------------------------------------------------------------------------------------------------
 
-SmallRate = Annotated[Positive, Only(scale="small")]
-SmallCount = Annotated[Count, Only(scale="small")]
 FullCount = Annotated[Count, Only(scale="full")]
 
 
@@ -660,7 +626,6 @@ class Config(common.Settings):
     load: Positive | None = None  # budget of true experts a token; chooses num_null from top_k
     alpha: NonNegative = 0.02  # weight of the balance loss, first half; paper section 4.2.1
     alpha_late: NonNegative = 1e-4  # second half; paper section 4.2.1
-    alpha_pretrain: Annotated[NonNegative, Only(scale="small")] = 0.01  # while pre-training
     num_experts: Count = 8  # true experts; Mixtral has 8
     num_layers: Count = 2  # transformer layers
     d_model: Count = 64  # width
@@ -668,11 +633,10 @@ class Config(common.Settings):
     num_heads: Count = 4  # attention heads
     context: Count = 128  # bytes; at full scale tokens, of a longer question the end
     batch_size: Count = 16  # sequences a step
-    pretrain_steps: SmallCount = 400  # of the top-2 model
+    pretrain_steps: Annotated[Count, Only(scale="small")] = 400  # of the top-2 model
     steps: Count = 300  # fine-tuning steps of every arm
-    pretrain_lr: SmallRate = 6e-3  # peak, cosine to a tenth
+    pretrain_lr: Annotated[Positive, Only(scale="small")] = 6e-3  # peak, cosine to a tenth
     lr: Positive = 8e-3  # peak, cosine to a tenth; best for every arm on seeds 100-102
-    init: SmallRate = 0.1  # standard deviation of initial weights outside the experts
     text: Annotated[str, Only(scale="small")] = ""  # file or folder instead of Python's manual
     model: Annotated[str, Only(scale="full")] = (
         "auto"  # folder, Hugging Face name, "random", "auto"
@@ -712,19 +676,14 @@ FULL = replace(
 SHAPE = ("num_experts", "num_layers", "d_model", "d_ff", "num_heads")
 
 # --------------------------------------------------------------------------------------------------
-# The task: what differs between the scales
+# The task: bytes of a text, or at full scale questions (data.pretrained.LetterTask)
 # --------------------------------------------------------------------------------------------------
-
-OWN_TOP_K = 2  # of the small model
-MIXTRAL, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "allenai/OLMoE-1B-7B-0924"
-RANDOM_VOCABULARY = 32000  # of --model random: Mixtral's
-COST_BATCHES = 4  # batches on which FLOPs and times are taken
 
 
 class ByteText:
     """Next bytes of a text. The batch of a step depends on `stream` and the step alone."""
 
-    measure = "loss"  # nats a byte, the mean over a window: less is better
+    measure = "loss"  # the mean over a window: less is better
     unit = "nats/byte"
 
     def __init__(self, corpus: text_data.Corpus, config: Config, device: str, stream: int):
@@ -734,10 +693,13 @@ class ByteText:
 
     def batch(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * self.stream + step)
-        config = self.config
-        length = config.context + 1
-        windows = text_data.sample_windows(self.corpus.train, config.batch_size, length, generator)
-        return windows.to(self.device)
+        return self.windows(self.config.batch_size, generator)
+
+    def windows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random windows of training text [count, context + 1]."""
+        length = self.config.context + 1
+        found = text_data.sample_windows(self.corpus.train, count, length, generator)
+        return found.to(self.device)
 
     def loss(self, model: nn.Module, windows: Tensor) -> Tensor:
         return common.lm_loss(model, windows).mean()
@@ -751,52 +713,7 @@ class ByteText:
     def sample(self) -> tuple[Tensor, list[str]]:
         """A batch of text to show, and its tokens as text."""
         windows = self.eval_batches[-1][-4:]
-        text = bytes(windows[:, :-1].flatten().tolist()).decode("latin-1")
-        return windows, list(text)
-
-
-class LetterQuestions:
-    """Multiple choice: the loss is that of the right letter, the answer the likeliest one."""
-
-    measure = "accuracy"  # percent of questions answered rightly: more is better
-    unit = "points"
-
-    def __init__(self, config: Config, run: Run, seed: int):
-        self.config, self.device, self.seed = config, run.device, seed
-        if config.model == "random":
-            count = config.batch_size * COST_BATCHES
-            found = pretrained.random_questions(count, config.context, RANDOM_VOCABULARY, seed)
-        else:
-            sizes = (config.train_examples, config.context)
-            found = pretrained.letter_questions(
-                config.model, config.task, run.data_dir, *sizes, seed
-            )
-        self.train, self.dev, letters, self.words = found
-        self.letters = torch.tensor(letters, device=run.device)
-        rows = torch.arange(len(self.dev.labels)).split(config.batch_size)
-        self.eval_batches = [self.dev.batch(some, run.device) for some in rows]
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.train.train_batch(step, self.config.batch_size, self.seed, self.device)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        tokens, lengths, labels = batch
-        logits = pretrained.last_logits(model, tokens, lengths)  # [batch, vocab_size]
-        return F.cross_entropy(logits, self.letters[labels])
-
-    def scores(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        tokens, lengths, labels = batch
-        logits = pretrained.last_logits(model, tokens, lengths)[:, self.letters]
-        return 100.0 * (logits.argmax(dim=-1) == labels)  # [questions]
-
-    def num_tokens(self, batch: tuple[Tensor, Tensor, Tensor]) -> int:
-        return int(batch[1].sum())
-
-    def sample(self) -> tuple[tuple, list[str]]:
-        return self.dev.batch(torch.tensor([0]), self.device), self.words
-
-
-Task = ByteText | LetterQuestions
+        return windows, list(bytes(windows[:, :-1].flatten().tolist()).decode("latin-1"))
 
 
 def manual(config: Config) -> text_data.Corpus:
@@ -804,21 +721,29 @@ def manual(config: Config) -> text_data.Corpus:
     return text_data.load_text(config.text) if config.text else text_data.load_domain("docs")
 
 
-def task_of(job: Job) -> Task:
-    if job.run.scale == "full":
-        return LetterQuestions(job.config, job.run, job.seed)
-    return ByteText(manual(job.config), job.config, job.run.device, 2 * job.seed + 1)
+def task_of(job: Job) -> ByteText | pretrained.LetterTask:
+    config, run = job.config, job.run
+    if run.scale == "small":
+        return ByteText(manual(config), config, run.device, 2 * job.seed + 1)
+    sizes = (config.train_examples, config.context, config.batch_size)
+    return pretrained.LetterTask(
+        config.model, config.task, run.data_dir, *sizes, job.seed, run.device
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # The experiment: one pre-trained top-k model, fine-tuned as every arm on the same batches
 # --------------------------------------------------------------------------------------------------
 
+OWN_TOP_K = 2  # of the small model
+PRETRAIN_ALPHA = 0.01  # weight of its balance loss
+COST_BATCHES = 4  # batches on which FLOPs and times are taken
+
 
 @dataclass(frozen=True)
 class Arm:
     num_null: int | None = None  # None: the settings'
-    top_k: int | None = None  # None: the settings'
+    top_k: int | None = None  # None: the settings', or without nulls the model's own
     normalize: str | None = None  # None: what the model was trained with
     average_nulls: bool = True
     copy_rows: bool = True
@@ -842,81 +767,86 @@ DEFAULT = {
 MORE = {"small": ["all_picks", "l_bal", "random_nulls"], "full": ["l_bal", "random_nulls"]}
 
 
-def sizes_of(arm: Arm, config: Config, num_experts: int, own_top_k: int) -> tuple[int, int]:
-    """(num_null, top_k) of an arm in a model."""
+def model_shape(config: Config, run: Run):
+    """transformers' configuration of the model of --full."""
+    if config.model == "random":
+        sizes = (config.num_layers, config.d_model, config.d_ff, config.num_heads)
+        return pretrained.mixtral_config(*sizes, config.num_experts)
+    return pretrained.find_config(config.model, run.data_dir, may_download=not run.dry_run)
+
+
+def experts_of(config: Config, run: Run) -> tuple[int, int]:
+    """(num_experts, top_k) of the pre-trained model."""
+    if run.scale == "small":
+        return config.num_experts, OWN_TOP_K
+    shape = model_shape(config, run)
+    return pretrained.sizes(shape)["num_experts"], shape.num_experts_per_tok
+
+
+def nulls_and_picks(job: Job) -> tuple[int, int]:
+    """(num_null, top_k) of an arm."""
+    arm = ARMS[job.method]
+    num_experts, own_top_k = experts_of(job.config, job.run)
     if arm.num_null == 0:
         return 0, arm.top_k or own_top_k
-    return config.nulls_and_picks(num_experts, own_top_k)
+    return job.config.nulls_and_picks(num_experts, own_top_k)
 
 
-def build(config: Config, arm: Arm, generator: torch.Generator) -> common.TransformerLM:
+def build(job: Job, generator: torch.Generator) -> common.TransformerLM:
     """The byte model with the layers of an arm."""
-    num_null, top_k = sizes_of(arm, config, config.num_experts, OWN_TOP_K)
-
-    def make_ffn(layer: int) -> AdaMoE:
-        return AdaMoE(
-            config.d_model,
-            config.d_ff,
-            config.num_experts,
-            num_null,
-            top_k,
-            normalize=arm.normalize or "true_experts",
-            average_nulls=arm.average_nulls,
-            generator=generator,
-        )
-
-    shape = (256, config.num_layers, config.d_model, config.num_heads, config.context)
-    more = {"norm": "rms", "conv": 4, "init": config.init, "generator": generator}
-    return common.TransformerLM(*shape, make_ffn, **more)
-
-
-def pretrain(job: Job) -> nn.Module:
-    """The model that every arm begins as: top-2 on Python's library."""
-    config = job.config
-    model = job.prepare(build(config, ARMS["original"], torch.Generator().manual_seed(job.seed)))
-    library = ByteText(text_data.load_domain("python"), config, job.run.device, 2 * job.seed)
-    alphas = (config.alpha_pretrain, config.alpha_pretrain)
-    finetune(model, library, job, config.pretrain_steps, config.pretrain_lr, alphas)
-    return model
+    config, arm = job.config, ARMS[job.method]
+    sizes = (config.d_model, config.d_ff, config.num_experts, *nulls_and_picks(job))
+    normalize = arm.normalize or "true_experts"
+    options = {"normalize": normalize, "average_nulls": arm.average_nulls, "generator": generator}
+    return common.TransformerLM(
+        256,
+        config.num_layers,
+        config.d_model,
+        config.num_heads,
+        config.context,
+        lambda layer: AdaMoE(*sizes, **options),
+        norm="rms",
+        conv=4,
+        init=0.1,
+        generator=generator,
+    )
 
 
 def start_small(job: Job) -> nn.Module:
-    """The pre-trained byte model with the routers of an arm."""
+    """The byte model with the routers of an arm: as it was pre-trained, or about to be."""
     arm, generator = ARMS[job.method], torch.Generator().manual_seed(job.seed)
-    model = build(job.config, arm, generator)
+    model = build(job, generator)
+    if job.method == "original":
+        return job.prepare(model)
     state = common.load(job.other("original").path(".pt"))
-    num_experts = job.config.num_experts
     for name, fresh in model.state_dict().items():
         if name.endswith("router.weight"):
-            copied = copy_null_rows(state[name], len(fresh) - num_experts, generator=generator)
+            num_experts, num_null = len(state[name]), len(fresh) - len(state[name])
+            copied = copy_null_rows(state[name], num_null, generator=generator)
             random = torch.cat([state[name], fresh[num_experts:]])
             state[name] = copied if arm.copy_rows else random
     common.load_state(model, state, "original")
     return job.prepare(model)
 
 
-def full_sizes(job: Job) -> dict:
-    """What add_null_experts gets at full scale."""
-    config, arm = job.config, ARMS[job.method]
-    shape = model_shape(config, job.run)
-    num_experts = pretrained.sizes(shape)["num_experts"]
-    num_null, top_k = sizes_of(arm, config, num_experts, shape.num_experts_per_tok)
-    lora = {"rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+def patch_sizes(job: Job) -> dict:
+    """What add_null_experts gets, and a file of save_null_experts repeats."""
+    num_null, top_k = nulls_and_picks(job)
+    lora = {"rank": job.config.lora_rank, "lora_alpha": job.config.lora_alpha}
     return {"num_null": num_null, "top_k": top_k, **lora}
 
 
 def start_full(job: Job) -> nn.Module:
     """A pre-trained model, patched as the arm wants it; under torchrun spread over processes."""
-    arm, run = ARMS[job.method], job.run
-    generator = torch.Generator().manual_seed(job.seed)
+    arm, config, run = ARMS[job.method], job.config, job.run
     options = {"average_nulls": arm.average_nulls, "copy_rows": arm.copy_rows}
+    options["generator"] = torch.Generator().manual_seed(job.seed)
 
     def patch(model: nn.Module) -> None:
         if job.method != "original":
-            add_null_experts(model, **full_sizes(job), **options, generator=generator)
+            add_null_experts(model, **patch_sizes(job), **options)
 
     torch.manual_seed(job.seed)  # for random weights
-    config = job.config
     source = model_shape(config, run) if config.model == "random" else config.model
     model = pretrained.place_causal(source, run.dtype, run.device, patch)
     if job.method != "original":
@@ -924,18 +854,10 @@ def start_full(job: Job) -> nn.Module:
     return model
 
 
-def model_shape(config: Config, run: Run):
-    """The library's configuration of a pre-trained model."""
-    if config.model == "random":
-        sizes = (config.num_layers, config.d_model, config.d_ff, config.num_heads)
-        return pretrained.mixtral_config(*sizes, config.num_experts, vocab_size=RANDOM_VOCABULARY)
-    return pretrained.find_config(config.model, run.data_dir, may_download=not run.dry_run)
-
-
 def finetune(
-    model: nn.Module, task: Task, job: Job, steps: int, lr: float, alphas: tuple[float, float]
+    job: Job, model: nn.Module, task, steps: int, lr: float, alphas: tuple[float, float]
 ) -> None:
-    """Loss of the task plus balance loss. A frozen model's checkpoints hold what is trained."""
+    """Loss of the task plus balance loss. Of a frozen model checkpoints hold what is trained."""
     layers = null_layers(model)
 
     def loss_fn(batch, step: int) -> tuple[Tensor, dict]:
@@ -949,86 +871,84 @@ def finetune(
 
     trained, options = model, {}
     if not all(parameter.requires_grad for parameter in model.parameters()):
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        part = {name.replace(".", "/"): model.get_parameter(name) for name in names}
-        trained = nn.ParameterDict(part)
+        part = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = nn.ParameterDict({name.replace(".", "/"): part[name] for name in part})
         if common.processes()[1] > 1:  # each process holds a part: finished arms alone are kept
             options = {"checkpoint": None, "checkpoint_seconds": math.inf}
+    options["accumulate"] = job.config.accumulate
     schedule = common.cosine(steps, warmup=min(20, steps // 5))
     model.train()
-    job.train(
-        trained,
-        loss_fn,
-        steps,
-        batches=task.batch,
-        lr=lr,
-        schedule=schedule,
-        accumulate=job.config.accumulate,
-        **options,
-    )
+    job.train(trained, loss_fn, steps, batches=task.batch, lr=lr, schedule=schedule, **options)
     model.eval()
 
 
 def train_arm(job: Job) -> dict:
-    """Load or pre-train, fine-tune, save what was trained, answer, and measure the cost."""
-    config, run = job.config, job.run
-    is_full = run.scale == "full"
+    """Load or pre-train, fine-tune, keep what was trained, answer, and measure the cost."""
+    config, is_small = job.config, job.run.scale == "small"
     task = task_of(job)
-    if job.method == "original":
-        model = start_full(job) if is_full else pretrain(job)
-    else:
-        model = start_full(job) if is_full else start_small(job)
-        alphas = (config.alpha, config.alpha_late)
-        finetune(model, task, job, config.steps, config.lr, alphas)
-    if not is_full:
+    model = start_small(job) if is_small else start_full(job)
+    if job.method != "original":
+        finetune(job, model, task, config.steps, config.lr, (config.alpha, config.alpha_late))
+    elif is_small:
+        library = ByteText(text_data.load_domain("python"), config, job.run.device, 2 * job.seed)
+        alphas = (PRETRAIN_ALPHA, PRETRAIN_ALPHA)
+        finetune(job, model, library, config.pretrain_steps, config.pretrain_lr, alphas)
+    if is_small:
         common.save(job.path(".pt"), model.state_dict())
     elif job.method != "original":
-        save_null_experts(job.path(".npz"), model, **full_sizes(job))
+        save_null_experts(job.path(".npz"), model, **patch_sizes(job))
     result = evaluate(model, task) | cost(model, task, job)
     if job.method == "adamoe":
-        result |= {"predicted": prediction(job), "sample": count_sample(model, task)}
-        if not is_full:
+        num_experts, _ = experts_of(config, job.run)
+        result["predicted"] = predicted_load(num_experts, *nulls_and_picks(job))
+        result["sample"] = count_sample(model, task)
+        if is_small:
             result["leak"] = future_leak(model, task.eval_batches[0][0, :-1])
     return result
 
 
-def prediction(job: Job) -> float:
-    """The load that the sizes of an arm promise."""
-    config = job.config
-    num_experts, own_top_k = config.num_experts, OWN_TOP_K
-    if job.run.scale == "full":
-        shape = model_shape(config, job.run)
-        num_experts, own_top_k = pretrained.sizes(shape)["num_experts"], shape.num_experts_per_tok
-    return predicted_load(num_experts, *config.nulls_and_picks(num_experts, own_top_k))
-
-
 def control_arm(job: Job) -> dict:
-    """An arm without training: another rule for how many experts a token gets, on weights that are
-    there.
-    """
-    source, config = CONTROLS[job.method], job.config
-    task, generator = task_of(job), torch.Generator().manual_seed(job.seed)
-    model = build(config, ARMS[source], generator)
-    common.load_state(model, common.load(job.other(source).path(".pt")), source)
+    """No training: another rule for how many experts a token gets, on weights that are there."""
+    source, generator = job.other(CONTROLS[job.method]), torch.Generator().manual_seed(job.seed)
+    task, model = task_of(job), build(source, generator)
+    common.load_state(model, common.load(source.path(".pt")), source.label)
     model = model.to(job.run.device)
     if job.method == "shuffled":
         return evaluate(model, task, lambda counts: shuffle_counts(counts, generator))
     # top_p: the threshold whose load on training text is AdaMoE's, by bisection.
-    load = job.other("adamoe").result()["load"]
-    length = config.context + 1
-    sampled = text_data.sample_windows(task.corpus.train, 32, length, generator)
+    load, layers = job.other("adamoe").result()["load"], null_layers(model)
     calibration = copy.copy(task)
-    calibration.eval_batches = [sampled.to(job.run.device)]
+    calibration.eval_batches = [task.windows(32, generator)]
     low, high = 0.0, 1.0
     for _ in range(16):
         threshold = (low + high) / 2
-        for layer in null_layers(model):
-            layer.choose = partial(route_top_p, num_experts=config.num_experts, threshold=threshold)
-        if evaluate(model, calibration)["load"] < load:
-            low = threshold
-        else:
-            high = threshold
+        for layer in layers:
+            sizes = {"num_experts": layer.num_experts, "threshold": threshold}
+            layer.choose = partial(route_top_p, **sizes)
+        is_low = evaluate(model, calibration)["load"] < load
+        low, high = (threshold, high) if is_low else (low, threshold)
     return evaluate(model, task) | {"threshold": threshold}
+
+
+def rebuild(job: Job, state: dict | None) -> nn.Module:
+    """The model of a trained arm; of --full, what was added is put into the pre-trained model."""
+    if job.run.scale == "full":
+        model = pretrained.load_causal(job.config.model, job.run.dtype)
+        load_null_experts(job.path(".npz"), model)
+        return model
+    model = build(job, torch.Generator())
+    common.load_state(model, state, f"{job.label}.pt")
+    return model
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """The model of a trained arm, in eval mode: runs/adamoe-small/arms/adamoe-seed0.pt.
+
+    An .npz of --full goes onto the pre-trained model it was made for. "shuffled" and "top_p" are
+    rules on weights of other arms and have none of their own. Raises UsageError, see
+    common.load_trained.
+    """
+    return common.load_trained(path, Config, rebuild)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1044,9 +964,7 @@ def counts_of(layers: Sequence[AdaMoE]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, dictate: Callable[[Tensor], Tensor] | None = None
-) -> dict:
+def evaluate(model: nn.Module, task, dictate: Callable[[Tensor], Tensor] | None = None) -> dict:
     """The task's measure on every batch, and how many experts the tokens used.
 
     dictate  counts [tokens] -> counts [tokens]: each batch runs once to see the model's own counts
@@ -1072,11 +990,12 @@ def evaluate(
         count = torch.cat(counts)  # [tokens, layers]
         found["load"] = float(count.double().mean())
         found["load_by_layer"] = count.double().mean(dim=0).tolist()
-        found["histogram"] = (torch.bincount(count.flatten()).double() / count.numel()).tolist()
+        tokens_with = torch.bincount(count.flatten(), minlength=layers[0].num_experts + 1)
+        found["histogram"] = (tokens_with / count.numel()).tolist()
     return found
 
 
-def cost(model: nn.Module, task: Task, job: Job) -> dict:
+def cost(model: nn.Module, task, job: Job) -> dict:
     """Per token: FLOPs of a forward, counted from the operators that ran; seconds of a forward and
     of a training step. `rows`: how often an expert was applied to a token, from its FLOPs.
     """
@@ -1084,11 +1003,13 @@ def cost(model: nn.Module, task: Task, job: Job) -> dict:
     if not layers:  # the library's own, whose operators the counter may not know
         return {}
     batches = task.eval_batches[:COST_BATCHES]
+    num_tokens = sum(task.num_tokens(batch) for batch in batches)
 
     @torch.no_grad()
     def forward() -> None:
         for batch in batches:
             task.scores(model, batch)
+            picks.append(sum(int(layer.true_counts.sum()) for layer in layers))
 
     def step() -> None:
         is_low = job.run.dtype != torch.float32
@@ -1097,33 +1018,27 @@ def cost(model: nn.Module, task: Task, job: Job) -> dict:
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    num_tokens = sum(task.num_tokens(batch) for batch in batches)
+    picks: list[int] = []
     found = {"seconds_forward": common.median_seconds(forward, device) / num_tokens}
     model.train()
-    step_seconds = common.median_seconds(step, device)
-    found["seconds_step"] = step_seconds / task.num_tokens(batches[0])
+    found["seconds_step"] = common.median_seconds(step, device) / task.num_tokens(batches[0])
     model.eval()
     if job.run.scale == "full":
         found["peak_bytes"] = common.peak_memory(device)
 
     for layer in layers:
         layer.backend = "torch"  # the counter does not see into Triton kernels
-    flops = common.count_flops(forward)
-    names = {module: name for name, module in model.named_modules()}
-    root = type(model).__name__
-    in_experts, picks = 0, 0
-    for layer in layers:
-        name = f"{root}.{names[layer]}"
-        shared = flops.get(f"{name}.shared", 0) + flops.get(f"{name}.shared_gate", 0)
-        in_experts += flops[name] - flops[f"{name}.router"] - shared
-    for batch in batches:
-        with torch.no_grad():
-            task.scores(model, batch)
-        picks += sum(int(layer.true_counts.sum()) for layer in layers)
+    flops, in_experts = common.count_flops(forward), 0
+    for name, module in model.named_modules(prefix=type(model).__name__):
+        if isinstance(module, AdaMoE):
+            others = [
+                flops.get(f"{name}.{part}", 0) for part in ("router", "shared", "shared_gate")
+            ]
+            in_experts += flops[name] - sum(others)
     found["flops"] = flops["Global"] / num_tokens
     found["expert_flops"] = in_experts / num_tokens
     found["rows"] = in_experts / flops_of_one_row(layers[0])
-    found["true_picks"] = picks
+    found["true_picks"] = sum(picks[-len(batches) :])
     for layer in layers:
         layer.backend = "auto"
     return found
@@ -1143,8 +1058,7 @@ def future_leak(model: nn.Module, tokens: Tensor) -> float:
     """Largest change of the first half's logits when the second half of tokens [time] is replaced,
     in float64.
     """
-    model = copy.deepcopy(model).double().eval()
-    half = len(tokens) // 2
+    model, half = copy.deepcopy(model).double(), len(tokens) // 2
     changed = tokens.clone()
     changed[half:] = (changed[half:] + 1) % 256
     before, after = model(tokens[None])[0, :half], model(changed[None])[0, :half]
@@ -1152,32 +1066,11 @@ def future_leak(model: nn.Module, tokens: Tensor) -> float:
 
 
 @torch.no_grad()
-def count_sample(model: nn.Module, task: Task) -> dict:
+def count_sample(model: nn.Module, task) -> dict:
     """A piece of text, token by token, and the true experts each used, summed over layers."""
     batch, words = task.sample()
     task.scores(model, batch)
     return {"words": words, "counts": counts_of(null_layers(model)).sum(dim=1).tolist()}
-
-
-def rebuild(job: Job, state: dict | None) -> nn.Module:
-    """The model of a trained arm; of --full, what was added is put into the pre-trained model."""
-    if job.run.scale == "full":
-        model = pretrained.load_causal(job.config.model, job.run.dtype)
-        load_null_experts(job.path(".npz"), model)
-        return model
-    model = build(job.config, ARMS[job.method], torch.Generator())
-    common.load_state(model, state, f"{job.label}.pt")
-    return model
-
-
-def load_trained(path: str | Path) -> nn.Module:
-    """The model of a trained arm, in eval mode: runs/adamoe-small/arms/adamoe-seed0.pt.
-
-    An .npz of --full goes onto the pre-trained model it was made for. "shuffled" and "top_p" are
-    rules on weights of other arms and have none of their own. Raises UsageError, see
-    common.load_trained.
-    """
-    return common.load_trained(path, Config, rebuild)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1190,11 +1083,14 @@ def rival(results: Results) -> str:
     return "top2" if "top2" in results else "vanilla"
 
 
-def better(results: Results, arm: str, other: str) -> np.ndarray:
-    """[seeds]: how much better an arm is, in nats/byte less or points more."""
-    if "accuracy" in results[arm][0]:
-        return results.ahead(arm, other, "accuracy")
-    return results.ahead(other, arm, "loss")
+def compared(results: Results, other: str, words: str = "") -> Margin:
+    """How much better AdaMoE is than another arm, in nats/byte less or points more."""
+    if "accuracy" in results["adamoe"][0]:
+        gain, unit = results.ahead("adamoe", other, "accuracy"), "points"
+        words += f"; {results['adamoe'][0]['count']} questions"
+    else:
+        gain, unit = results.ahead(other, "adamoe", "loss"), "nats/byte"
+    return Margin(gain, f"{show(gain)} {unit} better than {other} (negative: worse){words}")
 
 
 def under_line(results: Results, arm: str) -> np.ndarray:
@@ -1202,6 +1098,11 @@ def under_line(results: Results, arm: str) -> np.ndarray:
     one, two = results.of("top1", "loss"), results.of("top2", "loss")
     on_line = one + (results.of(arm, "load") - 1) * (two - one)
     return on_line - results.of(arm, "loss")
+
+
+def saved(results: Results, key: str) -> np.ndarray:
+    """[seeds]: percent that AdaMoE has less of than its rival."""
+    return 100 * (1 - results.of("adamoe", key) / results.of(rival(results), key))
 
 
 @claim("the load follows top_k * num_experts / (num_experts + num_null), within a tenth",
@@ -1222,41 +1123,30 @@ def quality(results: Results, config: Config) -> Margin:
 @claim("tokens use different numbers of experts; the same numbers dealt out at random are worse",
        paper="not verified (the control is ours)", required=True)  # fmt: skip
 def adaptive(results: Results, config: Config) -> Margin:
-    worse = better(results, "adamoe", "shuffled")
-    varied = np.array([1 - max(result["histogram"]) for result in results["adamoe"]])
-    text = f"{100 * varied.mean():.0f} % of tokens off the commonest number; "
-    return Margin(worse * (varied.min() > 0), text + f"shuffled {show(worse)} nats/byte worse")
+    varied = 1 - results.of("adamoe", "histogram").max(axis=1)  # [seeds]
+    words = f"; {100 * varied.mean():.0f} % of tokens off the commonest number"
+    gain, text, _ = compared(results, "shuffled", words)
+    return Margin(gain * (varied.min() > 0), text)
 
 
 @claim("better than fine-tuning with the model's own top-k, at a lower load",
        paper="accuracy 85.35 against 84.64 (Mixtral, mean of six)", required=True)  # fmt: skip
 def beats_top_k(results: Results, config: Config) -> Margin:
-    other = rival(results)
-    gain = better(results, "adamoe", other)
-    is_text = "loss" in results["adamoe"][0]
-    text = f"{show(gain)} {ByteText.unit if is_text else LetterQuestions.unit} better than {other}"
-    if not is_text:
-        text += f", over {results['adamoe'][0]['count']} questions"
-    return Margin(gain, f"{text} (negative: worse)")
+    return compared(results, rival(results))
 
 
 @claim("better than top-2 with top-p routing, put on after training, at the same load",
        paper="not verified (top-p is not compared)")  # fmt: skip
 def beats_top_p(results: Results, config: Config) -> Margin:
-    gain = better(results, "adamoe", "top_p")
-    loads = f"load {show(results.of('top_p', 'load'), 3)}, {show(results.of('adamoe', 'load'), 3)}"
-    return Margin(gain, f"{show(gain)} nats/byte better (negative: worse); {loads}")
+    loads = [show(results.of(arm, "load"), 3) for arm in ("adamoe", "top_p")]
+    return compared(results, "top_p", f"; load {loads[0]} against {loads[1]}")
 
 
-@claim("fewer experts take less time: a training step against one with the model's own top-k",
+@claim("fewer experts take less time, a training step against one with the model's own top-k",
        paper="not verified (no times in the paper)")  # fmt: skip
 def time(results: Results, config: Config) -> Margin:
-    other = rival(results)
-    saved = {}
-    for key in ("seconds_step", "seconds_forward"):
-        saved[key] = 100 * (1 - results.of("adamoe", key) / results.of(other, key))
-    text = f"{show(saved['seconds_step'], 1)} % less than {other} a training step, "
-    return Margin(saved["seconds_step"], text + f"{show(saved['seconds_forward'], 1)} % a forward")
+    step, forward = saved(results, "seconds_step"), saved(results, "seconds_forward")
+    return Margin(step, f"{show(step, 1)} % less a training step, {show(forward, 1)} % a forward")
 
 
 @claim("gates over true picks beat gates over all picks (distance to the line: their loads differ)",
@@ -1264,22 +1154,18 @@ def time(results: Results, config: Config) -> Margin:
 def true_norm(results: Results, config: Config) -> Margin:
     gain = under_line(results, "adamoe") - under_line(results, "all_picks")
     loads = show(results.of("all_picks", "load"), 3)
-    return Margin(
-        gain, f"{show(gain)} nats/byte further under the line; load over all picks {loads}"
-    )
+    return Margin(gain, f"{show(gain)} nats/byte further under it; load over all picks {loads}")
 
 
 @claim("copied null rows beat random null rows")
 def copy_init(results: Results, config: Config) -> Margin:
-    gain = better(results, "adamoe", "random_nulls")
-    return Margin(gain, f"{show(gain)} better than random null rows")
+    return compared(results, "random_nulls")
 
 
 @claim("averaging the nulls in the balance loss beats balancing each null",
        paper="accuracy 67.51 against 56.68 (RTE), 71.40 against 69.80 (OBQA)")  # fmt: skip
 def null_loss(results: Results, config: Config) -> Margin:
-    gain = better(results, "adamoe", "l_bal")
-    return Margin(gain, f"{show(gain)} better than l_bal")
+    return compared(results, "l_bal")
 
 
 @check("null experts cost nothing: rows processed = true picks")
@@ -1288,15 +1174,12 @@ def null_free(results: Results, config: Config) -> Check:
     return Check(bool((rows == picks).all()), f"{rows.sum():,.0f} rows, {picks.sum():,.0f} picks")
 
 
-@check("the experts' FLOPs follow the load")
+@check("fewer experts are fewer FLOPs")
 def flops(results: Results, config: Config) -> Check:
-    other = rival(results)
-    saved = {}
-    for key in ("expert_flops", "flops"):
-        saved[key] = 100 * (1 - results.of("adamoe", key) / results.of(other, key))
-    text = f"{show(saved['expert_flops'], 1)} % less expert work than {other}, "
-    text += f"{show(saved['flops'], 1)} % of all FLOPs (the paper: 15.21 %, Mixtral, six tasks)"
-    return Check(bool((saved["expert_flops"] > 0).all()), text, saved)
+    experts, whole = saved(results, "expert_flops"), saved(results, "flops")
+    text = f"{show(experts, 1)} % less expert work than {rival(results)}, {show(whole, 1)} % of all"
+    text += " FLOPs saved (the paper: 15.21 %, Mixtral, mean of six)"
+    return Check(bool((experts > 0).all()), text)
 
 
 @check("routing does not look at later tokens")
@@ -1319,16 +1202,14 @@ PAPER = {  # Table 1, Mixtral: accuracy of the original, fine-tuned with top-2, 
     "obqa": "65.40, 89.00, 88.20",
     "arc-c": "83.73, 87.46, 89.15",
 }
-
-
 COLUMNS = {  # title: (key, unit, digits)
     "nats/byte": ("loss", 1, 4),
     "accuracy %": ("accuracy", 1, 2),
     "load": ("load", 1, 3),
     "experts kFLOP": ("expert_flops", 1e-3, 1),
     "all kFLOP": ("flops", 1e-3, 1),
-    "forward µs": ("seconds_forward", 1e6, 2),
-    "step µs": ("seconds_step", 1e6, 2),
+    "forward µs": ("seconds_forward", 1e6, 1),
+    "step µs": ("seconds_step", 1e6, 1),
     "peak GB": ("peak_bytes", 1e-9, 2),
 }
 
@@ -1336,42 +1217,36 @@ COLUMNS = {  # title: (key, unit, digits)
 def print_tables(results: Results, config: Config, run: Run) -> None:
     columns = {}
     for title, (key, unit, digits) in COLUMNS.items():
-        if any(key in results[arm][0] for arm in results):
+        if any(key in found[0] for found in results.values()):
             columns[title] = (key, unit, digits)
-    has_line = "top1" in results and "top2" in results
+    if {"top1", "top2"} <= results.keys():
+        columns["under the line"] = None
     rows = []
-    for arm in results:
+    for arm, found in results.items():
         row = [arm]
-        for key, unit, digits in columns.values():
-            is_there = key in results[arm][0]
-            row.append(show(unit * results.of(arm, key), digits) if is_there else "")
-        if has_line:
-            row.append(show(under_line(results, arm)))
+        for column in columns.values():
+            if column is None:
+                row.append(show(under_line(results, arm)))
+            elif column[0] in found[0]:
+                key, unit, digits = column
+                row.append(show(unit * results.of(arm, key), digits))
+            else:
+                row.append("")
         rows.append(row)
-    header = ["arm", *columns, *(["under the line"] if has_line else [])]
     title = f"{len(run.seeds)} seed(s); load = true experts a token; FLOPs and time a token"
     if run.scale == "full" and config.task in PAPER:
         title += f"\nthe paper, Mixtral-8x7B, {config.task}: {PAPER[config.task]} %"
-    run.table(title, header, rows)
+    run.table(title, ["arm", *columns], rows)
     if "adamoe" not in results:
         return
-    shares, by_layer = mean_histogram(results["adamoe"]), results.of("adamoe", "load_by_layer")
-    cells = [f"{100 * share:.1f} %" for share in shares]
+    shares = 100 * np.trim_zeros(results.of("adamoe", "histogram").mean(axis=0), "b")
+    cells = [f"{share:.1f} %" for share in shares]
     run.table("AdaMoE: true experts a token", [*range(len(shares))], [cells])
-    rows = [[layer, show(loads, 3)] for layer, loads in enumerate(by_layer.T)]
-    run.table("AdaMoE: load by layer", ["layer", "load"], rows)
+    by_layer = results.of("adamoe", "load_by_layer").T  # [layers, seeds]
+    common.say(f"\nload by layer: {', '.join(show(loads, 3) for loads in by_layer)}")
     sample = results["adamoe"][0]["sample"]
     common.say("\nAdaMoE, first seed: true experts of each token, summed over layers")
     common.say(with_counts(sample["words"][:400], sample["counts"]))
-
-
-def mean_histogram(found: Sequence[dict]) -> np.ndarray:
-    """[counts]: the share of tokens with 0, 1, 2 ... true experts, the mean over seeds."""
-    width = max(len(result["histogram"]) for result in found)
-    shares = np.zeros(width)
-    for result in found:
-        shares[: len(result["histogram"])] += np.array(result["histogram"]) / len(found)
-    return shares
 
 
 def with_counts(words: Sequence[str], counts: Sequence[int], width: int = 96) -> str:
@@ -1391,54 +1266,46 @@ def with_counts(words: Sequence[str], counts: Sequence[int], width: int = 96) ->
 def draw(results: Results, config: Config, run: Run) -> None:
     adamoe = results["adamoe"]
     arms = [arm for arm in results if "@" not in arm and arm != "original"]
-    measure = "loss" if "loss" in adamoe[0] else "accuracy"
+    is_text = "loss" in adamoe[0]
+    measure, unit = ("loss", "nats/byte") if is_text else ("accuracy", "right answers, %")
 
     def trade_off(ax) -> None:
-        """The measure against the load, with the line through top-1 and top-2."""
-        several = len(run.seeds) >= 3
+        """With the line through top-1 and top-2, and intervals from three seeds on."""
         for arm in arms:
             x, y = results.of(arm, "load"), results.of(arm, measure)
-            half = [common.half_width(values) if several else 0.0 for values in (x, y)]
+            half = [common.half_width(values) if len(x) > 2 else 0.0 for values in (y, x)]
             color = common.color_of(arm, arms)
-            ax.errorbar(
-                x.mean(), y.mean(), half[1], half[0], "o", color=color, label=arm, capsize=3
-            )
-        if "top1" in results and "top2" in results:
-            ends = [results.of(arm, measure).mean() for arm in ("top1", "top2")]
+            ax.errorbar(x.mean(), y.mean(), *half, fmt="o", color=color, label=arm, capsize=3)
+        if {"top1", "top2"} <= results.keys():
+            ends = [results.of(arm, "loss").mean() for arm in ("top1", "top2")]
             ax.plot([1, 2], ends, color="0.6", zorder=0)
-        unit = "nats/byte" if measure == "loss" else "right answers, %"
         ax.set(xlabel="true experts a token", ylabel=unit, title="quality against load")
 
     def counts(ax) -> None:
-        shares = 100 * mean_histogram(adamoe)
+        shares = 100 * np.trim_zeros(results.of("adamoe", "histogram").mean(axis=0), "b")
         ax.bar(range(len(shares)), shares, color=common.color_of("adamoe", arms))
         ax.set(xlabel="true experts", ylabel="% of tokens", title="AdaMoE: experts a token gets")
 
     def text(ax) -> None:
-        sample = adamoe[0]["sample"]
-        painted_text(ax, sample["words"], sample["counts"])
+        painted_text(ax, adamoe[0]["sample"])
         ax.set(title="true experts, summed over layers", xticks=[], yticks=[])
 
     run.plot([trade_off, counts, text])
 
 
-def painted_text(
-    ax, words: Sequence[str], counts: Sequence[int], rows: int = 14, columns: int = 48
-) -> None:
+def painted_text(ax, sample: dict, rows: int = 14, columns: int = 48) -> None:
     """Characters of a text on a grid, each on the colour of its token's count, with a scale."""
     grid = np.full((rows, columns), np.nan)
-    middle = (min(counts) + max(counts)) / 2
+    middle = (min(sample["counts"]) + max(sample["counts"])) / 2
+    style = {"family": "monospace", "fontsize": 7, "ha": "center", "va": "center"}
     row, column = 0, 0
-    for word, count in zip(words, counts):
+    for word, count in zip(sample["words"], sample["counts"]):
         for char in word:
             if char == "\n" or column == columns:
                 row, column = row + 1, 0
-            if row == rows:
-                break
-            if char != "\n":
+            if row < rows and char != "\n":
                 grid[row, column] = count
                 color = "black" if count > middle else "white"
-                style = {"family": "monospace", "fontsize": 7, "ha": "center", "va": "center"}
                 ax.text(column, row, char, color=color, **style)
                 column += 1
     image = ax.imshow(grid, aspect="auto", cmap="viridis")
@@ -1460,15 +1327,21 @@ def plan_small(config: Config, run: Run, arms: Sequence[str]) -> None:
     if config.num_experts < OWN_TOP_K:
         raise ValueError(f"num_experts is {config.num_experts}; the top-2 model needs {OWN_TOP_K}")
     num_null, top_k = config.nulls_and_picks(config.num_experts, OWN_TOP_K)
-    run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
-    model = build(config, ARMS["original"], torch.Generator().manual_seed(run.seed)).to(run.device)
-    task = ByteText(downstream, config, run.device, 0)
-    text = "text " + ", ".join(f"{name} {digest}" for name, digest in run.data.items())
     load = predicted_load(config.num_experts, num_null, top_k)
+    run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
+    text = "text " + ", ".join(f"{name} {digest}" for name, digest in run.data.items())
     text += f", {num_null} nulls, {top_k} picks: load {load:.2f}"
-    tuned = sum(arm.partition("@")[0] not in (*CONTROLS, "original") for arm in arms)
-    steps = len(run.seeds) * (config.pretrain_steps + 1.3 * tuned * config.steps)  # evaluation
-    run.plan(text, model, lambda: task.loss(model, task.batch(0)).backward(), steps)
+    model, task = (
+        start_small(Job(run, "original", run.seed)),
+        ByteText(downstream, config, run.device, 0),
+    )
+    tuned = [arm for arm in arms if arm != "original" and arm not in CONTROLS]
+    steps = config.pretrain_steps + 1.3 * len(tuned) * config.steps  # evaluation takes the rest
+
+    def step() -> None:
+        task.loss(model, task.batch(0)).backward()
+
+    run.plan(text, model, step, len(run.seeds) * steps)
     for corpus in (python, downstream):
         if corpus.note:
             common.say(corpus.note)
@@ -1478,21 +1351,16 @@ def plan_full(config: Config, run: Run) -> Config:
     """Settle the model, say what it will take, and refuse what does not fit."""
     _, processes = common.processes()
     memory = pretrained.device_memory(run.device) * (processes if run.device == "cuda" else 1)
-    if config.model == "auto":
-        config = replace(config, model=MIXTRAL if memory > 110e9 else OLMOE)
+    if run.compile:
+        raise ValueError("--compile belongs to the small scale: here shapes change with each batch")
+    config = replace(config, model=pretrained.choose_model(config.model, memory))
     is_random = config.model == "random"
     for name in SHAPE:
         if not is_random and getattr(config, name) != getattr(FULL, name):
             raise ValueError(
                 f"{common.flag(name)} belongs to --model random; others have their own"
             )
-    if run.compile:
-        raise ValueError("--compile belongs to the small scale: here shapes change with each batch")
-    shape = model_shape(config, run)
-    rows, needed = estimate(config, run, shape)
-    run.table(f"what {config.model} will take", ["", "estimate"], [
-        *rows, ["memory there", f"{memory / 1e9:.2f} GB, {processes} process(es)"],
-    ])  # fmt: skip
+    needed = estimate(config, run, memory)
     if run.dry_run:
         raise common.Planned
     if needed > memory:
@@ -1501,74 +1369,75 @@ def plan_full(config: Config, run: Run) -> Config:
             remedy = f"a lower --num-layers (about {int(config.num_layers * memory / needed)})"
         found = f"{needed / 1e9:.0f} GB needed, {memory / 1e9:.0f} GB there"
         raise ValueError(f"{found}; what helps: {remedy}")
-    if processes > 1:
-        run.workers = 1
-    elif run.device == "cpu":
-        run.workers = max(1, min(run.workers, int(memory / needed)))
+    if processes > 1 or run.device == "cpu":
+        at_a_time = 1 if processes > 1 else int(memory / needed)
+        run.workers = min(run.workers, at_a_time)
     run.data = {"random": "tokens"}
     if not is_random:
-        files = task_data.task_files(config.task, run.data_dir)
         config = replace(config, model=str(pretrained.locate(config.model, run.data_dir)))
-        files = [*files, Path(config.model) / "config.json"]
-        digests = [common.sha256(path)[:12] for path in files]
-        run.data = dict(zip(("train", "dev", "model"), digests))
+        train, dev = task_data.task_files(config.task, run.data_dir)
+        files = {"train": train, "dev": dev, "model": Path(config.model) / "config.json"}
+        run.data = {name: common.sha256(path)[:12] for name, path in files.items()}
     return config
 
 
-def activation_bytes(sizes: dict, vocab_size: int, top_k: int, tokens: int, dtype: torch.dtype) -> int:
-    return 0
+def estimate(config: Config, run: Run, memory: int) -> float:
+    """Print what --full will take, from the shapes of the model alone; the bytes needed."""
+    shape = model_shape(config, run)
+    num_experts, own_top_k = experts_of(config, run)
+    num_null, top_k = config.nulls_and_picks(num_experts, own_top_k)
+    load = predicted_load(num_experts, num_null, top_k)
 
+    def patch(model: nn.Module) -> None:
+        add_null_experts(model, num_null, top_k, rank=config.lora_rank)
 
-def estimate(config: Config, run: Run, shape) -> tuple[list[list[str]], float]:
-    """Rows of a table, from the shapes of the model alone, and the bytes needed."""
-    sizes = pretrained.sizes(shape)
-    num_null, top_k = config.nulls_and_picks(sizes["num_experts"], shape.num_experts_per_tok)
-    load, own = predicted_load(sizes["num_experts"], num_null, top_k), shape.num_experts_per_tok
-    model = pretrained.random_causal(shape, run.dtype, "meta")  # shapes, no memory
-    embedding = model.get_input_embeddings().weight.numel()
-    parameters = common.count_parameters(model)
-    active = common.count_parameters(model, own) - embedding
-    outside_experts = common.count_parameters(model, 0) - embedding
-    share = 1 - outside_experts / active
-    add_null_experts(model, num_null, top_k, rank=config.lora_rank)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = config.batch_size * config.context
-    needed = {"weights": parameters * run.dtype.itemsize, "LoRA and Adam": 16 * trained}
-    needed["activations"] = activation_bytes(sizes, shape.vocab_size, top_k, tokens, run.dtype)
+    count = pretrained.count_parts(shape, run.dtype, patch)
+    active = count.outside_experts + count.in_experts * own_top_k / num_experts
+    share = 1 - count.outside_experts / active
+    tokens = config.batch_size * config.context // config.accumulate
+    needed = {
+        "weights": count.parameters * run.dtype.itemsize,
+        "LoRA and Adam": 16 * count.trained,
+        "activations": pretrained.activation_bytes(shape, top_k, tokens, run.dtype),
+    }
     is_here = config.model == "random" or pretrained.is_here(config.model, run.data_dir)
-    parts = [f"{name} {count / 1e9:.2f} GB" for name, count in needed.items()]
-    training = 6 * active * config.steps * tokens  # forward twice, backward without weights
+    download = "none" if is_here else f"{2 * count.parameters / 1e9:.2f} GB in 16 bits"
+    # Forward twice, for activation checkpointing, and a backward without frozen weights' gradients.
+    training = 6 * active * config.steps * config.batch_size * config.context
+    parts = [f"{name} {size / 1e9:.2f} GB" for name, size in needed.items()]
     rows = [
-        ["parameters", f"{parameters:,}"],
-        ["of which a token meets", f"{active:,} and its embedding, {100 * share:.1f} % in experts"],
-        ["predicted load", f"{load:.3f} of {own} experts ({num_null} nulls, {top_k} picks)"],
-        ["FLOPs saved, predicted", f"{100 * flops_saved(load, own, share):.1f} %"],
+        ["parameters", f"{count.parameters:,}"],
+        ["of which a token meets", f"{active:,.0f}, {100 * share:.1f} % of them in experts"],
+        ["predicted load", f"{load:.3f} of {own_top_k} experts ({num_null} nulls, {top_k} picks)"],
+        ["FLOPs saved, predicted", f"{100 * flops_saved(load, own_top_k, share):.1f} %"],
         ["training FLOPs an arm, at most", f"{training:.1e}"],
-        ["weights to download", "none" if is_here else f"{2 * parameters / 1e9:.2f} GB in 16 bits"],
+        ["weights to download", download],
         ["memory needed, at most", " + ".join(parts)],
+        ["memory there", f"{memory / 1e9:.2f} GB ({run.device})"],
     ]
-    return rows, sum(needed.values())
+    run.table(f"what {config.model} will take", ["", "estimate"], rows)
+    return sum(needed.values())
 
 
 def main(config: Config, run: Run) -> Results:
-    is_full = run.scale == "full"
-    known = [*DEFAULT[run.scale], *MORE[run.scale]]
-    arms = run.choose(known, default=DEFAULT[run.scale], more=MORE[run.scale])
+    default, more = DEFAULT[run.scale], MORE[run.scale]
+    arms = run.choose([*default, *more], default=default, more=more)
     for control, source in CONTROLS.items():
         if control in arms:
             arms = list(dict.fromkeys([source, "adamoe", *arms]))
-    if is_full:
-        run.config = config = plan_full(config, run)
-    else:
+    if run.scale == "small":
         arms = list(dict.fromkeys(["original", *arms]))
         plan_small(config, run, arms)
+    else:
+        run.config = config = plan_full(config, run)
 
+    controls = [arm for arm in arms if arm in CONTROLS]
+    trained = [arm for arm in arms if arm not in ("original", *CONTROLS)]
     results = Results()
-    if "original" in arms:
+    if "original" in arms:  # the others begin with its weights
         results |= run.train_arms(train_arm, ["original"])
-    trained = [arm for arm in arms if arm != "original" and arm not in CONTROLS]
     results |= run.train_arms(train_arm, trained)
-    results |= run.train_arms(control_arm, [arm for arm in arms if arm in CONTROLS])
+    results |= run.train_arms(control_arm, controls)
     print_tables(results, config, run)
     if "adamoe" in results:
         draw(results, config, run)

@@ -4,6 +4,7 @@
     read_block(block)               its weights and how it routes, as MixtureWeights
     replace_blocks(model, make)     make(block) in the place of each, once compared with it
     all_or_nothing(model)           inside, an error leaves the model exactly as it was
+    watch(model, layer_type)        hands the model's attention_mask to the new layers
 
 A block of the usual layout has a router, `gate` or `router`, with one weight [experts, d_model],
 and `experts` with gate_up_proj [experts, 2 * d_ff, d_model] and down_proj [experts, d_model, d_ff]:
@@ -13,9 +14,11 @@ overlooks shows in the comparison. This file knows no method and needs no transf
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -269,3 +272,36 @@ def compare(block: nn.Module, make_equal: Callable[[nn.Module], nn.Module], toke
     difference = (make_equal(block).eval()(x) - expected).abs().max() / expected.abs().max()
     if not difference <= 1e-3:
         refuse(block, f"it differs by {float(difference):.2g} of its output from what was read")
+
+
+def watch(model: nn.Module, layer_type: type) -> None:
+    """From now on the model's attention_mask reaches its layers of this type as their token_mask.
+
+    [batch, time] bool, False at padding, None where the model got none. A forward that asks for the
+    library's own balance loss is refused; one in training, of layers in which nothing is trained,
+    warns.
+    """
+    hook = partial(before_forward, layer_type=layer_type)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def before_forward(model: nn.Module, args: tuple, kwargs: dict, layer_type: type) -> None:
+    layers = [module for module in model.modules() if isinstance(module, layer_type)]
+    default = getattr(getattr(model, "config", None), "output_router_logits", False)
+    if kwargs.get("output_router_logits", default):
+        reason = "the library's balance loss does not know the new layers"
+        raise ValueError(f"output_router_logits is on, but {reason}; add their aux_loss instead")
+    if model.training and torch.is_grad_enabled():
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        if not any(parameter.requires_grad for parameter in parameters):
+            told = "in the replaced mixtures nothing is trained"
+            warnings.warn(f"{told}; with PEFT, replace them after get_peft_model", stacklevel=2)
+    mask = kwargs.get("attention_mask")
+    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+    tokens = next((given for given in inputs if isinstance(given, Tensor)), None)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+        token_mask = mask[:, -tokens.shape[1] :].bool()  # without what lies in the cache
+    else:
+        token_mask = None
+    for layer in layers:
+        layer.token_mask = token_mask
