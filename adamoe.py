@@ -170,7 +170,7 @@ def load_balancing_loss(
     token_mask     [tokens] bool; False marks padding, which counts neither in f nor in P
     average_nulls  False: the ordinary balance loss (l_bal), which also balances nulls one by one
     selection      as in route
-    Under data parallelism f is averaged over the processes, so that the mean of their losses is the
+    In data-parallel training f is averaged over the processes: the mean of their losses is then the
     loss of the batch.
     """
     check_sizes(num_experts, router_logits.shape[-1] - num_experts, top_k)
@@ -183,7 +183,8 @@ def load_balancing_loss(
     expert_index = pick_experts(logits, top_k, selection)
     picked = torch.zeros_like(logits).scatter_(1, expert_index, 1.0)  # [tokens, E]
     f = (weight * picked).sum(dim=0)  # [E]
-    if dist.is_available() and dist.is_initialized():
+    # Without gradients nobody trains, and a process may be alone in this, as where it checks.
+    if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
         dist.all_reduce(f)
         f /= dist.get_world_size()
     if average_nulls and logits.shape[1] > num_experts:
