@@ -46,7 +46,7 @@ Differences from the paper and its code
 4. alpha falls to alpha_late at half time, within one run (the paper: after the first epoch).
 5. Small scale: all weights trained, every arm with the same steps, batches and learning rate, the
    best of one grid for each of them on seeds 100-102. LoRA experts on a dense model (the paper's
-   section 4.1, table 7) are left out: there null experts bought nothing here.
+   setting A, section 4.1 and table 7) are left out.
 6. --full: LoRA as in the paper, on a base in bf16 (the paper: 4 bits), one LoRA for gate and up
    projection; the answer is the likeliest letter. Models trained without normalised gates keep
    their scale: softmax over all true experts. Batch 16, cosine and lora_alpha 16 are ours.
@@ -624,9 +624,7 @@ FullCount = Annotated[Count, Only(scale="full")]
 @dataclass(frozen=True)
 class Config(common.Settings):
     num_null: Whole | None = None  # null experts; none: as many as true ones, as in the paper
-    top_k: Count | None = (
-        None  # picks, nulls included; none: 1.5 times the model's own, the paper's
-    )
+    top_k: Count | None = None  # picks, nulls included; none: 1.5 times the model's own
     load: Positive | None = None  # budget of true experts a token; chooses num_null from top_k
     alpha: NonNegative = 0.02  # weight of the balance loss, first half; paper section 4.2.1
     alpha_late: NonNegative = 1e-4  # second half; paper section 4.2.1
@@ -642,9 +640,7 @@ class Config(common.Settings):
     pretrain_lr: Annotated[Positive, Only(scale="small")] = 6e-3  # peak, cosine to a tenth
     lr: Positive = 8e-3  # peak, cosine to a tenth; best for every arm on seeds 100-102
     text: Annotated[str, Only(scale="small")] = ""  # file or folder instead of Python's manual
-    model: Annotated[str, Only(scale="full")] = (
-        "auto"  # folder, Hugging Face name, "random", "auto"
-    )
+    model: Annotated[str, Only(scale="full")] = "auto"  # folder, name, "random" or "auto"
     task: Annotated[Literal[task_data.LETTER_TASKS], Only(scale="full")] = "arc-c"  # questions
     train_examples: FullCount = 1000  # questions; paper section 4.2
     accumulate: FullCount = 1  # parts of a batch; the balance loss is then that of a part
