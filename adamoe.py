@@ -1313,7 +1313,7 @@ def painted_text(ax, sample: dict, rows: int = 14, columns: int = 48) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def plan_small(config: Config, run: Run, arms: Sequence[str]) -> None:
+def plan_small(config: Config, run: Run, arms: int) -> None:
     """Refuse what cannot work, say what the run is about and what it will take."""
     python, downstream = text_data.load_domain("python"), manual(config)
     shortest, needed = min(len(downstream.train), len(downstream.val)), config.context + 1
@@ -1331,8 +1331,7 @@ def plan_small(config: Config, run: Run, arms: Sequence[str]) -> None:
         start_small(Job(run, "original", run.seed)),
         ByteText(downstream, config, run.device, 0),
     )
-    tuned = [arm for arm in arms if arm != "original" and arm not in CONTROLS]
-    steps = config.pretrain_steps + 1.3 * len(tuned) * config.steps  # evaluation takes the rest
+    steps = config.pretrain_steps + 1.3 * arms * config.steps  # evaluation takes the rest
 
     def step() -> None:
         task.loss(model, task.batch(0)).backward()
@@ -1418,17 +1417,16 @@ def estimate(config: Config, run: Run, memory: int) -> float:
 def main(config: Config, run: Run) -> Results:
     default, more = DEFAULT[run.scale], MORE[run.scale]
     arms = run.choose([*default, *more], default=default, more=more)
-    for control, source in CONTROLS.items():
-        if control in arms:
-            arms += [source, "adamoe"]
+    controls = [arm for arm in arms if arm.partition("@")[0] in CONTROLS]
+    for control in controls:  # it needs their weights, and AdaMoE's load
+        arms += [CONTROLS[control.partition("@")[0]], "adamoe"]
     arms = list(dict.fromkeys(arms))
+    trained = [arm for arm in arms if arm not in ("original", *controls)]
     if run.scale == "small":
-        plan_small(config, run, arms)
+        plan_small(config, run, len(trained))
     else:
         run.config = config = plan_full(config, run)
 
-    controls = [arm for arm in arms if arm in CONTROLS]
-    trained = [arm for arm in arms if arm not in ("original", *CONTROLS)]
     results = Results()
     if run.scale == "small" or "original" in arms:  # small ones begin with its weights
         results |= run.train_arms(train_arm, ["original"])
