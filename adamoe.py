@@ -1327,10 +1327,8 @@ def plan_small(config: Config, run: Run, arms: int) -> None:
     run.data = {corpus.name: corpus.digest for corpus in (python, downstream)}
     text = "text " + ", ".join(f"{name} {digest}" for name, digest in run.data.items())
     text += f", {num_null} nulls, {top_k} picks: load {load:.2f}"
-    model, task = (
-        start_small(Job(run, "original", run.seed)),
-        ByteText(downstream, config, run.device, 0),
-    )
+    model = start_small(Job(run, "original", run.seed))
+    task = ByteText(downstream, config, run.device, stream=0)
     steps = config.pretrain_steps + 1.3 * arms * config.steps  # evaluation takes the rest
 
     def step() -> None:
