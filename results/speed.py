@@ -36,11 +36,12 @@ def with_gradients(function: Callable[[Tensor], Tensor], x: Tensor, parameters: 
 
 
 def expert_layer(config: adamoe.Config) -> Pair:
-    layer = adamoe.AdaMoE(config.d_model, config.d_ff, config.num_experts, config.num_null, config.top_k)
+    sizes = config.nulls_and_picks(config.num_experts, adamoe.OWN_TOP_K)
+    layer = adamoe.AdaMoE(config.d_model, config.d_ff, config.num_experts, *sizes)
     x = torch.randn(config.batch_size * config.context, config.d_model, requires_grad=True)
 
     def loop(x: Tensor) -> Tensor:
-        expert_index, gates = layer.pick(layer.router(x), None)
+        expert_index, gates = layer.pick(layer.router(x))
         out = torch.zeros_like(x)
         for expert in range(layer.num_experts):
             token, pick = torch.where(expert_index == expert)
