@@ -38,7 +38,13 @@ Run      python adamoe.py              a minute on two cores, no download
          torchrun --nproc-per-node 4 adamoe.py --full       where one GPU does not hold the model
 You see  a byte model pre-trained on Python's library with top-2, then fine-tuned on its manual as
          top-1, top-2 and AdaMoE: loss, load, FLOPs and time of each, and a text with its counts.
-Found    (seeds 0-7) TO BE MEASURED
+Found    (seeds 0-5) The budget is met (1.489 of 1.5 experts), a quarter of top-2's expert work is
+         saved, and the loss lies 0.008 ± 0.003 nats/byte under the line from top-1 to top-2: the
+         same counts dealt out at random lose 0.13. But AdaMoE does not beat top-2 (-0.031), and an
+         honest rival needs no null expert: top-p routing, put on the trained top-2 model, is 0.022
+         better at the same load. With 60 KB of text AdaMoE is ahead of top-2 at 8e-3, where
+         everything overfits, level at 4e-3, behind at 2e-3, the best (two seeds). --full has been
+         run on tiny models of each family, not on the real ones.
 Differences from the paper and its code
 1. Equation 6 as written: the released Mixtral code averages an empty slice, so balances each null.
 2. The loss is per layer, then averaged; pooled, as released, two collapsed layers cancel.
@@ -51,8 +57,9 @@ Differences from the paper and its code
    projection; the answer is the likeliest letter. Models trained without normalised gates keep
    their scale: softmax over all true experts. Batch 16, cosine and lora_alpha 16 are ours.
 
-Break it yourself: --alpha 0 --alpha-late 0 (TO BE MEASURED); --num-null 32 (TO BE MEASURED);
-normalize="all_picks" (TO BE MEASURED).
+Break it yourself: --alpha 0 --alpha-late 0 (seed 0: the load rises to 1.73 and the loss *improves*,
+1.457 to 1.432); --top-k 4 (seeds 0-2: load 2.00, and 0.008 worse than top-2);
+normalize="all_picks" in ARMS["adamoe"] (seeds 0-2: once alpha has dropped the load creeps to 1.74).
 """
 
 import copy
