@@ -40,22 +40,19 @@ You see  a byte model pre-trained on Python's library with top-2, then fine-tune
          top-1, top-2 and AdaMoE: loss, load, FLOPs and time of each, and a text with its counts.
 Found    (seeds 0-5) The budget is met (1.489 of 1.5 experts), a quarter of top-2's expert work is
          saved, and the loss lies 0.008 ± 0.003 nats/byte under the line from top-1 to top-2: the
-         same counts dealt out at random lose 0.13. But AdaMoE does not beat top-2 (-0.031), and an
-         honest rival needs no null expert: top-p routing, put on the trained top-2 model, is 0.022
-         better at the same load. With 60 KB of text AdaMoE is ahead of top-2 at 8e-3, where
-         everything overfits, level at 4e-3, behind at 2e-3, the best (two seeds). --full has been
-         run on tiny models of each family, not on the real ones.
+         same counts dealt out at random lose 0.13. But AdaMoE does not beat top-2 (-0.031; on 60 KB
+         of text only at a rate where all overfit), and an honest rival needs no null expert: top-p
+         routing, put on the trained top-2 model, is 0.022 better at the same load. --full has been
+         run on tiny models of each family only.
 Differences from the paper and its code
 1. Equation 6 as written: the released Mixtral code averages an empty slice, so balances each null.
 2. The loss is per layer, then averaged; pooled, as released, two collapsed layers cancel.
 3. Copied null rows get 1e-3 of noise: else a row ties with its twin.
 4. alpha falls to alpha_late at half time, within one run (the paper: after the first epoch).
-5. Small scale: all weights trained, every arm with the same steps, batches and learning rate, the
-   best of one grid for each of them on seeds 100-102. LoRA experts on a dense model (the paper's
-   setting A, section 4.1 and table 7) are left out.
-6. --full: LoRA as in the paper, on a base in bf16 (the paper: 4 bits), one LoRA for gate and up
-   projection; the answer is the likeliest letter. Models trained without normalised gates keep
-   their scale: softmax over all true experts. Batch 16, cosine and lora_alpha 16 are ours.
+5. Small scale: all weights trained, every arm at the same rate, its best of one grid on seeds
+   100-102. LoRA experts on a dense model (setting A, section 4.1, table 7) are left out.
+6. --full: LoRA as in the paper, on a base in bf16 (the paper: 4 bits), one for gate and up; the
+   answer is the likeliest letter; models trained without normalised gates keep their scale.
 
 Break it yourself: --alpha 0 --alpha-late 0 (seed 0: the load rises to 1.73 and the loss *improves*,
 1.457 to 1.432); --top-k 4 (seeds 0-2: load 2.00, and 0.008 worse than top-2);
