@@ -38,9 +38,9 @@ Run      python adamoe.py              a minute on two cores, no download
          torchrun --nproc-per-node 4 adamoe.py --full       where one GPU does not hold the model
 You see  a byte model pre-trained on Python's library with top-2, then fine-tuned on its manual as
          top-1, top-2 and AdaMoE: loss, load, FLOPs and time of each, and a text with its counts.
-Found    (seeds 0-5) The budget is met (1.489 of 1.5 experts), a quarter of top-2's expert work is
-         saved, and the loss lies 0.008 ± 0.003 nats/byte under the line from top-1 to top-2: the
-         same counts dealt out at random lose 0.13. But AdaMoE does not beat top-2 (-0.031; on 60 KB
+Found    (seeds 0-7) The budget is met (1.494 of 1.5 experts), a quarter of top-2's expert work is
+         saved, and the loss lies 0.009 ± 0.003 nats/byte under the line from top-1 to top-2: the
+         same counts dealt out at random lose 0.12. But AdaMoE does not beat top-2 (-0.030; on 60 KB
          of text only at a rate where all overfit), and an honest rival needs no null expert: top-p
          routing, put on the trained top-2 model, is 0.022 better at the same load. --full has been
          run on tiny models of each family only.
