@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import tasks
+from data import mixtures, tasks
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
 # d_model], act, capacity)
@@ -59,10 +59,7 @@ def locate(model: str, data_dir: str | Path) -> Path:
     """
     folder = _folder(model, data_dir)
     if not folder.is_dir():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise FileNotFoundError(
-                f"model {model}: no such folder, and not a name like google/switch-base-32"
-            )
+        _refuse_a_path(model)
         _download(model, folder)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     missing += (
@@ -75,6 +72,14 @@ def locate(model: str, data_dir: str | Path) -> Path:
             f"{folder} lacks {', '.join(missing)}; take them from the model's page on huggingface.co"
         )
     return folder
+
+
+def _refuse_a_path(model: str) -> None:
+    """What is not there and cannot be a name on the hub is not promised as a download."""
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"model {model}: no such folder, and not a name like google/switch-base-32"
+        )
 
 
 def _folder(model: str, data_dir: str | Path) -> Path:
@@ -268,13 +273,16 @@ def causal_config(folder: str | Path):
     return _plain_forward(config)
 
 
+RANDOM_VOCABULARY = 32000  # Mixtral's
+
+
 def mixtral_config(
     num_layers: int,
     d_model: int,
     d_ff: int,
     num_heads: int,
     num_experts: int,
-    vocab_size: int = 32000,
+    vocab_size: int = RANDOM_VOCABULARY,
 ):
     """The configuration of a Mixtral-shaped model, for random weights; 4 heads share a key and a
     value, as there.
@@ -393,11 +401,12 @@ def last_logits(model: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
     """What the model expects after each text, [batch, vocab_size] fp32; tokens [batch, time] are
     padded on the right.
 
-    A causal model does not see what follows a position, so that padding needs no mask.
+    A causal model does not see what follows a position: the mask is for layers that count tokens.
     """
     positions, column = (lengths - 1).unique(return_inverse=True)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     logits = model(
-        input_ids=tokens, logits_to_keep=positions.to(tokens.device)
+        input_ids=tokens, attention_mask=mask.long(), logits_to_keep=positions.to(tokens.device)
     ).logits  # [batch, positions, vocab]
     return logits[torch.arange(len(tokens), device=logits.device), column.to(logits.device)].float()
 
@@ -419,6 +428,7 @@ def find_config(model: str, data_dir: str | Path, may_download: bool = True):
     if (known := published_config(model)) is not None:
         return known
     if not may_download and not is_here(model, data_dir):
+        _refuse_a_path(model)
         raise ValueError(
             f"{model} is not here, so its size is not known; without --dry-run it is downloaded"
         )
@@ -506,3 +516,104 @@ def random_questions(
         tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator)
     )
     return part, part, [0, 1, 2, 3], [str(token) for token in tokens[0].tolist()]
+
+
+MIXTRAL, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "allenai/OLMoE-1B-7B-0924"
+
+
+def choose_model(model: str, memory: float) -> str:
+    """ "auto" is Mixtral where so many bytes hold it, else OLMoE."""
+    if model != "auto":
+        return model
+    return MIXTRAL if memory > 110e9 else OLMOE
+
+
+class Parts(NamedTuple):
+    """Numbers of parameters."""
+
+    parameters: int
+    in_experts: int
+    outside_experts: int  # without the embedding, which is looked up, not multiplied
+    trained: int
+
+
+def count_parts(config, dtype: torch.dtype, patch: Callable[[nn.Module], None]) -> Parts:
+    """Of a model after patch(model), from its shapes: no memory is taken."""
+    model = random_causal(config, dtype, "meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    in_experts = 0
+    for _, _, block in mixtures.find_blocks(model):
+        weights = mixtures.read_block(block)
+        in_experts += weights.gate_up_proj.numel() + weights.down_proj.numel()
+    embedding = model.get_input_embeddings().weight.numel()
+    patch(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Parts(parameters, in_experts, parameters - in_experts - embedding, trained)
+
+
+def activation_bytes(config, load: float, tokens: int) -> float:
+    """What a training step holds beside the weights, with activation checkpointing and LoRA.
+
+    Of every layer its input, and once all that a layer computes: attention, and `load` experts a
+    token. Measured (float32, one CPU, 2048 tokens, 6 to 24 layers of three shapes) it is 7 to 31 %
+    less.
+    """
+    found = sizes(config)
+    d_model, d_ff = found["d_model"], found["d_ff"]
+    kept = 1.5 * found["num_layers"] * d_model
+    one_layer = 5 * d_model + load * (4 * d_model + 6 * d_ff)
+    return 4 * tokens * (kept + one_layer)
+
+
+class LetterTask:
+    """Multiple-choice questions for a causal model: the loss is that of the right letter, the
+    answer the likeliest one.
+
+    model  folder of a checkpoint; "random": random tokens, for a model with random weights
+    """
+
+    measure = "accuracy"  # percent of the questions answered rightly: more is better
+    unit = "points"
+
+    def __init__(
+        self,
+        model: str,
+        task: str,
+        data_dir: str | Path,
+        num_train: int,
+        length: int,
+        batch_size: int,
+        seed: int,
+        device: str,
+    ):
+        if model == "random":
+            found = random_questions(4 * batch_size, length, RANDOM_VOCABULARY, seed)
+        else:
+            found = letter_questions(model, task, data_dir, num_train, length, seed)
+        self.train, self.dev, letters, self.words = found
+        self.letters = torch.tensor(letters, device=device)
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        rows = torch.arange(len(self.dev.labels)).split(batch_size)
+        self.eval_batches = [self.dev.batch(some, device) for some in rows]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch of a step depends on seed and step alone."""
+        return self.train.train_batch(step, self.batch_size, self.seed, self.device)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        tokens, lengths, labels = batch
+        logits = last_logits(model, tokens, lengths)  # [batch, vocab_size]
+        return nn.functional.cross_entropy(logits, self.letters[labels])
+
+    def scores(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """100 or 0 for each question."""
+        tokens, lengths, labels = batch
+        logits = last_logits(model, tokens, lengths)[:, self.letters]
+        return 100.0 * (logits.argmax(dim=-1) == labels)
+
+    def num_tokens(self, batch: tuple[Tensor, Tensor, Tensor]) -> int:
+        return int(batch[1].sum())
+
+    def sample(self) -> tuple[tuple[Tensor, Tensor, Tensor], list[str]]:
+        """The first development question as a batch, and its tokens as text."""
+        return self.dev.batch(torch.tensor([0]), self.device), self.words

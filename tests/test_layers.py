@@ -18,6 +18,7 @@ import kernels
 import mcsmoe
 import mowst
 import smoe_dropout
+from data import mixtures
 from mowst import Adjacency
 
 D, CLASSES = 8, 3
@@ -39,14 +40,18 @@ class MoEMLP(nn.Module):
         return kernels.moe_mlp(x, index, gates, self.w1, self.w2, self.b1, self.b2, **self.options)
 
 
-class Mixture(nn.Module):
+def mixture() -> nn.Module:
     """A trained mixture as transformers lays it out."""
+    block = nn.Module()
+    block.gate, block.experts = nn.Linear(D, 4, bias=False), nn.Module()
+    block.gate.top_k, block.experts.act_fn = 2, nn.SiLU()
+    block.experts.gate_up_proj = nn.Parameter(torch.randn(4, 24, D) / 3)
+    block.experts.down_proj = nn.Parameter(torch.randn(4, D, 12) / 3)
+    return block
 
-    def __init__(self):
-        super().__init__()
-        self.gate, self.experts = nn.Linear(D, 4, bias=False), nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(torch.randn(4, 24, D) / 3)
-        self.experts.down_proj = nn.Parameter(torch.randn(4, D, 12) / 3)
+
+def null_experts(rank: int = 0) -> adamoe.AdaMoE:
+    return adamoe.AdaMoE.around(mixtures.read_block(mixture()), 4, 3, rank)
 
 
 def ring(num_nodes: int, dtype: torch.dtype) -> Adjacency:
@@ -124,9 +129,8 @@ class Layer:
 LAYERS = {
     "AdaMoE": Layer(lambda: adamoe.AdaMoE(D, 12, 4, 4, 3)),
     "AdaMoE, glu": Layer(lambda: adamoe.AdaMoE(D, 12, 4, 2, 3, act="silu", glu=True, normalize="none")),
-    "LoRAExperts": Layer(lambda: adamoe.LoRAExperts(nn.Linear(D, 10), 4, 5, 4, rank=2)),
-    "NullExpertMoE": Layer(lambda: adamoe.NullExpertMoE(Mixture(), 4, 3)),
-    "NullExpertMoE, LoRA": Layer(lambda: adamoe.NullExpertMoE(Mixture(), 4, 3, rank=2)),
+    "AdaMoE around a mixture": Layer(null_experts),
+    "AdaMoE around a mixture, LoRA": Layer(lambda: null_experts(rank=2)),
     "SMoEDropout": Layer(lambda: smoe_dropout.SMoEDropout(D, 12, 4, k=2)),
     "SMoEDropout, masked": Layer(lambda: smoe_dropout.SMoEDropout(D, 12, 4, k=2, backend="masked")),
     "SMoEDropout, learned": Layer(
@@ -251,7 +255,7 @@ def test_under_autocast_bf16_rounds_and_nothing_else(name):
 
 
 COMPILED = {  # layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, or is sparse
-    "AdaMoE": False, "LoRAExperts": False, "SMoEDropout, learned": False, "SparseMoE": True,
+    "AdaMoE": False, "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
     "LowRankSparseLinear, compact": True, "HoME": True, "MaskedExpertLayer": True, "Mowst": False,
     "DualHead, mlp": True, "moe_mlp, glu": True, "TransformerLM": True,
 }  # fmt: skip

@@ -47,21 +47,14 @@ def again(module, run, arm, suffix=".pt", **options):
     return model
 
 
-@pytest.mark.parametrize("setting", ["moe", "lora"])
-def test_adamoe(left, setting):
+def test_adamoe(left):
     few = ["--text", ROOT / "README.md", "--pretrain-steps", 2, "--steps", 2]  # little text to evaluate on
-    run, config, results = left(adamoe, "--setting", setting, *few)
-    windows = adamoe.validation_windows(adamoe.downstream_text(config), config, run)
-    arms = {"moe": ["base", "top1", "top2", "adamoe"], "lora": ["k1", "k2", "m5k4"]}[setting]
-    for arm in arms:
-        found = adamoe.evaluate(again(adamoe, run, arm), windows)
+    run, config, results = left(adamoe, *few)
+    task = adamoe.ByteText(adamoe.manual(config), config, "cpu", 0)
+    for arm in ("original", "top1", "top2", "adamoe"):
+        found = adamoe.evaluate(again(adamoe, run, arm), task)
         assert all(found[key] == results[arm][key] for key in ("loss", "load", "histogram")), arm
-    if setting == "lora":
-        losses = common.lm_loss(again(adamoe, run, "base"), windows[:2])  # this arm reports nothing
-        assert math.isfinite(losses.mean().item())
-    with pytest.raises(
-        common.UsageError, match="no such weights, but adamoe-seed0.pt, base" if setting == "moe" else "k1"
-    ):
+    with pytest.raises(common.UsageError, match="no such weights, but adamoe-seed0.pt, original"):
         adamoe.load_trained(run.path("shuffled", 0, ".pt"))
 
 
