@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import tasks
+from data import tasks, text
+from data.mixtures import read_block
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
 # d_model], act, capacity)
@@ -506,3 +507,142 @@ def random_questions(
         tokens, torch.full((count,), length), torch.randint(4, (count,), generator=generator)
     )
     return part, part, [0, 1, 2, 3], [str(token) for token in tokens[0].tolist()]
+
+
+def is_switch(folder: str | Path) -> bool:
+    """An encoder-decoder Switch model, or a causal language model?"""
+    return _config(folder).model_type == "switch_transformers"
+
+
+def switch_base_config(num_experts: int):
+    """The configuration of google/switch-base-8, -16, -32 ..., known before it is downloaded."""
+    return require_transformers().SwitchTransformersConfig(
+        d_model=768,
+        d_kv=64,
+        d_ff=3072,
+        num_layers=12,
+        num_decoder_layers=12,
+        num_heads=12,
+        num_sparse_encoder_layers=6,
+        num_sparse_decoder_layers=6,
+        num_experts=num_experts,
+    )
+
+
+def empty_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A causal language model on the device "meta": shapes without memory.
+
+    Only the rotary frequencies, which stand in no state dict, are real.
+    """
+    config = causal_config(folder)
+    model = random_causal(config, dtype, "meta")
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(config)
+    return model
+
+
+def text_tokens(folder: str | Path, path: str | Path) -> tuple[Tensor, Tensor]:
+    """A file or folder of text as tokens of a checkpoint: training and held-out part, [tokens]."""
+    tokenizer, corpus = load_tokenizer(folder), text.load_text(path)
+    parts = []
+    for part in (corpus.train, corpus.val):
+        words = bytes(part.tolist()).decode(errors="replace")
+        parts.append(torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"]))
+    return parts[0], parts[1]
+
+
+class PromptTask(TextToText):
+    """A task as text to text with everything that an experiment asks of it.
+
+    train_batch(step), calibration and validation [batches], outputs(model, batch) -> logits, labels
+    (-100: none), token_mask(batch, layer), answers(model, batch, logits) one a sequence, and
+    scores(answers) in percent. config: task, context, batch_size, calibration, eval_sequences.
+    """
+
+    def __init__(self, folder: Path, config, data_dir: Path, device: str, stream: int):
+        super().__init__(config.task, data_dir, folder, config.context, device)
+        self.batch_size, self.stream = config.batch_size, stream
+        self.calibration = self.sample(config.calibration, 32, stream)
+        self.validation = self.dev_batches(config.eval_sequences, 64)
+
+    def train_batch(self, step: int) -> dict[str, Tensor]:
+        return super().train_batch(step, self.batch_size, self.stream)
+
+    def scores(self, answers: list) -> dict[str, float]:
+        shares = super().scores(answers, slice(len(answers)))
+        return {name: 100 * share for name, share in shares.items()}
+
+
+class LetterTask:
+    """Multiple choice: which letter does a causal model expect after the question? See PromptTask."""
+
+    def __init__(self, folder: Path, config, data_dir: Path, device: str, stream: int):
+        self.batch_size, self.stream, self.device = config.batch_size, stream, device
+        everything = 1 << 40
+        questions = letter_questions(
+            folder, config.task, data_dir, everything, config.context, stream
+        )
+        self.train, self.dev, self.letters, _ = questions
+        self.calibration = self.batches(self.train, config.calibration)
+        self.validation = self.batches(self.dev, config.eval_sequences)
+
+    def batches(self, questions: Questions, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        rows = torch.arange(len(questions.labels))[: count or None]
+        return [questions.batch(part, self.device) for part in rows.split(8)]
+
+    def train_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.train.train_batch(step, self.batch_size, self.stream, self.device)
+
+    def outputs(self, model: nn.Module, batch: tuple) -> tuple[Tensor, Tensor]:
+        """Logits [batch, 1, letters] and labels [batch, 1]."""
+        tokens, lengths, labels = batch
+        return last_logits(model, tokens, lengths)[:, None, self.letters], labels[:, None]
+
+    def token_mask(self, batch: tuple, layer: str) -> Tensor:
+        tokens, lengths, _ = batch
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+    def answers(self, model: nn.Module, batch: tuple, logits: Tensor) -> list[bool]:
+        return (logits[:, 0].argmax(dim=-1) == batch[2]).tolist()
+
+    def scores(self, answers: list) -> dict[str, float]:
+        return {"accuracy": 100 * sum(answers) / len(answers)}
+
+
+@torch.no_grad()
+def save_plain(model: nn.Module, mixtures: dict[str, tuple], folder: str | Path) -> None:
+    """Write a model whose mixtures were replaced as a plain checkpoint of transformers.
+
+    mixtures  of each by name: (router [experts, d_model], w1 and w2 [experts, in, out], w_gate like
+              w1 or None, shared: a module with `expert` and `gate`, or None)
+    Raises ValueError for a weight that has no place in the plain model.
+    """
+    plain = type(model)(model.config).to(model.dtype)
+    weights = model.state_dict()
+    for name, mixture in mixtures.items():
+        write_mixture(plain.get_submodule(name), *mixture)
+        weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
+    odd = plain.load_state_dict(weights, strict=False).unexpected_keys
+    if odd:
+        raise ValueError(f"{odd[0]} has no place in a plain {type(model).__name__}")
+    plain.save_pretrained(folder)
+
+
+def write_mixture(
+    block: nn.Module, router: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, shared
+) -> None:
+    if w_gate is None:  # Switch: a module for each expert
+        block.router.classifier.weight.copy_(router)
+        for index, expert in enumerate(block.experts.values()):
+            expert.wi.weight.copy_(w1[index].T)
+            expert.wo.weight.copy_(w2[index].T)
+        return
+    read = read_block(block)
+    read.router.copy_(router)
+    read.w1.copy_(w_gate)
+    read.w3.copy_(w1)
+    read.w2.copy_(w2)
+    if shared is not None:
+        read.shared.load_state_dict(shared.expert.state_dict())
+    if shared is not None and shared.gate is not None:
+        read.shared_gate.load_state_dict(shared.gate.state_dict())
