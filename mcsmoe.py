@@ -30,7 +30,7 @@ from common import (
     claim,
     show,
 )
-from data import mixtures, pretrained, tasks
+from data import mixtures, pretrained, targets, tasks
 from data import text as text_data
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def select_dominant(frequency: Tensor, num_kept: int) -> Tensor:
 
 
 def group_experts(router_logits: Tensor, dominant: Tensor) -> Tensor:
-    """groups [num_experts] int64: each expert joins the dominant one of most similar logits (eq. 1).
+    """groups [num_experts] int64: each joins the dominant expert of most similar logits (eq. 1).
 
     router_logits [tokens, num_experts], raw: similarity is the cosine of two columns; dominant
     [num_experts] bool. Group g is that of the g-th dominant expert; dominant ones never merge with
@@ -691,7 +691,7 @@ class Config(common.Settings):
     lr: Positive | None = 2e-3  # peak, of fine-tuning, linear to 0; none: the task's
     recover_lr: Positive | None = 4e-3  # peak, of recovery; none: the task's
     compress_lr: Positive | None = 4e-3  # peak, of compression; none: the task's
-    batch_size: Count | None = 30  # sequences a step; none: the task's
+    batch_size: Annotated[int, common.Range(3)] | None = 30  # sequences a step; none: the task's
     eval_sequences: Whole = 1024  # of the validation data; 0: all
     context: Count = 64  # bytes; full scale: most tokens of a sequence
     num_layers: Annotated[Count, Small] = 4  # transformer layers, each with a mixture
@@ -703,11 +703,10 @@ class Config(common.Settings):
     pretrain_lr: Annotated[Positive, Small] = 3e-3  # peak, linear to 0
     balance: Annotated[Positive, Small] = 0.003  # weight of the balance loss while pre-training
     target: Annotated[Literal["python", "docs", "headers"], Small] = "headers"  # chosen on 100-102
-    model: Annotated[str, Full] = ""  # folder of a checkpoint, or its name on the Hugging Face hub
+    model: Annotated[str, Full] = ""  # folder of a checkpoint, or its name on the hub
     task: Annotated[Task | None, Full] = None  # what the checkpoint is for
-    text: Annotated[str, Full] = (
-        ""  # causal models: file or folder of your own text, in task's place
-    )
+    text: Annotated[str, Full] = ""  # causal models: your own text, a file or folder; no task then
+    top_k: Annotated[Count | None, Full] = None  # experts a token picks; none: as it was trained
 
 
 SMALL = Config()
@@ -762,7 +761,7 @@ class Recipe:
     draws: int = 1  # of random groups; the loss is their mean
 
 
-RECIPES = {
+RECIPES = {  # each recovered by distillation, measured before and after
     "msmoe": Recipe(),
     "pruning": Recipe(prune=True),
     "averaging": Recipe("random", adaptive=False, align=False, weights="uniform", draws=3),
@@ -772,113 +771,52 @@ RECIPES = {
     "redirect": Recipe(weights="dominant alone"),
     "uniform_budget": Recipe(adaptive=False),
 }
-COMPRESSED = {"mc": "msmoe+kd", "c_equal_size": "full+steps", "c_equal_rank": "full+steps"}  # from
-RECOVERED = [f"{arm}+kd" for arm in RECIPES]
-METHODS = ["pretrained", "full", *RECIPES, "half_top_k", *RECOVERED, "full+steps", "msmoe+steps"]
-METHODS += COMPRESSED
-ONE_SHOT = ["full", *(arm for arm in RECIPES if arm != "uniform_budget")]
-DEFAULT = [*ONE_SHOT, "msmoe@skip=0", "msmoe+kd", "averaging+kd", "pruning+kd", "msmoe+kd@skip=0"]
-DEFAULT += ["full+steps", "mc", "mc@skip=0", "c_equal_size", "c_equal_size@c_rank=1"]
-MORE = ["uniform_budget", "random_members+kd", "no_alignment+kd", "uniform_weights+kd"]
-MORE += ["redirect+kd", "c_equal_rank"]
-STAGES = {  # each goes on from the one before; the settings that matter from there on
-    "pretrain": "",
-    "finetune": "finetune_steps lr",
-    "merge": "kept skip calibration",
-    "recover": "recover_steps recover_lr alpha temperature",
-    "compress": "rank density c_rank compress_steps compress_lr warmup_share cooldown_share",
+SOURCES = {  # what an arm goes on from; the others from "full"
+    "full": "pretrained",
+    "mc": "msmoe",
+    "c_equal_size": "full+steps",  # as many steps as MC-SMoE's
+    "c_equal_rank": "full+steps",
+}
+METHODS = ["pretrained", "full", *RECIPES, "full+steps", "mc", "c_equal_size", "c_equal_rank"]
+MERGED = [arm for arm in RECIPES if arm != "uniform_budget"]
+DEFAULT = ["full", *MERGED, "msmoe@skip=0", "full+steps", "mc", "mc@skip=0"]
+DEFAULT += ["c_equal_size", "c_equal_size@c_rank=1"]
+MORE = ["uniform_budget", "c_equal_rank"]
+SETTINGS = {  # that an arm may have of its own; the others are the same for a whole run
+    "full": "lr finetune_steps top_k",
+    "full+steps": "recover_steps recover_lr",
+    "merged": "kept skip calibration alpha temperature recover_steps recover_lr",
+    "compressed": "rank density c_rank compress_steps compress_lr warmup_share cooldown_share",
 }
 
 
-def stage_of(arm: str) -> str:
-    method = arm.partition("@")[0]
-    if method in COMPRESSED:
-        return "compress"
-    if "+" in method:
-        return "recover"
-    return {"pretrained": "pretrain", "full": "finetune"}.get(method, "merge")
+def chain_of(arm: str, first: str) -> list[str]:
+    """From `first` ("pretrained", or "full" of a checkpoint) to the arm: what goes on from what.
 
-
-def source_of(arm: str) -> str:
-    """The arm that this one goes on from, with those of its settings that matter by then."""
-    method, _, settings = arm.partition("@")
-    merged = method.partition("+")[0]
-    stage = stage_of(method)
-    source = {"finetune": "pretrained", "merge": "full", "recover": merged}.get(stage)
-    source = source or COMPRESSED[method]
-    stages = list(STAGES)
-    later = " ".join(STAGES[name] for name in stages[stages.index(stage_of(source)) + 1 :]).split()
-    kept = [text for text in settings.split(",") if text.partition("=")[0] not in later]
-    return f"{source}@{','.join(kept)}" if settings and kept else source
-
-
-def full_of(arm: str) -> str:
-    """The fine-tuned full model behind an arm: its teacher."""
-    while stage_of(arm) != "finetune":
-        arm = source_of(arm)
-    return arm
-
-
-def with_sources(arms: Sequence[str], first: str) -> list[str]:
-    """The arms, and all that they start from; `first` ("pretrain" or "finetune") starts alone."""
-    found: list[str] = []
-    for arm in arms:
-        chain = [arm]
-        while stage_of(chain[-1]) != first:
-            chain.append(source_of(chain[-1]))
-        found += reversed(chain)
-    return list(dict.fromkeys(found))
+    Only MC-SMoE hands its settings on, to the merged model that it compresses.
+    """
+    method, at, settings = arm.partition("@")
+    if method == first:
+        return [arm]
+    source = SOURCES.get(method, "full")
+    return [*chain_of(f"{source}{at}{settings}" if source == "msmoe" else source, first), arm]
 
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     return {name: part for name, part in model.named_modules() if isinstance(part, SparseMoE)}
 
 
-class Windows:
-    """Guessing the next token of a text; a batch is windows [batch, context + 1]."""
-
-    def __init__(self, train: Tensor, val: Tensor, config: Config, device: str, stream: int):
-        self.train, self.config, self.device, self.stream = train, config, device, stream
-        self.calibration = self.sample(config.calibration, -1).split(32)
-        windows = text_data.all_windows(val, config.context)
-        self.validation = windows[: config.eval_sequences or None].to(device).split(64)
-
-    def sample(self, count: int, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1_000_003 * self.stream + step)
-        length = self.config.context + 1
-        return text_data.sample_windows(self.train, count, length, generator).to(self.device)
-
-    def train_batch(self, step: int) -> Tensor:
-        return self.sample(self.config.batch_size, step)
-
-    def outputs(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [batch, time, classes] and labels [batch, time]; -100: no label."""
-        found = model(windows[:, :-1])
-        return found if isinstance(found, Tensor) else found.logits, windows[:, 1:]
-
-    def token_mask(self, batch: Any, layer: str) -> Tensor | None:
-        """[batch, time] bool of what a layer, by name, meets: False is padding. None: all."""
-        return None
-
-    def answers(self, model: nn.Module, windows: Tensor, logits: Tensor) -> list:
-        """One a sequence, for `scores`: here the share of tokens that are right."""
-        return (logits.argmax(dim=-1) == windows[:, 1:]).double().mean(dim=1).tolist()
-
-    def scores(self, answers: list) -> dict[str, float]:
-        """{metric: percent}; the first is the one that papers quote."""
-        return {"accuracy": 100 * float(np.mean(answers))}
-
-
 def make_task(job: Job, stage: int) -> Any:
-    """The target task, with what Windows has; `stage` numbers the training streams."""
+    """The target task, see data/targets.py; `stage` numbers the streams, the same for every arm."""
     config, run, stream = job.config, job.run, 10 * job.seed + stage
     if run.scale == "small":
         corpus = text_data.load_domain(config.target)
-        return Windows(corpus.train, corpus.val, config, run.device, stream)
+        return targets.Windows(corpus.train, corpus.val, config, run.device, stream)
     folder = pretrained.locate(config.model, run.data_dir)
     if config.text:
-        return Windows(*pretrained.text_tokens(folder, config.text), config, run.device, stream)
-    kind = pretrained.PromptTask if pretrained.is_switch(folder) else pretrained.LetterTask
+        tokens = pretrained.text_tokens(folder, config.text)
+        return targets.Windows(*tokens, config, run.device, stream)
+    kind = targets.Prompts if pretrained.is_switch(folder) else targets.Letters
     return kind(folder, config, run.data_dir, run.device, stream)
 
 
@@ -1038,17 +976,17 @@ def unmerged(config: Config, run: Run, seed: int, empty: bool = False) -> nn.Mod
     if pretrained.is_switch(folder):
         load = pretrained.empty_switch if empty else pretrained.load_switch
         return load(folder, switch_layer)
-    if empty:
-        return patch_causal(pretrained.empty_causal(folder, run.dtype))
-    return patch_causal(pretrained.load_causal(folder, run.dtype))
+    load = pretrained.empty_causal if empty else pretrained.load_causal
+    model = patch_causal(load(folder, run.dtype))
+    for layer in moe_layers(model).values() if config.top_k else ():
+        layer.top_k = config.top_k
+    return model
 
 
 def export_model(model: nn.Module, path: Path) -> int:
-    """Every stored number once, and how each mixture uses them. Returns the bytes on disk."""
-    layers = {}
-    for name, layer in moe_layers(model).items():
-        layers[name] = {"act": layer.experts.act, "top_k": layer.top_k}
-    common.save(path, {"layers": layers, "weights": model.state_dict()})
+    """Every stored number once, and the activations. Returns the bytes on disk."""
+    acts = {name: layer.experts.act for name, layer in moe_layers(model).items()}
+    common.save(path, {"acts": acts, "weights": model.state_dict()})
     return path.stat().st_size
 
 
@@ -1067,25 +1005,20 @@ def import_model(path: Path, model: nn.Module) -> nn.Module:
 
 def fill(model: nn.Module, state: dict) -> nn.Module:
     weights, dtype = state["weights"], next(model.parameters()).dtype
-    known = {"remap": torch.int64, "alive": torch.bool, "neuron": torch.int32, "kept": torch.int32}
-    for name, tensor in weights.items():
-        wanted = known.get(name.rpartition(".")[2], dtype)
-        if tensor.dtype != wanted:
-            raise ValueError(f"{name} is {tensor.dtype}; {wanted} is needed")
     for name, layer in moe_layers(model).items():
-        about, remap = state["layers"][name], weights[f"{name}.remap"]
-        if about["act"] != layer.experts.act:
-            raise ValueError(f"{name} has the activation {about['act']}, not {layer.experts.act}")
-        layer.top_k = about["top_k"]
+        act, remap = state["acts"][name], weights[f"{name}.remap"]
+        if act != layer.experts.act or remap.min() < 0:
+            raise ValueError(f"{name} has the activation {act}, its remap begins at {remap.min()}")
         stored = torch.zeros(int(remap.max()) + 1, dtype=torch.int64, device="meta")
         shapes = layer.experts.stacked().each(lambda tensor: tensor.to("meta"))
-        layer.experts = DenseExperts(shapes.at(stored), layer.experts.act)
+        layer.experts = DenseExperts(shapes.at(stored), act)
         if f"{name}.experts.up.u" in weights:
             rank = weights[f"{name}.experts.up.u"].shape[-1]
             layer.experts = LowRankExperts(layer.experts, rank)
-        if remap.min() < 0:
-            raise ValueError(f"{name} has a remap below 0")
     model.load_state_dict(weights, assign=True)  # refuses other names and shapes
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            raise ValueError(f"{name} is {parameter.dtype}; {dtype} is needed")
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model
@@ -1193,9 +1126,10 @@ def evaluate(model: nn.Module, task: Any, run: Run) -> dict:
 
 @torch.no_grad()
 def store(job: Job, model: nn.Module, task: Any) -> dict:
-    """Export a model, and count what it costs."""
-    found = {"parameters": common.count_parameters(model)}
-    found["bytes"] = export_model(model, job.path(".pt"))
+    """Export a model; how good it is, and what it costs."""
+    found = evaluate(model, task, job.run) | {"parameters": common.count_parameters(model)}
+    if not is_checkpoint(job):
+        found["bytes"] = export_model(model, job.path(".pt"))
     if found["parameters"] < LARGE:
         counted, batch = copy.deepcopy(model).double(), task.validation[0]  # the counter sees all
         flops = common.count_flops(lambda: task.outputs(counted, batch))["Global"]
@@ -1204,23 +1138,28 @@ def store(job: Job, model: nn.Module, task: Any) -> dict:
 
 
 def load_model(job: Job, arm: str) -> nn.Module:
-    """What another arm of the run left; the checkpoint itself where nothing was tuned."""
+    """What another arm of the run left."""
     other = job.other(arm)
     if is_checkpoint(other):
-        return job.prepare(unmerged(other.config, job.run, job.seed))
+        return job.prepare(unmerged(job.config, job.run, job.seed))
     return job.prepare(rebuild(other, common.load(other.path(".pt"))))
 
 
 def is_checkpoint(job: Job) -> bool:
+    """Nothing was tuned: the checkpoint itself is the full model."""
     is_full = job.run.scale == "full" and job.method == "full"
     return is_full and job.config.finetune_steps == 0
 
 
+def source_of(job: Job) -> str:
+    first = "pretrained" if job.run.scale == "small" else "full"
+    return chain_of(job.arm, first)[-2]
+
+
 def train_arm(job: Job) -> dict:
-    """Every arm goes on from the files of the one before."""
-    stages = {"pretrain": pretrain, "finetune": finetune, "merge": merge}
-    stages |= {"recover": recover, "compress": compress}
-    return stages[stage_of(job.arm)](job)
+    """Every arm goes on from the files of another one."""
+    stages = {"pretrained": pretrain, "full": finetune, "full+steps": train_on}
+    return stages.get(job.method, merge if job.method in RECIPES else compress)(job)
 
 
 def pretrain(job: Job) -> dict:
@@ -1243,54 +1182,46 @@ def pretrain(job: Job) -> dict:
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach()}
 
     fit(job, model, loss_fn, config.pretrain_steps, config.pretrain_lr, batches=batches)
-    task = make_task(job, 1)
-    return evaluate(model, task, run) | store(job, model, task)
+    return store(job, model, make_task(job, 1))
 
 
 def finetune(job: Job) -> dict:
     """The full model on the target: the teacher, and what every other arm starts from."""
     config, task = job.config, make_task(job, 1)
-    if is_checkpoint(job):
-        model = load_model(job, job.arm)
-        return evaluate(model, task, job.run) | {"parameters": common.count_parameters(model)}
     if job.run.scale == "full":
         model = job.prepare(unmerged(config, job.run, job.seed))
     else:
-        model = load_model(job, source_of(job.arm))
-    tune(job, model, task, config.finetune_steps, config.lr)
-    return evaluate(model, task, job.run) | store(job, model, task)
+        model = load_model(job, "pretrained")
+    if not is_checkpoint(job):
+        tune(job, model, task, config.finetune_steps, config.lr)
+    return store(job, model, task)
+
+
+def train_on(job: Job) -> dict:
+    """The full model for as many steps more as a merged one is recovered."""
+    model, task = load_model(job, "full"), make_task(job, 3)
+    tune(job, model, task, job.config.recover_steps, job.config.recover_lr)
+    return store(job, model, task)
 
 
 def merge(job: Job) -> dict:
-    """One recipe, no training afterwards; or the full model that picks half as many experts."""
-    source, task = source_of(job.arm), make_task(job, 2)
-    model = load_model(job, source)
-    if job.method == "half_top_k":
-        for layer in moe_layers(model).values():
-            layer.top_k = max(1, layer.top_k // 2)
-        return evaluate(model, task, job.run) | store(job, model, task)
-    recipe, logits, found = RECIPES[job.method], calibrate(model, task), []
-    for draw in range(recipe.draws):
-        if draw > 0:  # merging is in place
-            model = load_model(job, source)
+    """Steps A to F: one recipe, measured at once and, where that is wanted, recovered."""
+    config, recipe, task = job.config, RECIPES[job.method], make_task(job, 2)
+    model = load_model(job, "full")
+    logits, at_once = calibrate(model, task), []
+    for draw in reversed(range(recipe.draws)):  # the first one's model goes on
+        if at_once:  # merging is in place
+            model = load_model(job, "full")
         generator = torch.Generator().manual_seed(1000 * job.seed + draw)
-        report = merge_model(model, recipe, job.config, logits, generator)
-        found.append(evaluate(model, task, job.run))
-        if draw == 0:
-            about = store(job, model, task) | {"layers": report}
-    means = {name: float(np.mean([result[name] for result in found])) for name in found[0]}
-    return means | about | {"loss_by_draw": [result["loss"] for result in found]}
-
-
-def recover(job: Job) -> dict:
-    """A merged model after distillation (+kd), without it (+steps), or the full one trained on."""
-    config, task = job.config, make_task(job, 3)
-    model = load_model(job, source_of(job.arm))
-    teacher = None
-    if job.method.endswith("+kd"):
-        teacher = load_model(job, full_of(job.arm)).eval()
-    tune(job, model, task, config.recover_steps, config.recover_lr, teacher)
-    return evaluate(model, task, job.run) | store(job, model, task)
+        report = merge_model(model, recipe, config, logits, generator)
+        at_once.append(evaluate(model, task, job.run))
+    found = {"layers": report}
+    for name in at_once[0]:
+        found[f"{name} at once"] = float(np.mean([result[name] for result in at_once]))
+    if config.recover_steps:
+        teacher, task = load_model(job, "full").eval(), make_task(job, 3)
+        tune(job, model, task, config.recover_steps, config.recover_lr, teacher)
+    return found | store(job, model, task)
 
 
 def equal_density(config: Config, d_model: int, d_ff: int, num_experts: int) -> float:
@@ -1314,8 +1245,7 @@ def density_at(config: Config, step: int, final: float) -> float:
 def compress(job: Job) -> dict:
     """Step G: MC-SMoE from the recovered merge, C-SMoE from the unmerged model, its equal steps."""
     config, task = job.config, make_task(job, 4)
-    model = load_model(job, source_of(job.arm))
-    teacher = load_model(job, full_of(job.arm)).eval()
+    model, teacher = load_model(job, source_of(job)), load_model(job, "full").eval()
     layers = list(moe_layers(model).values())[config.skip :]
     rank, density = config.rank, config.density
     if job.method == "c_equal_size":
@@ -1335,10 +1265,8 @@ def compress(job: Job) -> dict:
         for linear in linears:
             linear.compact()
         found = store(job, model, task) | {"rank": rank, "density": density}
-        again = load_model(job, job.arm).eval()
-        after, _ = task.outputs(again, task.validation[0])
-    found["reload_change"] = float((after - before).abs().max())
-    return evaluate(again, task, job.run) | found
+        after, _ = task.outputs(load_model(job, job.arm).eval(), task.validation[0])
+    return found | {"reload_change": float((after - before).abs().max())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1355,67 +1283,62 @@ def quality_of(config: Config) -> str:
 
 
 def ahead(
-    results: Results, config: Config, worse: str | Sequence[str], better: str = "msmoe"
+    results: Results, config: Config, worse: str, better: str = "msmoe", when: str = ""
 ) -> np.ndarray:
-    """[seeds]: how far one arm is ahead of another."""
+    """[seeds]: how far one arm is ahead of another; when: "" after recovery, or " at once"."""
     if config.task is None or config.text:
-        return results.ahead(worse, better, "loss")
-    return results.ahead(better, worse, quality_of(config))
+        return results.ahead(worse, better, f"loss{when}")
+    return results.ahead(better, worse, f"{quality_of(config)}{when}")
 
 
-def weakest(config: Config, margins: dict[str, np.ndarray], words: str = "") -> Margin:
-    """The smallest of several leads is judged."""
+def told(config: Config, margins: dict[str, np.ndarray]) -> str:
     unit = "nats" if config.task is None or config.text else "points"
-    text = ", ".join(f"{show(margin)} {unit} {name}" for name, margin in margins.items())
-    return Margin(min(margins.values(), key=np.mean), text + words, margins)
+    return ", ".join(f"{show(margin)} {unit} {name}" for name, margin in margins.items())
 
 
-def at_once(results: Results, config: Config, worse: str, name: str) -> Margin:
-    """Right after merging; what recovery leaves of it is told where it was measured."""
-    words = ""
-    if f"{worse}+kd" in results:
-        later = ahead(results, config, f"{worse}+kd", "msmoe+kd")
-        words = f"; after recovery {show(later)}"
-    return weakest(config, {f"better than {name}": ahead(results, config, worse)}, words)
+def against(results: Results, config: Config, worse: str, both: bool = False) -> Margin:
+    """M-SMoE against another way to merge, right after it; with `both` also after recovery."""
+    margins = {"at once": ahead(results, config, worse, when=" at once")}
+    margins["after recovery"] = ahead(results, config, worse)
+    judged = min(margins.values(), key=np.mean) if both else margins["at once"]
+    return Margin(judged, f"better than {worse}: {told(config, margins)}", margins)
 
 
 @claim("averaging experts of random groups loses more than M-SMoE, at once and after recovery",
        paper="MRPC 90.69 against 88.73, COPA 68 against 62", required=True)  # fmt: skip
 def naive_merging_fails(results: Results, config: Config) -> Margin:
-    margins = {"at once": ahead(results, config, "averaging")}
-    margins["after recovery"] = ahead(results, config, "averaging+kd", "msmoe+kd")
-    return weakest(config, margins)
+    return against(results, config, "averaging", both=True)
 
 
 @claim("lining neurons up before merging helps",
        paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def alignment(results: Results, config: Config) -> Margin:
-    return at_once(results, config, "no_alignment", "without")
+    return against(results, config, "no_alignment")
 
 
 @claim("weights by usage beat equal weights",
        paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def frequency_weights(results: Results, config: Config) -> Margin:
-    return at_once(results, config, "uniform_weights", "equal weights")
+    return against(results, config, "uniform_weights")
 
 
 @claim("hints from the router: groups by its logits beat random members of the same kept experts",
        paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def routing_groups(results: Results, config: Config) -> Margin:
-    return at_once(results, config, "random_members", "random members")
+    return against(results, config, "random_members")
 
 
 @claim("merging adds to re-routing: it beats the kept experts with nothing merged into them",
        required=True)  # fmt: skip
 def beats_redirect(results: Results, config: Config) -> Margin:
-    return at_once(results, config, "redirect", "the kept experts alone")
+    return against(results, config, "redirect")
 
 
 @claim("after a brief distillation the smaller model keeps 98.7 % of the full model's accuracy",
        paper="94.50 of 95.75, the worst of eight tasks (SST-2)", required=True)  # fmt: skip
 def recovers(results: Results, config: Config) -> Margin:
     quality = quality_of(config)
-    full, merged = results.of("full", quality), results.of("msmoe+kd", quality)
+    full, merged = results.of("full", quality), results.of("msmoe", quality)
     more = results.ahead("full+steps", "full", quality)
     text = f"{show(merged, 2)} % of {show(full, 2)} %; the full model gains {show(more, 2)} points "
     text += "from as many more steps"
@@ -1427,30 +1350,30 @@ def recovers(results: Results, config: Config) -> Margin:
 def beats_c_smoe(results: Results, config: Config) -> Margin:
     ranks = ("c_equal_size", "c_equal_size@c_rank=1")
     best = min(ranks, key=lambda arm: results.of(arm, "loss").mean())
-    margin = {"better": ahead(results, config, best, "mc")}
-    return weakest(config, margin, f" than rank {results[best][0]['rank']}")
+    margin = ahead(results, config, best, "mc")
+    better = told(config, {"better": margin})
+    return Margin(margin, f"{better} than rank {results[best][0]['rank']}")
 
 
 @claim("merging beats pruning the same experts, at once and after recovery",
        paper="MRPC 90.69 against 88.97, COPA 68 against 63")  # fmt: skip
 def beats_pruning(results: Results, config: Config) -> Margin:
-    margins = {"at once": ahead(results, config, "pruning")}
-    margins["after recovery"] = ahead(results, config, "pruning+kd", "msmoe+kd")
-    return weakest(config, margins)
+    return against(results, config, "pruning", both=True)
 
 
 @claim("MC-SMoE beats C-SMoE of equal rank, which is larger",
        paper="MRPC 89.22 against 88.97, SQuAD F1 85.30 against 84.93")  # fmt: skip
 def beats_c_smoe_equal_rank(results: Results, config: Config) -> Margin:
     sizes = results.of("c_equal_rank", "parameters") / results.of("mc", "parameters")
-    words = f"; C-SMoE has {100 * (sizes.mean() - 1):.0f} % more parameters"
-    return weakest(config, {"better": ahead(results, config, "c_equal_rank", "mc")}, words)
+    margin = ahead(results, config, "c_equal_rank", "mc")
+    more = f"C-SMoE has {100 * (sizes.mean() - 1):.0f} % more parameters"
+    return Margin(margin, f"{told(config, {'better': margin})}; {more}")
 
 
 @claim("one budget for all layers beats the same number of experts in each",
        paper="MRPC 90.69 against 90.44")  # fmt: skip
 def adaptive_budget(results: Results, config: Config) -> Margin:
-    return at_once(results, config, "uniform_budget", "the same in each")
+    return against(results, config, "uniform_budget")
 
 
 @claim("merged experts have a lower stable rank than the kept ones",
@@ -1483,7 +1406,7 @@ def memory(results: Results, config: Config) -> Check:
 
 @check("compression saves FLOPs (paper: 17.6 %), merging alone none")
 def flops(results: Results, config: Config) -> Check:
-    merged = saved(results, "msmoe+kd@skip=0", "flops")
+    merged = saved(results, "msmoe@skip=0", "flops")
     compressed = saved(results, "mc@skip=0", "flops")
     text = f"{100 * compressed:.1f} % of all FLOPs, without the first layer "
     text += f"{100 * saved(results, 'mc', 'flops'):.1f} %; merging alone {100 * merged:.1f} %"
@@ -1522,12 +1445,14 @@ def ledger(model: nn.Module, config: Config) -> dict[str, int]:
 
 
 def print_tables(results: Results, run: Run) -> None:
-    columns = {"nats": ("loss", 4)}
-    for name in ("accuracy", "f1", "exact_match"):
-        columns[f"{name.replace('_', ' ')} %"] = (name, 2)
+    columns = {}
+    for name in ("loss", "accuracy", "f1", "exact_match"):
+        title = "nats" if name == "loss" else f"{name.replace('_', ' ')} %"
+        digits = 4 if name == "loss" else 2
+        columns |= {f"{title} at once": (f"{name} at once", digits), title: (name, digits)}
     columns |= {"parameters": ("parameters", 0), "bytes on disk": ("bytes", 0)}
     columns["FLOPs a sequence"] = ("flops", 0)
-    title = f"validation, {len(run.seeds)} seed(s); +kd: recovered by distillation from full"
+    title = f"validation, {len(run.seeds)} seed(s): right after merging, and after recovery"
     run.table(title, *results.table(results, columns))
     if "msmoe" not in results:
         return
@@ -1545,27 +1470,26 @@ def print_tables(results: Results, run: Run) -> None:
 
 
 def draw(results: Results, run: Run) -> None:
+    merged = [arm for arm in RECIPES if arm in results]
     methods = ["full", "msmoe", "averaging", "pruning", "mc", "c_equal_size"]
 
     def damage(ax: Any) -> None:
-        merged = [arm for arm in RECIPES if arm in results]
-        common.dots(ax, {arm: results.of(arm, "loss") for arm in merged})
-        ax.set(xlabel="nats, right after merging", title="four ways to lose less, one that is none")
+        common.dots(ax, {arm: results.of(arm, "loss at once") for arm in merged})
+        ax.set(xlabel="nats, right after merging", title="equal memory, merged in several ways")
 
     def trade_off(ax: Any) -> None:
-        for method in methods:
-            color = common.color_of(method, methods)
-            ax.plot([], [], "o", color=color, label=method)
-            for arm in results:
-                if arm.partition("@")[0].partition("+")[0] == method:
-                    loss = results.of(arm, "loss").mean()
-                    size = results.of(arm, "parameters").mean() / 1e6
-                    face = "white" if stage_of(arm) == "merge" else color
-                    ax.plot(size, loss, "o", color=color, markerfacecolor=face)
-        title = "quality against memory (hollow: right after merging)"
+        for arm in results:
+            method = arm.partition("@")[0]
+            if method in methods:
+                loss, size = results.of(arm, "loss"), results.of(arm, "parameters").mean() / 1e6
+                half = common.half_width(loss) if len(loss) >= 3 else 0.0
+                label = method if arm == method else None
+                color = common.color_of(method, methods)
+                ax.errorbar(size, loss.mean(), yerr=half, fmt="o", color=color, label=label)
+        title = "quality against memory, after recovery"
         ax.set(xlabel="million parameters", ylabel="nats", title=title)
 
-    run.plot([damage, trade_off], width=6.0)
+    run.plot([damage, trade_off] if merged else [trade_off], width=6.0)
 
 
 def settle(config: Config, run: Run) -> Config:
@@ -1593,8 +1517,15 @@ def settle(config: Config, run: Run) -> Config:
     return replace(config, **unset)
 
 
-def check_arm(config: Config, layers: Sequence[SparseMoE]) -> None:
-    """Refuse what the model cannot do. Raises ValueError."""
+def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
+    """Refuse what the model cannot do, and settings that would do nothing. Raises ValueError."""
+    method, _, settings = arm.partition("@")
+    own = SETTINGS.get(method, SETTINGS["merged"]).split()
+    if method in ("mc", "c_equal_size", "c_equal_rank"):
+        own += SETTINGS["compressed"].split()
+    for setting in filter(None, settings.split(",")):
+        if setting.partition("=")[0] not in own:
+            raise ValueError(f"arm {arm}: it may have settings of its own for {', '.join(own)}")
     num_experts, shape = len(layers[0].remap), layers[0].experts.w1.shape[1:]
     if not config.skip < len(layers):
         there = f"the model has {len(layers)} mixture layers, one must be merged"
@@ -1624,6 +1555,16 @@ def print_plan(config: Config, run: Run) -> None:
     run.table(f"{config.model}, parameters at these settings", ["", "by arithmetic"], rows)
 
 
+def steps_of(arm: str, config: Config) -> float:
+    """About how many training steps an arm takes as long as; a teacher and pruning take time."""
+    method = arm.partition("@")[0]
+    known = {"pretrained": config.pretrain_steps, "full": config.finetune_steps}
+    known |= {"full+steps": config.recover_steps}
+    if method in RECIPES:
+        return 20 + 1.4 * config.recover_steps
+    return known.get(method, 2 * config.compress_steps)
+
+
 def main(config: Config, run: Run) -> Results:
     if run.device == "mps":
         lacks = "experts are merged in float64, which mps lacks"
@@ -1638,24 +1579,22 @@ def main(config: Config, run: Run) -> Results:
         run.data = {text.name: text.digest for text in corpora}
         for note in sorted({text.note for text in corpora if text.note}):
             common.say(note)
-        if config.batch_size < len(corpora):
-            needed = f"at least one sequence of each of {len(corpora)} domains"
-            raise ValueError(f"batch_size is {config.batch_size}; {needed}")
     model = unmerged(config, run, run.seed).to(run.device)
     layers = list(moe_layers(model).values())
     config = run.config = replace(config, kept=config.kept or max(1, len(layers[0].remap) // 4))
     if config.finetune_steps:
         chosen = run.choose(METHODS, default=DEFAULT, more=MORE)
-    else:
-        chosen = run.choose(METHODS, default=ONE_SHOT + ["half_top_k"], more=DEFAULT)
-    arms = with_sources(chosen, "pretrain" if run.scale == "small" else "finetune")
+    else:  # merged as it is
+        half = f"full@top_k={max(1, layers[0].top_k // 2)}"
+        chosen = run.choose(METHODS, default=["full", half, *MERGED], more=DEFAULT)
+    first = "pretrained" if run.scale == "small" else "full"
+    chains = [chain_of(arm, first) for arm in chosen]
+    arms = list(dict.fromkeys(arm for chain in chains for arm in chain))
     for arm in arms:
-        check_arm(common.arm_config(config, arm), layers)
+        check_arm(arm, common.arm_config(config, arm), layers)
 
     task = make_task(Job(run, arms[0], run.seed), 1)
-    cost = {"pretrain": config.pretrain_steps, "finetune": config.finetune_steps, "merge": 20}
-    cost |= {"recover": 1.4 * config.recover_steps, "compress": 2 * config.compress_steps}
-    steps = sum(cost[stage_of(arm)] for arm in arms) * len(run.seeds)
+    steps = sum(steps_of(arm, config) for arm in arms) * len(run.seeds)
 
     def step() -> None:
         logits, _ = task.outputs(model, task.train_batch(0))
@@ -1667,8 +1606,9 @@ def main(config: Config, run: Run) -> Results:
     del layers
     model = None  # the arms need its memory
     results = Results()
-    for stage in STAGES:
-        results |= run.train_arms(train_arm, [arm for arm in arms if stage_of(arm) == stage])
+    for depth in range(1, 5):  # an arm after the one it goes on from
+        ready = [arm for arm in arms if len(chain_of(arm, first)) == depth]
+        results |= run.train_arms(train_arm, ready)
     results = Results({arm: results[arm] for arm in arms})
     print_tables(results, run)
     draw(results, run)

@@ -551,64 +551,6 @@ def text_tokens(folder: str | Path, path: str | Path) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-class PromptTask(TextToText):
-    """A task as text to text with everything that an experiment asks of it.
-
-    train_batch(step), calibration and validation [batches], outputs(model, batch) -> logits, labels
-    (-100: none), token_mask(batch, layer), answers(model, batch, logits) one a sequence, and
-    scores(answers) in percent. config: task, context, batch_size, calibration, eval_sequences.
-    """
-
-    def __init__(self, folder: Path, config, data_dir: Path, device: str, stream: int):
-        super().__init__(config.task, data_dir, folder, config.context, device)
-        self.batch_size, self.stream = config.batch_size, stream
-        self.calibration = self.sample(config.calibration, 32, stream)
-        self.validation = self.dev_batches(config.eval_sequences, 64)
-
-    def train_batch(self, step: int) -> dict[str, Tensor]:
-        return super().train_batch(step, self.batch_size, self.stream)
-
-    def scores(self, answers: list) -> dict[str, float]:
-        shares = super().scores(answers, slice(len(answers)))
-        return {name: 100 * share for name, share in shares.items()}
-
-
-class LetterTask:
-    """Multiple choice: which letter does a causal model expect after the question? See PromptTask."""
-
-    def __init__(self, folder: Path, config, data_dir: Path, device: str, stream: int):
-        self.batch_size, self.stream, self.device = config.batch_size, stream, device
-        everything = 1 << 40
-        questions = letter_questions(
-            folder, config.task, data_dir, everything, config.context, stream
-        )
-        self.train, self.dev, self.letters, _ = questions
-        self.calibration = self.batches(self.train, config.calibration)
-        self.validation = self.batches(self.dev, config.eval_sequences)
-
-    def batches(self, questions: Questions, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        rows = torch.arange(len(questions.labels))[: count or None]
-        return [questions.batch(part, self.device) for part in rows.split(8)]
-
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.train.train_batch(step, self.batch_size, self.stream, self.device)
-
-    def outputs(self, model: nn.Module, batch: tuple) -> tuple[Tensor, Tensor]:
-        """Logits [batch, 1, letters] and labels [batch, 1]."""
-        tokens, lengths, labels = batch
-        return last_logits(model, tokens, lengths)[:, None, self.letters], labels[:, None]
-
-    def token_mask(self, batch: tuple, layer: str) -> Tensor:
-        tokens, lengths, _ = batch
-        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-
-    def answers(self, model: nn.Module, batch: tuple, logits: Tensor) -> list[bool]:
-        return (logits[:, 0].argmax(dim=-1) == batch[2]).tolist()
-
-    def scores(self, answers: list) -> dict[str, float]:
-        return {"accuracy": 100 * sum(answers) / len(answers)}
-
-
 @torch.no_grad()
 def save_plain(model: nn.Module, mixtures: dict[str, tuple], folder: str | Path) -> None:
     """Write a model whose mixtures were replaced as a plain checkpoint of transformers.
