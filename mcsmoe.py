@@ -1,4 +1,56 @@
-"""M-SMoE"""
+"""M-SMoE and MC-SMoE: merge the experts of a mixture by hints from its router, then compress them.
+
+Li, Zhang, Yadav, Sung, Cheng, Bansal, Chen, "Merge, Then Compress: Demystify Efficient SMoE with
+Hints from Its Routing Policy" (ICLR 2024, arXiv 2310.01334).
+
+A sparse mixture keeps all its experts in memory, though for one downstream task few of them matter.
+M-SMoE makes them fewer, from what the router does on a few hundred sequences of the task:
+
+  A  align      permute an expert's neurons to match another's: free, it computes the same
+  B  count      how often each expert is picked; keep the raw logits of the router
+  C  select     the most used experts of ALL layers together stay, at least one a layer (dominant);
+                every other one joins the dominant expert of its layer with the most similar logits
+  D  merge      a group becomes its mean, weighted by use
+  E  redirect   the router is not touched: a token that picks expert e is served by remap[e] and
+                scaled by the score of e itself
+  F  recover    brief fine-tuning: cross-entropy + alpha KL(unmerged teacher || student)
+  G  compress   each merged W = U V + S, low rank plus sparse; the output neurons of S with least
+                |s ds| go while it is trained: MC-SMoE. Without merging first it is called C-SMoE
+
+Two experts of three neurons, a neuron written (what it reads | what it adds), d_model 2, ReLU:
+
+     A, used for 3/4 of their tokens      B, used for 1/4       B in A's order      3/4 A + 1/4 B
+     a1  ( 1  0 |  1  0 )                 ( 3  1 |  2  1 )      ( 1  0 |  1  4 )    ( 1  0 |  1  1 )
+     a2  ( 0  2 |  0  1 )                 ( 1  0 |  1  4 )      ( 0  2 |  0  1 )    ( 0  2 |  0  1 )
+     a3  ( 3  1 |  2  1 )                 ( 0  2 |  0  1 )      ( 3  1 |  2  1 )    ( 3  1 |  2  1 )
+
+     gain (products of neurons)  5 2 0      largest sum, a neuron of B for each of A: 2 + 5 + 15
+     rows A, columns B           3 4 5      = 22: perm = [2nd, 3rd, 1st]
+                                15 9 3
+
+For x = (1, 0) A says (7, 3), B (7, 7); merged in A's order (7, 4), their mean; else (5.3, 3.1).
+
+Run      python mcsmoe.py                two minutes on two cores, no download
+         python mcsmoe.py --ablate       every arm; --seeds 8 for verdicts
+         python mcsmoe.py --full         switch-base-32 on SST-2 (40 GB of GPU and activations), or
+             --model mistralai/Mixtral-8x7B-v0.1 --text FILE: merged as it is, any causal mixture
+You see  a byte model of 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one,
+         merged to 4 in seven ways, recovered, compressed and exported; what the claims became.
+Found    (seeds 0-7) FOUND
+Differences from the paper and its code
+1. Experts are aligned to the most used one of their group; the paper's reference is expert 0.
+2. Padding and dropped tokens count nowhere; exactly as many experts stay as the budget says.
+3. Every arm has frozen routers and equal steps, C-SMoE too; in the released code baselines differ.
+4. Importance of a neuron is a mean, not a sum, of |s ds| (as in the code), without its delay.
+5. Small: 4 layers, pre-trained here. Full: Adam in fp32 under bf16, prompts of our own, answers in
+   words are generated, where the released evaluation feeds the right answer in.
+6. Ours: experts with a gate (SwiGLU), top-k, causal models. Gone since the first edition: ZipIt,
+   REPAIR, Git Re-basin, Fisher weights, task-specific pruning, similarity by weight or output,
+   alignment to expert 0. Left out: fairseq's 15B decoder. Without retraining, later work (REAP)
+   finds pruning better: the table has both.
+
+Break it yourself: --calibration 1 (BREAK1); --target docs (BREAK2); --recover-steps 5 (BREAK3).
+"""
 
 import copy
 import math
