@@ -510,8 +510,11 @@ def random_questions(
 
 
 def is_switch(folder: str | Path) -> bool:
-    """An encoder-decoder Switch model, or a causal language model?"""
-    return _config(folder).model_type == "switch_transformers"
+    """An encoder-decoder Switch model, or a causal one with experts? Raises ValueError: neither."""
+    if _config(folder).model_type == "switch_transformers":
+        return True
+    causal_config(folder)
+    return False
 
 
 def switch_base_config(num_experts: int):

@@ -56,7 +56,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-# --- the docstring, and the method alone -----------------------------------------------------------
+# --- the docstring, and the method alone ---
 
 
 def test_the_worked_example_of_the_docstring():
@@ -165,7 +165,7 @@ def test_alignment_never_moves_experts_apart(kind):
         assert distance(reference, aligned) <= distance(reference, target) + 1e-9
 
 
-# --- B and C: statistics, dominant experts, groups -------------------------------------------------
+# --- B and C: statistics, dominant experts, groups ---
 
 
 def logits_for(picks, n=4):
@@ -357,7 +357,7 @@ def test_gated_experts_with_bias_are_refused_by_the_layer():
         DenseExperts(mcsmoe.stack([an_expert(gate=True, bias=True)]))
 
 
-# --- F and G: distillation; low rank plus sparse ---------------------------------------------------
+# --- F and G: distillation; low rank plus sparse ---
 
 
 def test_distillation_loss_worked_example():
