@@ -725,9 +725,7 @@ Task = Literal[
 @dataclass(frozen=True)
 class Config(common.Settings):
     num_experts: Annotated[Count, Small] = 16  # experts a layer; switch-base-32 has 32
-    kept: Count | None = (
-        4  # experts a layer after merging, on average; none: a quarter, as the paper
-    )
+    kept: Count | None = 4  # experts a layer after merging, on average; none: a quarter, as there
     skip: Whole = 1  # mixture layers at the input that are left alone; paper: 1
     calibration: Count = 256  # training sequences for the routing statistics; paper: 256
     alpha: NonNegative = 0.2  # weight of distillation; paper: 0.2
@@ -834,12 +832,6 @@ MERGED = [arm for arm in RECIPES if arm != "uniform_budget"]
 DEFAULT = ["full", *MERGED, "msmoe@skip=0", "full+steps", "mc", "mc@skip=0"]
 DEFAULT += ["c_equal_size", "c_equal_size@c_rank=1"]
 MORE = ["uniform_budget", "c_equal_rank"]
-SETTINGS = {  # that an arm may have of its own; the others are the same for a whole run
-    "full": "lr finetune_steps top_k",
-    "full+steps": "recover_steps recover_lr",
-    "merged": "kept skip calibration alpha temperature recover_steps recover_lr",
-    "compressed": "rank density c_rank compress_steps compress_lr warmup_share cooldown_share",
-}
 
 
 def chain_of(arm: str, first: str) -> list[str]:
@@ -876,23 +868,21 @@ def make_task(job: Job, stage: int) -> Any:
 def calibrate(model: nn.Module, task: Any) -> dict[str, Tensor]:
     """{layer: its router logits [tokens, num_experts] on the calibration data, without padding}."""
     layers = moe_layers(model.eval())
+    met: dict[nn.Module, Tensor] = {}
+
+    def keep(router: nn.Module, inputs: tuple, logits: Tensor) -> None:
+        met[router] = logits
+
+    hooks = [layer.router.register_forward_hook(keep) for layer in layers.values()]
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    hooks = []
-    for name, layer in layers.items():
-
-        def keep(router: nn.Module, inputs: tuple, logits: Tensor, name: str = name) -> None:
-            found[name].append(logits)
-
-        hooks.append(layer.router.register_forward_hook(keep))
     for batch in task.calibration:
         task.outputs(model, batch)
-        for name, parts in found.items():
-            mask = task.token_mask(batch, name)
-            if mask is not None:
-                parts[-1] = parts[-1][mask.flatten()]
+        for name, layer in layers.items():
+            mask, logits = task.token_mask(batch, name), met[layer.router].float()
+            found[name].append(logits if mask is None else logits[mask.flatten()])
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat(parts).float() for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def merge_model(
@@ -922,30 +912,30 @@ def merge_model(
         else:
             groups = group_experts(logits[name], chosen)
         shares = {"uniform": torch.ones_like(used), "dominant alone": used * chosen}
-        weights = shares.get(recipe.weights, used)
         if recipe.prune:
             merged = prune_layer(layer, chosen)
         else:
+            weights = shares.get(recipe.weights, used)
             merged = merge_layer(layer, used, groups, recipe.align, weights)
         model.set_submodule(name, merged)
-        kept = chosen.nonzero()[:, 0]
-        found = {"frequency": used, "dominant": kept, "groups": groups}
-        report.append({"layer": name, **{key: value.tolist() for key, value in found.items()}})
+        about = {"layer": name, "frequency": used.tolist(), "groups": groups.tolist()}
+        about["dominant"] = chosen.nonzero()[:, 0].tolist()
         if recipe == Recipe():
-            falls = rank_falls(layer, merged, kept, groups.bincount() > 1)
-            report[-1]["rank_falls"] = falls
+            about["rank_falls"] = rank_falls(layer, merged, chosen, groups.bincount() > 1)
+        report.append(about)
     return report
 
 
 def rank_falls(
-    before: SparseMoE, after: SparseMoE, kept: Tensor, grown: Tensor
+    before: SparseMoE, after: SparseMoE, dominant: Tensor, grown: Tensor
 ) -> dict[str, float]:
     """{matrix: by how many percent merging lowers its stable rank}, mean over groups that grew."""
+    old, new = before.experts.stacked().at(dominant), after.experts.stacked()
     falls = {}
     for matrix in ("w1", "w2") if grown.any() else ():
-        old = stable_rank(getattr(before.experts.stacked(), matrix)[kept[grown]]).mean()
-        new = stable_rank(getattr(after.experts.stacked(), matrix)[grown]).mean()
-        falls[matrix] = 100 * float(1 - new / old)
+        kept = stable_rank(getattr(old, matrix)[grown]).mean()
+        merged = stable_rank(getattr(new, matrix)[grown]).mean()
+        falls[matrix] = 100 * float(1 - merged / kept)
     return falls
 
 
@@ -1081,7 +1071,7 @@ def rebuild(job: Job, state: dict) -> nn.Module:
 
 
 def load_trained(path: str | Path) -> nn.Module:
-    """The model of an arm, in eval mode, on the CPU: runs/mcsmoe-small/arms/msmoe+kd-seed0.pt.
+    """The model of an arm, in eval mode, on the CPU: runs/mcsmoe-small/arms/msmoe-seed0.pt.
 
     One of --full is built by the configuration of its checkpoint, which must be where the run found
     it. Raises UsageError: see common.load_trained.
@@ -1276,10 +1266,20 @@ def merge(job: Job) -> dict:
     return found | store(job, model, task)
 
 
-def equal_density(config: Config, d_model: int, d_ff: int, num_experts: int) -> float:
-    """The density at which num_experts experts of rank c_rank are as large as MC-SMoE's `kept`."""
-    low_rank, dense = d_model + d_ff, d_model * d_ff  # of a matrix: U and V per rank, S if full
-    budget = config.kept * (config.rank * low_rank + config.density * dense) / num_experts
+def sizes_of(layer: SparseMoE) -> tuple[int, int]:
+    """Of one expert, both matrices: parameters of U and V per rank, and of W (or a full S)."""
+    low_rank = dense = 0
+    for matrix in (layer.experts.w1, layer.experts.w2):
+        rows, columns = matrix.shape[1:]
+        low_rank += rows + columns
+        dense += rows * columns
+    return low_rank, dense
+
+
+def equal_density(config: Config, layer: SparseMoE) -> float:
+    """The density at which all experts, of rank c_rank, are as large as MC-SMoE's `kept` ones."""
+    low_rank, dense = sizes_of(layer)
+    budget = config.kept * (config.rank * low_rank + config.density * dense) / len(layer.remap)
     density = (budget - config.c_rank * low_rank) / dense
     if density < 0:
         larger = "C-SMoE is larger than MC-SMoE even without S"
@@ -1301,8 +1301,7 @@ def compress(job: Job) -> dict:
     layers = list(moe_layers(model).values())[config.skip :]
     rank, density = config.rank, config.density
     if job.method == "c_equal_size":
-        shape = layers[0].experts.w1.shape[1:]
-        rank, density = config.c_rank, equal_density(config, *shape, len(layers[0].remap))
+        rank, density = config.c_rank, equal_density(config, layers[0])
     linears = []
     for layer in layers:
         layer.experts = LowRankExperts(layer.experts, rank)
@@ -1481,11 +1480,8 @@ def ledger(model: nn.Module, config: Config) -> dict[str, int]:
     layers = list(moe_layers(model).values())
     num_experts = len(layers[0].remap)
     kept = config.kept or max(1, num_experts // 4)
-    expert = small = 0  # dense, compressed
-    for matrix in (layers[0].experts.w1, layers[0].experts.w2):
-        rows, columns = matrix.shape[1:]
-        expert += rows * columns
-        small += round(config.rank * (rows + columns) + config.density * rows * columns)
+    low_rank, expert = sizes_of(layers[0])
+    small = round(config.rank * low_rank + config.density * expert)
     full, merged = common.count_parameters(model), len(layers) - config.skip
     rest = full - merged * num_experts * expert
     return {
@@ -1572,13 +1568,10 @@ def settle(config: Config, run: Run) -> Config:
 def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
     """Refuse what the model cannot do, and settings that would do nothing. Raises ValueError."""
     method, _, settings = arm.partition("@")
-    own = SETTINGS.get(method, SETTINGS["merged"]).split()
-    if method in ("mc", "c_equal_size", "c_equal_rank"):
-        own += SETTINGS["compressed"].split()
-    for setting in filter(None, settings.split(",")):
-        if setting.partition("=")[0] not in own:
-            raise ValueError(f"arm {arm}: it may have settings of its own for {', '.join(own)}")
-    num_experts, shape = len(layers[0].remap), layers[0].experts.w1.shape[1:]
+    for setting in settings.split(","):
+        if method != "full" and setting.partition("=")[0] in ("lr", "finetune_steps"):
+            raise ValueError(f"arm {arm}: {setting} belongs to full, from which all others start")
+    num_experts, shape = len(layers[0].remap), layers[0].experts.w2.shape[1:]
     if not config.skip < len(layers):
         there = f"the model has {len(layers)} mixture layers, one must be merged"
         raise ValueError(f"skip is {config.skip}; {there}")
@@ -1587,7 +1580,7 @@ def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
     if max(config.rank, config.c_rank) > min(shape):
         allowed = f"at most {min(shape)} is allowed"
         raise ValueError(f"rank is {config.rank}, c_rank {config.c_rank}; {allowed}")
-    equal_density(config, *shape, num_experts)
+    equal_density(config, layers[0])
     density_at(config, 0, config.density)
 
 

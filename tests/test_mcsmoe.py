@@ -663,10 +663,14 @@ def test_what_an_arm_goes_on_from():
 
 
 def test_equal_size_is_equal():
-    equal = mcsmoe.equal_density(TINY, 16, 16, num_experts=4)  # of rank 1, as large as 2 of rank 2
-    assert 4 * (1 * 32 + equal * 256) == pytest.approx(2 * (2 * 32 + 0.1 * 256))
+    """Four experts of rank 1 are as large as two of rank 2, with a gate, too."""
+    layer = a_layer(4, gate=True)  # w1 [5, 14], w2 [7, 5]
+    low_rank, dense = 19 + 12, 70 + 35
+    assert mcsmoe.sizes_of(layer) == (low_rank, dense)
+    equal = mcsmoe.equal_density(TINY, layer)
+    assert 4 * (1 * low_rank + equal * dense) == pytest.approx(2 * (2 * low_rank + 0.1 * dense))
     with pytest.raises(ValueError, match="c_rank is 2: C-SMoE is larger"):
-        mcsmoe.equal_density(replace(TINY, c_rank=2), 16, 16, num_experts=4)
+        mcsmoe.equal_density(replace(TINY, c_rank=2), layer)
 
 
 # --- the script ---
@@ -738,7 +742,7 @@ WORSE = {  # claim -> (arm, change), each of which alone makes it fail
     "adaptive_budget": [("uniform_budget", {"loss at once": 1.5})],
     "low_rank": [("msmoe", {"layers": [{"rank_falls": {"w1": -1.0, "w2": 4.0}}]})],
     "memory": [("mc@skip=0", {"parameters": 25}), ("mc@skip=0", {"bytes": 90})],
-    "flops": [("mc@skip=0", {"flops": 900}), ("msmoe@skip=0", {"flops": 999})],
+    "flops": [("mc@skip=0", {"flops": 900}), ("msmoe@skip=0", {"flops": 900})],
     "export": [("mc", {"reload_change": 0.1})],
 }
 
@@ -772,7 +776,7 @@ def test_every_claim_can_hold_and_can_fail():
         (["--batch-size", "2"], "batch-size is 2"),
         (["--task", "squad"], "it belongs to --full"),
         (["--arms", "msmoe@skip=9"], "skip is 9"),
-        (["--arms", "msmoe@lr=0.1"], "arm msmoe@lr=0.1: it may have settings of its own for kept"),
+        (["--arms", "msmoe@lr=0.1"], "arm msmoe@lr=0.1: lr=0.1 belongs to full"),
     ],
 )
 def test_mistakes_are_one_line_exit_code_2_and_leave_nothing(
