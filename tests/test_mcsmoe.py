@@ -89,11 +89,18 @@ def test_the_worked_example_of_the_docstring():
 def test_the_method_runs_pasted_under_import_torch():
     """All between the imports and the Config; data, files and common.py are not needed."""
     source = (ROOT / "mcsmoe.py").read_text()
-    method = source[source.index("# ---") : source.index("# Config\n")].rpartition("# ---")[0]
+    method = source[source.index("# ---") : source.index("# Config\n")].rpartition("\n# ---")[0]
+    head = """import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+import kernels
+"""
     names = {}
-    head = "import math\nfrom collections.abc import Callable, Sequence\nfrom typing import Any, NamedTuple\n"
-    head += "import numpy as np\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
-    exec(head + "import kernels\n" + method, names)
+    exec(head + method, names)
     layer = names["SparseMoE"](torch.randn(4, 8), names["DenseExperts"](
         names["Expert"](torch.randn(4, 8, 6), torch.randn(4, 6, 8))
     ))  # fmt: skip
@@ -263,6 +270,8 @@ def test_members_are_lined_up_with_the_most_used_of_their_group():
         found, old = getattr(merged.experts.stacked(), name), getattr(experts, name)
         torch.testing.assert_close(found[1], 0.25 * getattr(moved, name) + 0.75 * old[2])
         assert torch.equal(found[0], old[0])
+        even = mcsmoe.merge_layer(layer, use, groups, weights=torch.ones(3)).experts.stacked()
+        torch.testing.assert_close(getattr(even, name)[1], (getattr(moved, name) + old[2]) / 2)
 
 
 @KINDS
