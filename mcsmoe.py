@@ -972,18 +972,6 @@ def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.Transform
 # --------------------------------------------------------------------------------------------------
 
 
-class SharedExpert(nn.Module):
-    """What every token meets, scaled by the sigmoid of a gate of its own (Qwen2-MoE)."""
-
-    def __init__(self, expert: nn.Module, gate: nn.Module | None):
-        super().__init__()
-        self.expert, self.gate = expert, gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.expert(x)
-        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
-
-
 def from_block(block: nn.Module) -> SparseMoE:
     """A mixture of a causal model of transformers, on the same memory. Raises ValueError."""
     read = mixtures.read_block(block)
@@ -993,21 +981,13 @@ def from_block(block: nn.Module) -> SparseMoE:
     if read.act not in kernels.ACTIVATIONS:
         raise ValueError(f"{name} has the activation {read.act}; the kernels do not")
     experts = DenseExperts.of_gated(read.gate_up_proj.transpose(1, 2), read.w2, read.act)
-    shared = None if read.shared is None else SharedExpert(read.shared, read.shared_gate)
+    shared = pretrained.shared_expert(read)
     rule = {"top_k": read.top_k, "normalize": read.normalize}
     return SparseMoE(read.router, experts, **rule, shared=shared)
 
 
-LARGE = 3_000_000_000  # parameters of a model of which no copy in float64 is made
-
-
 def switch_layer(router_weight: Tensor, w1: Tensor, w2: Tensor, act: str, capacity: int):
     return SparseMoE(router_weight, DenseExperts(Expert(w1, w2), act), capacity=capacity)
-
-
-def patch_causal(model: nn.Module) -> nn.Module:
-    mixtures.replace_blocks(model, from_block)
-    return model
 
 
 def unmerged(config: Config, run: Run, seed: int, empty: bool = False) -> nn.Module:
@@ -1015,11 +995,7 @@ def unmerged(config: Config, run: Run, seed: int, empty: bool = False) -> nn.Mod
     if run.scale == "small":
         return byte_lm(config, seed)
     folder = pretrained.locate(config.model, run.data_dir)
-    if pretrained.is_switch(folder):
-        load = pretrained.empty_switch if empty else pretrained.load_switch
-        return load(folder, switch_layer)
-    load = pretrained.empty_causal if empty else pretrained.load_causal
-    model = patch_causal(load(folder, run.dtype))
+    model = pretrained.load_mixtures(folder, run.dtype, switch_layer, from_block, empty)
     for layer in moe_layers(model).values() if config.top_k else ():
         layer.top_k = config.top_k
     return model
@@ -1087,13 +1063,16 @@ def to_transformers(path: str | Path, folder: str | Path) -> None:
     people's tools can judge them. This saves no memory. Raises ValueError for a pruned router.
     """
     model = load_trained(path)
-    blocks = {}
-    for name, layer in moe_layers(model).items():
-        if not layer.alive.all():
-            raise ValueError(f"{path}: a pruned router masks logits, which no weights can say")
+    layers = moe_layers(model)
+    if not all(layer.alive.all() for layer in layers.values()):
+        raise ValueError(f"{path}: a pruned router masks logits, which no weights can say")
+
+    def weights_of(name: str) -> tuple:
+        layer = layers[name]
         full = layer.experts.stacked().at(layer.remap)  # every member with its group's weights
-        blocks[name] = (layer.router.weight, full.w1, full.w2, full.w_gate, layer.shared)
-    pretrained.save_plain(model, blocks, folder)
+        return layer.router.weight, full.w1, full.w2, full.w_gate, layer.shared
+
+    pretrained.save_plain(model, list(layers), weights_of, folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1164,6 +1143,9 @@ def evaluate(model: nn.Module, task: Any, run: Run) -> dict:
             losses.append(loss.sum(dim=1) / (labels >= 0).sum(dim=1))  # [batch]
             answers += task.answers(model, batch, logits)
     return {"loss": float(torch.cat(losses).double().mean()), **task.scores(answers)}
+
+
+LARGE = 3_000_000_000  # parameters of a model of which no copy in float64 is made
 
 
 @torch.no_grad()
@@ -1586,13 +1568,9 @@ def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
 
 def print_plan(config: Config, run: Run) -> None:
     """--full --dry-run: sizes, before anything is downloaded."""
-    if pretrained.is_here(config.model, run.data_dir):
-        model = unmerged(config, run, run.seed, empty=True)
-    elif config.model == FULL.model:
-        model = pretrained.empty_switch_like(pretrained.switch_base_config(32), switch_layer)
-    else:
-        known = pretrained.find_config(config.model, run.data_dir, may_download=False)
-        model = patch_causal(pretrained.random_causal(known, run.dtype, "meta"))
+    model = pretrained.nominal_mixtures(
+        config.model, run.data_dir, run.dtype, switch_layer, from_block
+    )
     rows = [[name, f"{count:,}"] for name, count in ledger(model, config).items()]
     full = common.count_parameters(model)
     rows.append(["bytes of GPU to merge it, fp32", f"{4 * full:,}"])
@@ -1600,14 +1578,26 @@ def print_plan(config: Config, run: Run) -> None:
     run.table(f"{config.model}, parameters at these settings", ["", "by arithmetic"], rows)
 
 
+def choose_arms(config: Config, run: Run, layers: Sequence[SparseMoE]) -> list[list[str]]:
+    """Each arm of the run, behind those it goes on from."""
+    if config.finetune_steps:
+        chosen = run.choose(METHODS, default=DEFAULT, more=MORE)
+    else:  # merged as it is
+        half = f"full@top_k={max(1, layers[0].top_k // 2)}"
+        chosen = run.choose(METHODS, default=["full", half, *MERGED], more=DEFAULT)
+    for arm in chosen:
+        check_arm(arm, common.arm_config(config, arm), layers)
+    first = "pretrained" if run.scale == "small" else "full"
+    return [chain_of(arm, first) for arm in chosen]
+
+
 def steps_of(arm: str, config: Config) -> float:
     """About how many training steps an arm takes as long as; a teacher and pruning take time."""
     method = arm.partition("@")[0]
-    known = {"pretrained": config.pretrain_steps, "full": config.finetune_steps}
-    known |= {"full+steps": config.recover_steps}
     if method in RECIPES:
         return 20 + 1.4 * config.recover_steps
-    return known.get(method, 2 * config.compress_steps)
+    known = {"pretrained": config.pretrain_steps, "full": config.finetune_steps}
+    return {**known, "full+steps": config.recover_steps}.get(method, 2 * config.compress_steps)
 
 
 def main(config: Config, run: Run) -> Results:
@@ -1627,16 +1617,8 @@ def main(config: Config, run: Run) -> Results:
     model = unmerged(config, run, run.seed).to(run.device)
     layers = list(moe_layers(model).values())
     config = run.config = replace(config, kept=config.kept or max(1, len(layers[0].remap) // 4))
-    if config.finetune_steps:
-        chosen = run.choose(METHODS, default=DEFAULT, more=MORE)
-    else:  # merged as it is
-        half = f"full@top_k={max(1, layers[0].top_k // 2)}"
-        chosen = run.choose(METHODS, default=["full", half, *MERGED], more=DEFAULT)
-    first = "pretrained" if run.scale == "small" else "full"
-    chains = [chain_of(arm, first) for arm in chosen]
+    chains = choose_arms(config, run, layers)
     arms = list(dict.fromkeys(arm for chain in chains for arm in chain))
-    for arm in arms:
-        check_arm(arm, common.arm_config(config, arm), layers)
 
     task = make_task(Job(run, arms[0], run.seed), 1)
     steps = sum(steps_of(arm, config) for arm in arms) * len(run.seeds)
@@ -1651,9 +1633,9 @@ def main(config: Config, run: Run) -> Results:
     del layers
     model = None  # the arms need its memory
     results = Results()
-    for depth in range(1, 5):  # an arm after the one it goes on from
-        ready = [arm for arm in arms if len(chain_of(arm, first)) == depth]
-        results |= run.train_arms(train_arm, ready)
+    for depth in range(4):  # an arm after the one it goes on from
+        ready = dict.fromkeys(chain[depth] for chain in chains if len(chain) > depth)
+        results |= run.train_arms(train_arm, list(ready))
     results = Results({arm: results[arm] for arm in arms})
     print_tables(results, run)
     draw(results, run)

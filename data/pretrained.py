@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from data import tasks, text
-from data.mixtures import read_block
+from data.mixtures import MixtureWeights, read_block, replace_blocks
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
 # d_model], act, capacity)
@@ -544,6 +544,61 @@ def empty_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+MakeBlock = Callable[[nn.Module], nn.Module]  # a mixture block of transformers -> another layer
+
+
+def load_mixtures(
+    folder: str | Path,
+    dtype: torch.dtype,
+    make_switch: MakeLayer,
+    make_block: MakeBlock,
+    empty: bool = False,
+) -> nn.Module:
+    """A Switch model in fp32, or a causal one in dtype, with its mixtures replaced.
+
+    empty: on the device "meta". Raises ValueError like load_switch, load_causal, replace_blocks.
+    """
+    if is_switch(folder):
+        return empty_switch(folder, make_switch) if empty else load_switch(folder, make_switch)
+    model = empty_causal(folder, dtype) if empty else load_causal(folder, dtype)
+    replace_blocks(model, make_block)
+    return model
+
+
+def nominal_mixtures(
+    name: str,
+    data_dir: str | Path,
+    dtype: torch.dtype,
+    make_switch: MakeLayer,
+    make_block: MakeBlock,
+) -> nn.Module:
+    """The same on the device "meta", of a well-known model before it is downloaded, too."""
+    if is_here(name, data_dir):
+        return load_mixtures(locate(name, data_dir), dtype, make_switch, make_block, empty=True)
+    if name == "google/switch-base-32":
+        return empty_switch_like(switch_base_config(32), make_switch)
+    model = random_causal(find_config(name, data_dir, may_download=False), dtype, "meta")
+    replace_blocks(model, make_block)
+    return model
+
+
+class SharedExpert(nn.Module):
+    """What every token meets, scaled by the sigmoid of a gate of its own, if there is one."""
+
+    def __init__(self, expert: nn.Module, gate: nn.Module | None):
+        super().__init__()
+        self.expert, self.gate = expert, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expert(x)
+        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+
+
+def shared_expert(read: MixtureWeights) -> SharedExpert | None:
+    """Of a block that data/mixtures.py has read."""
+    return None if read.shared is None else SharedExpert(read.shared, read.shared_gate)
+
+
 def text_tokens(folder: str | Path, path: str | Path) -> tuple[Tensor, Tensor]:
     """A file or folder of text as tokens of a checkpoint: training and held-out part, [tokens]."""
     tokenizer, corpus = load_tokenizer(folder), text.load_text(path)
@@ -555,17 +610,20 @@ def text_tokens(folder: str | Path, path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def save_plain(model: nn.Module, mixtures: dict[str, tuple], folder: str | Path) -> None:
+def save_plain(
+    model: nn.Module, names: Sequence[str], weights_of: Callable, folder: str | Path
+) -> None:
     """Write a model whose mixtures were replaced as a plain checkpoint of transformers.
 
-    mixtures  of each by name: (router [experts, d_model], w1 and w2 [experts, in, out], w_gate like
-              w1 or None, shared: a module with `expert` and `gate`, or None)
+    names       of the replaced mixtures
+    weights_of  name -> (router [experts, d_model], w1 and w2 [experts, in, out], w_gate like w1 or
+                None, a SharedExpert or None)
     Raises ValueError for a weight that has no place in the plain model.
     """
     plain = type(model)(model.config).to(model.dtype)
     weights = model.state_dict()
-    for name, mixture in mixtures.items():
-        write_mixture(plain.get_submodule(name), *mixture)
+    for name in names:
+        write_mixture(plain.get_submodule(name), *weights_of(name))
         weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
     odd = plain.load_state_dict(weights, strict=False).unexpected_keys
     if odd:
@@ -588,6 +646,4 @@ def write_mixture(
     read.w3.copy_(w1)
     read.w2.copy_(w2)
     if shared is not None:
-        read.shared.load_state_dict(shared.expert.state_dict())
-    if shared is not None and shared.gate is not None:
-        read.shared_gate.load_state_dict(shared.gate.state_dict())
+        shared_expert(read).load_state_dict(shared.state_dict())

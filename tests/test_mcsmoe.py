@@ -140,8 +140,8 @@ def test_own_solver_equals_scipy():
 
 
 @pytest.mark.parametrize(
-    "gain", [np.ones((2, 3)), np.ones(3), np.array([[math.nan]]), np.array([[math.inf]]), np.ones((0, 0))]
-)  # fmt: skip
+    "gain", [np.ones((2, 3)), np.ones(3), matrix([math.nan]), matrix([math.inf]), np.ones((0, 0))]
+)
 def test_assignment_refuses(gain):
     with pytest.raises(ValueError, match="square matrix of finite numbers"):
         mcsmoe.linear_assignment(gain)

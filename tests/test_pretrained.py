@@ -267,7 +267,9 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
         torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0)),
     )
     original = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    converted = mcsmoe.patch_causal(pretrained.load_causal(folder, torch.float32))
+    converted = pretrained.load_mixtures(
+        folder, torch.float32, mcsmoe.switch_layer, mcsmoe.from_block
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             converted(tokens).logits, original(tokens).logits, atol=1e-6, rtol=0
