@@ -1561,7 +1561,8 @@ def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
     if max(config.rank, config.c_rank) > min(shape):
         allowed = f"at most {min(shape)} is allowed"
         raise ValueError(f"rank is {config.rank}, c_rank {config.c_rank}; {allowed}")
-    equal_density(config, layers[0])
+    if method == "c_equal_size":
+        equal_density(config, layers[0])
     density_at(config, 0, config.density)
 
 
