@@ -1,55 +1,55 @@
-"""M-SMoE and MC-SMoE: merge the experts of a sparse mixture by hints from its router, then compress them.
+"""M-SMoE and MC-SMoE: merge the experts of a mixture by hints from its router, then compress them.
 
-Li, Zhang, Yadav, Sung, Cheng, Bansal, Chen, "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing
-Policy" (ICLR 2024, arXiv 2310.01334).
+Li, Zhang, Yadav, Sung, Cheng, Bansal, Chen, "Merge, Then Compress: Demystify Efficient SMoE with
+Hints from Its Routing Policy" (ICLR 2024, arXiv 2310.01334).
 
-A top-1 mixture keeps every expert in memory, though for one downstream task few of them matter. After fine-tuning on
-the task, on a few hundred of its sequences:
+A sparse mixture keeps all its experts in memory, though for one downstream task few of them matter.
+M-SMoE makes them fewer, from what the router does on a few hundred sequences of the task:
 
-  A  align      permute each expert's hidden neurons to match a reference: max_P <P, W1_r' W1_t + W2_r W2_t'>. Free:
-                an expert computes the same whatever the order of its neurons
-  B  count      how often each expert is picked; keep the raw router logits
-  C  select     the most used experts of ALL layers together stay, at least one a layer: layers keep what they need
-  D  merge      every other expert joins the kept one with the most similar logits; a group becomes its mean, weighted
-                by use
-  E  redirect   the router is not touched: a token that picks expert e goes to group remap[e], scaled by e's own score
-  F  recover    a brief fine-tuning: cross-entropy + 0.2 KL(teacher || student), the teacher is the unmerged model
-  G  compress   W = U V + S for each merged matrix; prune output neurons of S, all ranked together by |s ds|, while
-                training; store only what is left
+  A  align      permute an expert's neurons to match another's: free, it computes the same
+  B  count      how often each expert is picked; keep the raw logits of the router
+  C  select     the most used experts of ALL layers together stay, at least one a layer (dominant);
+                every other one joins the dominant expert of its layer with the most similar logits
+  D  merge      a group becomes its mean, weighted by use
+  E  redirect   the router is not touched: a token that picks expert e is served by remap[e] and
+                scaled by the score of e itself
+  F  recover    brief fine-tuning: cross-entropy + alpha KL(unmerged teacher || student)
+  G  compress   each merged W = U V + S, low rank plus sparse; the output neurons of S with least
+                |s ds| go while it is trained: MC-SMoE. Without merging first it is called C-SMoE
 
-       picks of 8 experts      .41 .02 .22 .01 .05 .19 .03 .07
-       kept                     *       *           *
-       served by                0   0   2   5   2   5   0   2      3 experts stored, 8 router outputs as before
+Two experts of three neurons, a neuron written (what it reads | what it adds), d_model 2, ReLU:
 
-Run      python mcsmoe.py            one to two minutes on two cores, no download
-         python mcsmoe.py --ablate   every arm of the paper's tables; --tune: the learning-rate grid; --arms NAME,...
-         python mcsmoe.py --full     switch-base-32 on SST-2; --task mrpc, squad, ... (needs transformers, 80 GB of GPU)
-You see  a byte model with 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one, merged in a dozen
-         ways at equal memory, recovered, compressed and exported; who was merged with whom; what the claims became.
-Found    (seeds 0-2) M-SMoE loses far less than averaging or pruning right after merging, and recovers to the full
-         model's accuracy in 60 steps; but the full model gains a point from as many steps. Alignment, weights by use
-         and the choice of whom to keep matter; with WHOM the others are merged does not (random members do as well),
-         nor does the adaptive budget, and after recovery the kept experts alone, nothing merged into them, are as good
-         as M-SMoE. Fisher weights beat weights by use. C-SMoE of equal rank is larger and better, of equal size worse.
-         Task-specific pruning, which cuts by use while it is distilled, is as weak as averaging.
+     A, used for 3/4 of their tokens      B, used for 1/4       B in A's order      3/4 A + 1/4 B
+     a1  ( 1  0 |  1  0 )                 ( 3  1 |  2  1 )      ( 1  0 |  1  4 )    ( 1  0 |  1  1 )
+     a2  ( 0  2 |  0  1 )                 ( 1  0 |  1  4 )      ( 0  2 |  0  1 )    ( 0  2 |  0  1 )
+     a3  ( 3  1 |  2  1 )                 ( 0  2 |  0  1 )      ( 3  1 |  2  1 )    ( 3  1 |  2  1 )
 
+     gain (products of neurons)  5 2 0      largest sum, a neuron of B for each of A: 2 + 5 + 15
+     rows A, columns B           3 4 5      = 22: perm = [2nd, 3rd, 1st]
+                                15 9 3
+
+For x = (1, 0) A says (7, 3), B (7, 7); merged in A's order (7, 4), their mean; else (5.3, 3.1).
+
+Run      python mcsmoe.py                two minutes on two cores, no download
+         python mcsmoe.py --ablate       every arm; --seeds 8 for verdicts
+         python mcsmoe.py --full         switch-base-32 on SST-2 (40 GB of GPU and activations), or
+             --model mistralai/Mixtral-8x7B-v0.1 --text FILE: merged as it is, any causal mixture
+You see  a byte model of 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one,
+         merged to 4 in seven ways, recovered, compressed and exported; what the claims became.
+Found    (seeds 0-7) FOUND
 Differences from the paper and its code
-1. Experts are aligned to the most used one of their group, not to expert 0 of the layer (--align-to first).
-2. Padding and dropped tokens count nowhere; exact top-k budget (a strict threshold in the released code loses ties).
-3. Every arm has frozen routers and the same steps; in the released code the merging baselines train theirs. C-SMoE too
-   starts from a model with as many steps as MC-SMoE's.
-4. Importance of a pruned neuron is a mean, not a sum, of |s ds| (as in the code), without its delay of one step.
-5. Git Re-basin, REPAIR and ZipIt as released: random groups, plain means. --ablate also gives them M-SMoE's groups.
-   Task-specific pruning (Chen et al. 2022) cuts while it is distilled, in the same steps as everybody's recovery; dead
-   experts are masked by addition (the released code multiplies their logits by the mask, which revives some).
-6. Small scale: 4 layers, all with a mixture, pre-trained here for 500 steps. Full scale: 12 of 24 layers, Adam in fp32
-   under bf16 autocast, short prompts of our own instead of promptsource's; answers in words (SQuAD, HotpotQA) are
-   generated greedily, where the released evaluation feeds the right answer in. Metrics as the tasks' own scripts.
-7. Left out: fairseq's 15B decoder.
-For generation without retraining, later work (REAP) finds that pruning beats merging: this is for one task, recovered.
+1. Experts are aligned to the most used one of their group; the paper's reference is expert 0.
+2. Padding and dropped tokens count nowhere; exactly as many experts stay as the budget says.
+3. Every arm has frozen routers and equal steps, C-SMoE too; in the released code baselines differ.
+4. Importance of a neuron is a mean, not a sum, of |s ds| (as in the code), without its delay.
+5. Small: 4 layers, pre-trained here. Full: Adam in fp32 under bf16, prompts of our own, answers in
+   words are generated, where the released evaluation feeds the right answer in.
+6. Ours: experts with a gate (SwiGLU), top-k, causal models. Gone since the first edition: ZipIt,
+   REPAIR, Git Re-basin, Fisher weights, task-specific pruning, similarity by weight or output,
+   alignment to expert 0. Left out: fairseq's 15B decoder. Without retraining, later work (REAP)
+   finds pruning better: the table has both.
 
-Break it yourself: --calibration 1 (statistics of one sequence); --target docs (do the groups still matter?);
---recover-steps 5 (is it recovery, or was nothing lost?).
+Break it yourself: --calibration 1 (BREAK1); --target docs (BREAK2); --recover-steps 5 (BREAK3).
 """
 
 import copy
@@ -57,93 +57,50 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bridge as common
+import common
 import kernels
-from bridge import Claim, Run
-from data import pretrained, tasks
+from common import (
+    Check,
+    Count,
+    Job,
+    Margin,
+    NonNegative,
+    Only,
+    Positive,
+    Results,
+    Run,
+    Share,
+    Whole,
+    check,
+    claim,
+    show,
+)
+from data import mixtures, pretrained, targets, tasks
 from data import text as text_data
 
-# ---------------------------------------------------------------------------------------------------------------
-# Config
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    num_experts: int = 16  # experts a layer; switch-base-32 has 32 (full scale: read from the checkpoint)
-    kept: int = 4  # experts a layer after merging, on average; paper: 8
-    skip: int = 1  # mixture layers at the input that are left alone; paper: 1
-    align_to: str = "dominant"  # dominant (of the group) or first (of the layer, the paper's); measured better
-    similarity: str = "logits"  # logits (the paper), weight or output: by what experts are grouped
-    calibration: int = 256  # training sequences for the routing statistics; paper: 256
-    alpha: float = 0.2  # weight of distillation; paper: 0.2
-    temperature: float = 2.0  # of distillation; paper: 2
-    rank: int = 4  # of U V; paper: 32
-    density: float = 0.1  # share of S that is kept; paper: 0.1
-    c_rank: int = 2  # of C-SMoE at MC-SMoE's size; half of it runs too, and the better one counts
-    warmup_share: float = 0.04  # of the compression steps, before pruning starts; paper: 400 of 10,000
-    cooldown_share: float = 0.16  # of the compression steps, after it ends; paper: 1,600 of 10,000
-    finetune_steps: int = 40  # of the full model on the target; 0: the task's
-    recover_steps: int = 60  # of every merged model; 0: the task's
-    compress_steps: int = 80  # paper: 10,000
-    lr: float = 2e-3  # peak, of fine-tuning, linear to 0; best of LR_GRID on seeds 100-101; 0: the task's
-    recover_lr: float = 4e-3  # peak, of recovery; best of LR_GRID for every merged arm on seeds 100-101; 0: the task's
-    compress_lr: float = 4e-3  # peak, of compression; best of LR_GRID for MC-SMoE on seeds 100-101; 0: the task's
-    batch_size: int = 30  # sequences a step; 0: the task's
-    eval_sequences: int = 1024  # of the validation data; 0: all
-    tune: bool = False  # only the learning-rate grid of the main arms, no claims
-    context: int = 64  # bytes; full scale: most tokens of a prompt
-    num_layers: int = 4  # transformer layers, each with a mixture
-    d_model: int = 64  # width
-    d_ff: int = 128  # hidden width of one expert
-    num_heads: int = 4  # attention heads
-    init: float = 0.1  # standard deviation of initial weights outside the experts
-    pretrain_steps: int = 500  # on all domains, routers trained
-    pretrain_lr: float = 3e-3  # peak, linear to 0
-    balance: float = 0.003  # weight of the balance loss while pre-training
-    target: str = "headers"  # domain to fine-tune on: python, docs or headers; chosen on seeds 100-102
-    arms: tuple[str, ...] = ()  # only these, comma-separated, and what they start from; no claims then
-    task: str = ""  # full scale: sst2, mrpc, copa, multirc, winogrande, wikiqa, squad or hotpotqa
-    model: str = ""  # full scale: folder of a Switch checkpoint, or its name on the Hugging Face hub
-
-
-SMALL = Config()
-FULL = replace(
-    SMALL, num_experts=32, kept=8, rank=32, c_rank=16, context=512, task="sst2", model="google/switch-base-32",
-    finetune_steps=0, recover_steps=0, compress_steps=10_000, lr=0.0, recover_lr=0.0, compress_lr=0.0,
-    batch_size=0, eval_sequences=0,
-)  # fmt: skip
-TASK_SETTINGS = {  # batch size, learning rate (README of the released code); epochs (ours, from the paper's grid)
-    "sst2": (64, 1e-4, 3),
-    "mrpc": (32, 5e-5, 10),
-    "multirc": (32, 3e-5, 3),
-    "copa": (8, 3e-5, 20),
-    "winogrande": (32, 1e-5, 10),
-    "wikiqa": (32, 5e-5, 3),
-    "squad": (16, 5e-5, 3),
-    "hotpotqa": (32, 1e-4, 3),
-}
-
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method, step A: line the neurons up
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Expert(NamedTuple):
-    """act(x w1 + b1) w2 + b2, or with w_gate (act(x w_gate) * (x w1 + b1)) w2 + b2. Stacked: [experts, ...] each."""
+    """act(x w1 + b1) w2 + b2, or with w_gate (act(x w_gate) * (x w1 + b1)) w2 + b2.
+
+    Of a stack of experts every tensor has one dimension more: [num_experts, ...].
+    """
 
     w1: Tensor  # [d_model, d_ff]
     w2: Tensor  # [d_ff, d_model]
     b1: Tensor | None = None  # [d_ff]
     b2: Tensor | None = None  # [d_model]
-    w_gate: Tensor | None = None  # [d_model, d_ff]
+    w_gate: Tensor | None = None  # [d_model, d_ff], of SwiGLU experts, as Mixtral's
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Expert":
         """function applied to every tensor that is there."""
@@ -153,26 +110,33 @@ class Expert(NamedTuple):
         """Of a stack: one expert, or a stack of some."""
         return self.each(lambda tensor: tensor[index])
 
-    def hidden(self, x: Tensor, act: str = "relu") -> Tensor:
-        """Hidden units of one expert. x [tokens, d_model] -> [tokens, d_ff]."""
-        up = x @ self.w1 if self.b1 is None else x @ self.w1 + self.b1
-        activation = kernels.ACTIVATIONS[act]
-        return activation(up) if self.w_gate is None else activation(x @ self.w_gate) * up
-
     def forward(self, x: Tensor, act: str = "relu") -> Tensor:
         """One expert on x [tokens, d_model] -> the same shape."""
-        y = self.hidden(x, act) @ self.w2
+        up = x @ self.w1  # [tokens, d_ff]
+        if self.b1 is not None:
+            up = up + self.b1
+        activation = kernels.ACTIVATIONS[act]
+        hidden = activation(up) if self.w_gate is None else activation(x @ self.w_gate) * up
+        y = hidden @ self.w2
         return y if self.b2 is None else y + self.b2
 
 
-def linear_assignment(gain: Tensor | np.ndarray) -> np.ndarray:
-    """perm [n] int64 with the largest sum_i gain[i, perm[i]]. Exact; SciPy's solver if installed, else the one below.
+def stack(experts: Sequence[Expert]) -> Expert:
+    """Experts of one kind, one behind the other."""
+    return Expert(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*experts)))
 
-    Raises ValueError unless gain is a square matrix of finite numbers.
+
+def linear_assignment(gain: Tensor | np.ndarray) -> np.ndarray:
+    """perm [n] int64 with the largest sum_i gain[i, perm[i]]; exact.
+
+    SciPy's solver where it is installed, else the one below. Raises ValueError unless gain is a
+    square matrix of finite numbers.
     """
     gain = np.asarray(gain, dtype=np.float64)
-    if gain.ndim != 2 or gain.shape[0] != gain.shape[1] or not gain.size or not np.isfinite(gain).all():
-        raise ValueError(f"gain has shape {gain.shape}; a square matrix of finite numbers is needed")
+    is_square = gain.ndim == 2 and gain.shape[0] == gain.shape[1] and gain.size > 0
+    if not is_square or not np.isfinite(gain).all():
+        needed = "a square matrix of finite numbers is needed"
+        raise ValueError(f"gain has shape {gain.shape}; {needed}")
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
@@ -181,118 +145,153 @@ def linear_assignment(gain: Tensor | np.ndarray) -> np.ndarray:
 
 
 def shortest_augmenting_paths(cost: np.ndarray) -> np.ndarray:
-    """The Hungarian method with potentials, one row at a time: perm [n] with the least sum_i cost[i, perm[i]].
+    """The Hungarian method: perm [n] with the least sum_i cost[i, perm[i]], one row at a time.
 
-    Column 0 is a fiction where every search starts; u and v stay feasible: cost - u - v >= 0, and 0 where matched.
+    Rows and columns have prices u and v, such that cost - u - v is never below 0 and is 0 where a
+    row has its column. A new row looks for a free column along the cheapest path (Dijkstra), which
+    may take a column from another row, that then looks on. Column 0 is where every search starts.
     """
     n = len(cost)
-    u, v, row_of = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
+    u, v = np.zeros(n + 1), np.zeros(n + 1)
+    row_of = np.zeros(n + 1, dtype=np.int64)  # of each column, from 1 on; 0: it is free
     for row in range(1, n + 1):
-        row_of[0], column = row, 0
-        slack, came_from, seen = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=bool)
-        while row_of[column]:  # Dijkstra until a free column
+        column = 0
+        row_of[column] = row
+        distance = np.full(n + 1, np.inf)  # to each column, beyond what is paid
+        came_from = np.zeros(n + 1, dtype=np.int64)
+        seen = np.zeros(n + 1, dtype=bool)
+        while row_of[column]:
             seen[column] = True
-            reduced = cost[row_of[column] - 1] - u[row_of[column]] - v[1:]
-            closer = np.flatnonzero(~seen[1:] & (reduced < slack[1:])) + 1
-            slack[closer], came_from[closer] = reduced[closer - 1], column
-            column = int(np.where(seen, np.inf, slack).argmin())
-            step = slack[column]
+            here = row_of[column]
+            reduced = cost[here - 1] - u[here] - v[1:]
+            closer = np.flatnonzero(~seen[1:] & (reduced < distance[1:])) + 1
+            distance[closer] = reduced[closer - 1]
+            came_from[closer] = column
+            column = int(np.where(seen, np.inf, distance).argmin())
+            step = distance[column]
             u[row_of[seen]] += step
             v[seen] -= step
-            slack[~seen] -= step
-        while column:  # turn the path round
-            row_of[column], column = row_of[came_from[column]], came_from[column]
+            distance[~seen] -= step
+        while column:  # every row on the path gives its column to the one before
+            before = came_from[column]
+            row_of[column] = row_of[before]
+            column = before
     perm = np.empty(n, dtype=np.int64)
     perm[row_of[1:] - 1] = np.arange(n)
     return perm
 
 
-def neuron_gain(reference: Expert, target: Expert) -> Tensor:
-    """[d_ff, d_ff] float64: inner products of all that belongs to a neuron, reference's in rows, target's in columns.
+def neurons(expert: Expert) -> Tensor:
+    """[d_ff, weights of a neuron] float64: all that moves when two neurons change places."""
+    parts = [expert.w1.T, expert.w2]
+    if expert.b1 is not None:
+        parts.append(expert.b1[:, None])
+    if expert.w_gate is not None:
+        parts.append(expert.w_gate.T)
+    return torch.cat(parts, dim=1).double()
 
-    Permuting neurons changes no norm, so the largest total gain is the smallest distance between the two experts.
+
+def neuron_gain(reference: Expert, target: Expert) -> Tensor:
+    """[d_ff, d_ff] float64: inner products of neurons, the reference's in rows.
+
+    Permuting neurons changes no norm, so the largest sum of products is the smallest distance.
     """
-    (w1, w2, b1, _, gate), (w1_t, w2_t, b1_t, _, gate_t) = (e.each(Tensor.double) for e in (reference, target))
-    gain = w1.T @ w1_t + w2 @ w2_t.T
-    gain = gain if b1 is None else gain + torch.outer(b1, b1_t)
-    return gain if gate is None else gain + gate.T @ gate_t
+    return neurons(reference) @ neurons(target).T
 
 
 def permute_neurons(expert: Expert, perm: Tensor | np.ndarray) -> Expert:
-    """Neuron i becomes the old neuron perm[i]. The function of the expert stays what it was; b2 has no neurons."""
-    w1, w2, b1, b2, gate = expert
-    perm = torch.as_tensor(perm, device=w1.device)
-    columns = lambda w: None if w is None else w[..., perm]
-    return Expert(columns(w1), w2[perm], columns(b1), b2, columns(gate))
+    """Neuron i becomes the old neuron perm[i]; what the expert computes stays the same."""
+    perm = torch.as_tensor(perm, device=expert.w1.device)
+    return Expert(
+        w1=expert.w1[:, perm],
+        w2=expert.w2[perm],
+        b1=None if expert.b1 is None else expert.b1[perm],
+        b2=expert.b2,  # belongs to no neuron
+        w_gate=None if expert.w_gate is None else expert.w_gate[:, perm],
+    )
 
 
 def align_expert(reference: Expert, target: Expert) -> Expert:
-    """target with its hidden neurons in the order that is nearest to reference. Algorithm 1, weight matching."""
+    """target with its neurons in the order that is nearest to the reference. Algorithm 1."""
     return permute_neurons(target, linear_assignment(neuron_gain(reference, target).cpu()))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Steps B and C: who is used, who is like whom, who stays
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Steps B and C: count who is used, select who stays, group the others by their logits
+# --------------------------------------------------------------------------------------------------
 
 
-def usage_frequency(router_logits: Tensor, top_k: int = 1, token_mask: Tensor | None = None) -> Tensor:
-    """[num_experts] float64: share of the selections each expert gets; sums to 1.
+def check_finite(router_logits: Tensor) -> None:
+    """An infinite logit would decide every similarity, a NaN every count. Raises ValueError."""
+    odd = int((~torch.isfinite(router_logits)).sum())
+    if odd:
+        raise ValueError(f"{odd} of {router_logits.numel()} router logits are NaN or infinite")
 
-    router_logits [tokens, num_experts], raw; token_mask [tokens] bool, False marks padding (which the released code
-    counts, as it counts tokens dropped by capacity for expert 0).
+
+def usage_frequency(
+    router_logits: Tensor, top_k: int = 1, token_mask: Tensor | None = None
+) -> Tensor:
+    """[num_experts] float64: the share of all picks that each expert gets; sums to 1.
+
+    router_logits [tokens, num_experts], raw; token_mask [tokens] bool, False marks padding (which
+    the released code counts, as it counts tokens dropped by capacity for expert 0).
+    Raises ValueError for NaN or infinity.
     """
     logits = router_logits if token_mask is None else router_logits[token_mask]
-    counts = torch.bincount(logits.topk(top_k, dim=-1).indices.flatten(), minlength=logits.shape[-1]).double()
+    check_finite(logits)
+    picks = logits.topk(top_k, dim=-1).indices  # [tokens, top_k]
+    counts = torch.bincount(picks.flatten(), minlength=logits.shape[-1]).double()
     return counts / counts.sum().clamp(min=1)
 
 
 def select_dominant(frequency: Tensor, num_kept: int) -> Tensor:
-    """[layers, num_experts] bool: num_kept dominant experts in all layers together, at least one in each.
+    """[layers, num_experts] bool: the num_kept experts of all layers together that stay.
 
-    frequency [layers, num_experts], normalised in each layer. The most used expert of every layer is in; the other
-    places go by frequency over all layers, so that a layer with even routing keeps many and a skewed one few; ties by
-    layer and index. More than there are keeps all. Raises ValueError when num_kept is below the number of layers.
+    frequency [layers, num_experts], of each layer summing to 1. The most used expert of every layer
+    is in; the other places go by frequency over all layers: a layer with even routing keeps many, a
+    skewed one few. Ties by layer and index; a num_kept beyond all keeps all.
+    Raises ValueError when num_kept is below the number of layers.
     """
     layers, num_experts = frequency.shape
     if num_kept < layers:
-        raise ValueError(f"num_kept is {num_kept}, fewer than one expert in each of {layers} layers")
+        too_few = f"num_kept is {num_kept}, fewer than one expert in each of {layers} layers"
+        raise ValueError(too_few)
     first = F.one_hot(frequency.argmax(dim=1), num_experts).bool()
-    order = torch.where(first, math.inf, frequency).flatten().sort(descending=True, stable=True).indices
-    dominant = torch.zeros_like(first).flatten()
+    rank = torch.where(first, math.inf, frequency).flatten()
+    order = rank.sort(descending=True, stable=True).indices
+    dominant = torch.zeros_like(rank, dtype=torch.bool)
     dominant[order[:num_kept]] = True
     return dominant.view(layers, num_experts)
 
 
 def group_experts(router_logits: Tensor, dominant: Tensor) -> Tensor:
-    """groups [num_experts] int64: every expert joins the dominant one with the most similar router logits (eq. 1).
+    """groups [num_experts] int64: each joins the dominant expert of most similar logits (eq. 1).
 
-    router_logits [tokens, num_experts], raw; dominant [num_experts] bool. Group g is that of the g-th dominant expert.
+    router_logits [tokens, num_experts], raw: similarity is the cosine of two columns; dominant
+    [num_experts] bool. Group g is that of the g-th dominant expert; dominant ones never merge with
+    each other. Raises ValueError: none is dominant, NaN or infinity.
     """
-    return group_by_similarity(router_logits.T, dominant)
-
-
-def group_by_similarity(features: Tensor, dominant: Tensor) -> Tensor:
-    """The same by the cosine of any features [num_experts, anything]. Raises ValueError without a dominant expert."""
     if not dominant.any():
         raise ValueError(f"none of the {len(dominant)} experts is dominant")
-    unit = F.normalize(features.double(), dim=1)
-    groups = (unit @ unit[dominant].T).argmax(dim=1)
-    groups[dominant] = torch.arange(int(dominant.sum()), device=groups.device)  # never merged with each other
+    check_finite(router_logits)
+    unit = F.normalize(router_logits.T.double(), dim=1)  # [num_experts, tokens]
+    similarity = unit @ unit[dominant].T  # [num_experts, num_groups]
+    groups = similarity.argmax(dim=1)
+    groups[dominant] = torch.arange(int(dominant.sum()), device=groups.device)
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Steps D and E: merge, and redirect the router
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def merge_experts(weights: Tensor, frequency: Tensor, groups: Tensor) -> Tensor:
-    """[num_groups, ...]: the mean of every group, weighted by frequency (eq. 2). A group of one stays, bit for bit.
+    """[num_groups, ...]: the mean of every group, weighted by frequency (eq. 2).
 
-    weights [num_experts, ...], aligned; frequency [num_experts], or element by element like weights (Fisher);
-    groups [num_experts] with every number from 0 to num_groups - 1. Where a group's frequencies are all 0 its plain
-    mean is taken. Raises ValueError for a group without a member.
+    weights [num_experts, ...], aligned; frequency [num_experts]; groups [num_experts] with every
+    number from 0 to num_groups - 1. A group of one stays as it is, bit for bit; one that is never
+    used becomes its plain mean. Raises ValueError for a group without a member.
     """
     merged = []
     for group in range(int(groups.max()) + 1):
@@ -300,47 +299,72 @@ def merge_experts(weights: Tensor, frequency: Tensor, groups: Tensor) -> Tensor:
         if len(members) == 0:
             raise ValueError(f"group {group} of {groups.tolist()} has no member")
         share = frequency[members].double()
-        share = share.view(*share.shape, *[1] * (weights.dim() - share.dim()))
-        total = share.sum(dim=0)
-        share = torch.where(total > 0, share / torch.where(total > 0, total, 1.0), 1 / len(members))
-        merged.append((share * weights[members].double()).sum(dim=0).to(weights.dtype))
+        if share.sum() == 0:
+            share = torch.ones_like(share)
+        share = share / share.sum()
+        mean = torch.tensordot(share, weights[members].double(), dims=1)
+        merged.append(mean.to(weights.dtype))
     return torch.stack(merged)
 
 
 class DenseExperts(nn.Module):
-    """Stacked experts. (tokens [tokens, d_model], expert_index, gates [tokens, top_k]) -> [tokens, d_model]."""
+    """Stacked experts: tokens [tokens, d_model] -> the same shape.
+
+    expert_index, gates [tokens, top_k]: whom each token picks, and with which weight.
+    Raises ValueError for gated experts with a bias b1, which the kernels do not have.
+    """
 
     def __init__(self, experts: Expert, act: str = "relu"):
         if experts.w_gate is not None and experts.b1 is not None:
             raise ValueError("an expert has w_gate and b1; biased gated experts are not supported")
         super().__init__()
         self.act, self.glu, self.backend = act, experts.w_gate is not None, "auto"
-        w1 = torch.cat([experts.w_gate, experts.w1], dim=-1) if self.glu else experts.w1  # columns gate | up
-        for name, tensor in {"w1": w1, "w2": experts.w2, "b1": experts.b1, "b2": experts.b2}.items():
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.detach().clone()))
+        w1 = experts.w1
+        if self.glu:
+            w1 = torch.cat([experts.w_gate, experts.w1], dim=-1)  # columns gate | up
+        self.w1, self.w2 = as_parameter(w1), as_parameter(experts.w2)
+        self.b1, self.b2 = as_parameter(experts.b1), as_parameter(experts.b2)
 
-    def stacked(self, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Expert:
-        """What `read` makes of the parameters, as views where it can be."""
-        w1, w2, b1, b2 = (None if p is None else read(p) for p in (self.w1, self.w2, self.b1, self.b2))
-        gate, w1 = w1.chunk(2, dim=-1) if self.glu else (None, w1)
-        return Expert(w1, w2, b1, b2, gate)
+    @classmethod
+    def of_gated(cls, w1: Tensor, w2: Tensor, act: str) -> "DenseExperts":
+        """On the same memory: w1 [num_experts, d_model, 2 d_ff] has columns gate | up."""
+        one = w1[:1, :1, :1]
+        layer = cls(Expert(one, one, w_gate=one), act)
+        layer.w1, layer.w2 = nn.Parameter(w1.detach()), nn.Parameter(w2.detach())
+        return layer
+
+    def stacked(self) -> Expert:
+        """The weights, without a gradient."""
+        gate, w1 = self.w1.chunk(2, dim=-1) if self.glu else (None, self.w1)
+        return Expert(w1, self.w2, self.b1, self.b2, gate).each(Tensor.detach)
 
     def forward(self, tokens: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
-        options = {"b1": self.b1, "b2": self.b2, "act": self.act, "glu": self.glu, "backend": self.backend}
-        return kernels.moe_mlp(tokens, expert_index, gates, self.w1, self.w2, **options)
+        weights = (self.w1, self.w2, self.b1, self.b2)
+        return kernels.moe_mlp(
+            tokens, expert_index, gates, *weights, self.act, self.glu, self.backend
+        )
+
+
+def as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor.detach().clone())
 
 
 class SparseMoE(nn.Module):
-    """A mixture whose router knows num_experts experts, though fewer may be stored. x [..., time, d_model] -> same.
+    """A mixture whose router knows num_experts experts, though fewer may be stored.
 
-    The router and its scores stay as they were trained: a token that picks expert e is served by experts[remap[e]] and
-    scaled by the probability of e itself (sections A1.2, A3). So merging saves memory, not work.
+    x [..., time, d_model] -> the same shape. The router and its scores stay as they were trained: a
+    token that picks expert e is served by experts[remap[e]] and scaled by the probability of e
+    itself (sections A1.2, A3). So merging saves memory, not work.
 
-    router_weight [num_experts, d_model]; experts: DenseExperts or LowRankExperts; remap [num_experts] int64, default
-    identity; alive [num_experts] bool: the rest get no token, their logits are masked before the softmax (pruning);
-    normalize: the top_k scores of a token are made to sum to 1 (Mixtral); capacity: tokens of one sequence beyond it
-    get a zero output (Switch). With balance > 0 a training forward leaves balance * num_experts * sum_e f_e P_e in
-    `aux_loss`, and the router is trained.
+    router_weight  [num_experts, d_model]
+    experts        DenseExperts or LowRankExperts
+    remap          [num_experts] int64: who serves whose tokens; default: everybody its own
+    alive          [num_experts] bool: the others get no token, their logits are masked (pruning)
+    normalize      the top_k scores of a token are made to sum to 1 (Mixtral)
+    capacity       tokens of a sequence beyond it get a zero output (Switch)
+    balance        above 0 the router is trained, and a training forward leaves balance *
+                   num_experts * sum_e f_e P_e in `aux_loss`
+    shared         a module that every token meets, too, added to the output (Qwen2-MoE)
     """
 
     def __init__(
@@ -353,170 +377,267 @@ class SparseMoE(nn.Module):
         normalize: bool = False,
         capacity: int | None = None,
         balance: float = 0.0,
+        shared: nn.Module | None = None,
     ):
         super().__init__()
         num_experts, d_model = router_weight.shape
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; 1 to {num_experts} are allowed")
-        self.top_k, self.normalize, self.capacity, self.balance = top_k, normalize, capacity, balance
+        self.top_k, self.normalize, self.capacity, self.balance = (
+            top_k,
+            normalize,
+            capacity,
+            balance,
+        )
         self.aux_loss: Tensor | None = None
         self.router = nn.Linear(d_model, num_experts, bias=False, device="meta")
         self.router.weight = nn.Parameter(router_weight.detach().clone(), requires_grad=balance > 0)
-        self.experts = experts
+        self.experts, self.shared = experts, shared
         everyone = torch.ones(num_experts, dtype=torch.bool, device=router_weight.device)
         self.register_buffer("alive", everyone if alive is None else alive)
         self.register_buffer("remap", everyone.long().cumsum(0) - 1 if remap is None else remap)
 
     def __getstate__(self) -> dict:
-        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass, and cannot be copied."""
+        """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass."""
         return {**self.__dict__, "aux_loss": None}
 
-    def with_experts(self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None) -> "SparseMoE":
+    def with_experts(
+        self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None
+    ) -> "SparseMoE":
         """The same router over other experts."""
-        return SparseMoE(self.router.weight, experts, remap, alive, self.top_k, self.normalize, self.capacity)
+        return SparseMoE(
+            self.router.weight,
+            experts,
+            remap,
+            self.alive if alive is None else alive,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            capacity=self.capacity,
+            shared=self.shared,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
-        with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision under bf16
-            router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, num_experts]
+        with torch.autocast(x.device.type, enabled=False):  # routing stays in full precision
+            router_logits = self.router(tokens.to(self.router.weight.dtype))
+            router_logits = router_logits.to(torch.promote_types(x.dtype, torch.float32))
             router_probs = router_logits.masked_fill(~self.alive, -1e6).softmax(dim=-1)
         gates, expert_index = router_probs.topk(self.top_k, dim=-1)  # [tokens, top_k]
-        gates = gates / gates.sum(dim=-1, keepdim=True) if self.normalize else gates
+        if self.normalize:
+            gates = gates / gates.sum(dim=-1, keepdim=True)
         if self.balance > 0 and self.training:
-            num_experts = len(self.remap)
-            share = F.one_hot(expert_index, num_experts).sum(1).to(router_probs).mean(0)  # [num_experts]
-            self.aux_loss = self.balance * num_experts * (share * router_probs.mean(0)).sum() / self.top_k
-            if not len(tokens):  # a mean over none is NaN
-                self.aux_loss = router_probs.sum()
+            self.aux_loss = self.balance * balance_loss(router_probs, expert_index)
         if self.capacity is not None:
-            expert_index = drop_overflow(expert_index.view(*x.shape[:-1], self.top_k), len(self.remap), self.capacity)
-        index = torch.where(expert_index < 0, expert_index, self.remap[expert_index.clamp(min=0)])
-        return self.experts(tokens, index, gates).view_as(x).to(x.dtype)
+            by_sequence = expert_index.view(*x.shape[:-1], self.top_k)
+            expert_index = drop_overflow(by_sequence, len(self.remap), self.capacity)
+        served_by = self.remap[expert_index.clamp(min=0)]
+        served_by = torch.where(expert_index < 0, expert_index, served_by)
+        y = self.experts(tokens, served_by, gates).view_as(x).to(x.dtype)
+        return y if self.shared is None else y + self.shared(x)
+
+
+def balance_loss(router_probs: Tensor, expert_index: Tensor) -> Tensor:
+    """num_experts * sum_e f_e P_e: 1 when all experts are used alike. Switch, eq. 4."""
+    if len(router_probs) == 0:  # a mean over no token is NaN
+        return router_probs.sum()
+    num_experts, top_k = router_probs.shape[1], expert_index.shape[1]
+    picks = F.one_hot(expert_index, num_experts).sum(dim=1).to(router_probs)
+    share = picks.mean(dim=0) / top_k  # [num_experts]
+    return num_experts * (share * router_probs.mean(dim=0)).sum()
 
 
 def drop_overflow(expert_index: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """[tokens, top_k]: -1 for the picks of a sequence beyond the capacity of their expert, first come first served.
+    """[tokens, top_k]: -1 for picks of a sequence beyond the capacity of their expert.
 
-    expert_index [..., time, top_k]; experts are the original ones: capacity is part of how the model was trained.
+    expert_index [..., time, top_k]; first come, first served. Experts are the original ones:
+    capacity is part of how the model was trained.
     """
-    place = F.one_hot(expert_index, num_experts).sum(dim=-2).cumsum(dim=-2).gather(-1, expert_index)  # 1, 2, ...
+    picks = F.one_hot(expert_index, num_experts).sum(dim=-2)  # [..., time, num_experts]
+    place = picks.cumsum(dim=-2).gather(-1, expert_index)  # 1, 2, ...: the how-many-eth
     return torch.where(place <= capacity, expert_index, -1).flatten(0, -2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def merge_layer(
+    layer: SparseMoE,
+    frequency: Tensor,
+    groups: Tensor,
+    align: bool = True,
+    weights: Tensor | None = None,
+) -> SparseMoE:
+    """Steps A, D and E of one layer: its members lined up, averaged, the router redirected.
+
+    frequency, groups [num_experts]; every member is aligned to the most used one of its group.
+    weights [num_experts]: of the average; default: the frequency.
+    """
+    stacked = layer.experts.stacked()
+    experts = [stacked.at(index) for index in range(len(groups))]
+    for group in range(int(groups.max()) + 1) if align else ():
+        members = (groups == group).nonzero()[:, 0].tolist()
+        leader = max(members, key=frequency.tolist().__getitem__)
+        for member in members:
+            if member != leader:
+                experts[member] = align_expert(experts[leader], experts[member])
+    weights = frequency if weights is None else weights
+    merged = stack(experts).each(lambda tensor: merge_experts(tensor, weights, groups))
+    return layer.with_experts(DenseExperts(merged, layer.experts.act), groups)
+
+
+# --------------------------------------------------------------------------------------------------
 # Step F: recover by distillation
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)), mean over positions; no factor T^2, no gradient to the teacher.
+    """KL(softmax(teacher / T) || softmax(student / T)), a mean over positions; no factor T^2.
 
-    Both [positions, classes]. The released code sums over positions and divides by sequences.
+    Both [positions, classes]; no gradient goes to the teacher. The released code sums over
+    positions and divides by sequences.
     """
-    log_probs = [(logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher.detach())]
-    return F.kl_div(*log_probs, reduction="batchmean", log_target=True)
+    ours = (student.float() / temperature).log_softmax(dim=-1)
+    wanted = (teacher.detach().float() / temperature).log_softmax(dim=-1)
+    return F.kl_div(ours, wanted, reduction="batchmean", log_target=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Step G: W = U V + S, prune S neuron by neuron, store what is left
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def cubic_density(step: int, total: int, warmup: int, cooldown: int, final: float) -> float:
-    """Share of S that is kept at a step: 1 for `warmup` steps, `final` in the last `cooldown`, a cubic in between.
+    """Share of S that is kept at a step: 1 while warming up, `final` at the end, a cubic between.
 
-    The formula printed in the appendix subtracts the cool-down once too often; this is the released code's.
-    Raises ValueError unless warmup + cooldown < total and final lies between 0 and 1.
+    The formula printed in the appendix subtracts the cool-down once too often; this is the released
+    code's. Raises ValueError unless warmup + cooldown < total and final lies between 0 and 1.
     """
     if warmup < 0 or cooldown < 0 or warmup + cooldown >= total or not 0 <= final <= 1:
-        raise ValueError(
-            f"total is {total}, warmup {warmup}, cooldown {cooldown}, final {final:g}; "
-            f"needed: warmup + cooldown < total and 0 <= final <= 1"
-        )
-    progress = min(max((step - warmup) / (total - warmup - cooldown), 0.0), 1.0)
+        given = f"total is {total}, warmup {warmup}, cooldown {cooldown}, final {final:g}"
+        raise ValueError(f"{given}; needed: warmup + cooldown < total and 0 <= final <= 1")
+    progress = (step - warmup) / (total - warmup - cooldown)
+    progress = min(max(progress, 0.0), 1.0)
     return final + (1 - final) * (1 - progress) ** 3
 
 
 def neuron_importance(s: Tensor, gradient: Tensor) -> Tensor:
     """[..., out]: mean of |s * ds| over the inputs of each output neuron; s [..., in, out].
 
-    The paper adds up instead; the sum would favour the neurons with more inputs, those of w2.
+    The paper adds up instead; the sum would favour neurons with more inputs, those of w2.
     """
     return (s * gradient).abs().mean(dim=-2)
 
 
-def neurons_to_keep(scores: Sequence[Tensor], lengths: Sequence[int], density: float) -> list[Tensor]:
-    """Which neurons stay when the lowest of all matrices go until only `density` of all elements is left.
+def neurons_to_keep(
+    scores: Sequence[Tensor], lengths: Sequence[int], density: float
+) -> list[Tensor]:
+    """Which neurons stay when the lowest of all matrices go until `density` of S is left.
 
-    scores: [..., out] of each matrix; lengths: elements of one of its neurons. Returns a bool mask for each matrix. At
-    least `density` is kept, and less than one neuron more.
+    scores [..., out] of each matrix; lengths: the elements of one of its neurons. Returns a bool
+    mask for each matrix. At least `density` of all elements stays, less than one neuron more.
     """
     flat = torch.cat([score.flatten() for score in scores])
     length = torch.cat([torch.full((score.numel(),), n) for score, n in zip(scores, lengths)])
-    budget = math.floor((1 - density) * int(length.sum()) + 1e-6)  # elements that go; whole numbers stay exact
+    budget = math.floor((1 - density) * int(length.sum()) + 1e-6)  # elements that go
     order = flat.sort(stable=True).indices
     gone = length.to(flat.device)[order].cumsum(0) <= budget
     keep = torch.ones_like(flat, dtype=torch.bool)
     keep[order[gone]] = False
-    return [mask.view_as(score) for mask, score in zip(keep.split([s.numel() for s in scores]), scores)]
+    masks = keep.split([score.numel() for score in scores])
+    return [mask.view_as(score) for mask, score in zip(masks, scores)]
 
 
 class LowRankSparseLinear(nn.Module):
-    """y = x (U V + S) + bias, for one matrix or a stack of experts. Starts equal to `weight`, all of it trained.
+    """y = x (U V + S) + bias, for one matrix or a stack of experts.
 
-    weight [in, out] or [experts, in, out]; U, V from the singular vectors, S the rest. `prune` zeroes output neurons
-    of S; `compact` then stores only the others, end to end, and skips the rest of the work.
+    weight [in, out] or [experts, in, out]: U, V are made of its largest singular vectors, S is the
+    rest, so that it starts as the same function; all three are trained. `prune` zeroes output
+    neurons of S; `compact` then stores only the others and skips the rest of the work.
     Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, weight: Tensor, rank: int, bias: Tensor | None = None):
         if not 1 <= rank <= min(weight.shape[-2:]):
-            raise ValueError(f"rank is {rank}; 1 to {min(weight.shape[-2:])} are allowed for {list(weight.shape)}")
+            allowed = f"1 to {min(weight.shape[-2:])} are allowed for {list(weight.shape)}"
+            raise ValueError(f"rank is {rank}; {allowed}")
         super().__init__()
         weight = weight.detach() if weight.dim() == 3 else weight.detach()[None]
-        y, sigma, z = torch.linalg.svd(weight.float() if weight.dtype.itemsize < 4 else weight, full_matrices=False)
-        root = sigma[:, :rank].sqrt()
-        self.u = nn.Parameter((y[:, :, :rank] * root[:, None]).to(weight.dtype))  # [experts, in, rank]
-        self.v = nn.Parameter((root[:, :, None] * z[:, :rank]).to(weight.dtype))  # [experts, rank, out]
+        precise = weight.float() if weight.dtype.itemsize < 4 else weight
+        y, sigma, z = torch.linalg.svd(precise, full_matrices=False)
+        root = sigma[:, :rank].sqrt()  # [experts, rank]
+        self.u = nn.Parameter((y[:, :, :rank] * root[:, None]).to(weight.dtype))
+        self.v = nn.Parameter((root[:, :, None] * z[:, :rank]).to(weight.dtype))
         self.s = nn.Parameter((weight - self.u @ self.v).detach())  # [experts, in, out]
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone().view(len(weight), -1))
-        self.register_buffer("score", torch.zeros(len(weight), weight.shape[2], device=weight.device))
+        self.bias = None if bias is None else as_parameter(bias.view(len(weight), -1))
+        score = torch.zeros(len(weight), weight.shape[2], device=weight.device)
+        self.register_buffer("score", score)
 
     def observe(self, decay: float = 0.85) -> None:
-        """Fold the gradient that S has now into the running importance of its neurons. Not delayed by one step, as in
-        the released code. A neuron that gets no gradient counts as 0."""
+        """Fold the gradient that S has now into the running importance of its neurons.
+
+        Without the delay of one step in the released code; no gradient counts as 0.
+        """
         gradient = torch.zeros_like(self.s) if self.s.grad is None else self.s.grad
         self.score.lerp_(neuron_importance(self.s.detach(), gradient).to(self.score), 1 - decay)
 
     @torch.no_grad()
     def prune(self, keep: Tensor) -> None:
-        """Zero the neurons of S outside keep [experts, out]; again after every step, since momentum revives them."""
+        """Zero the neurons of S outside keep [experts, out]. Momentum revives them: do it again."""
         self.s.mul_(keep[:, None])
 
     @torch.no_grad()
     def compact(self) -> None:
         """Keep the non-zero neurons of S, one after the other, with their numbers."""
         kept = self.s.abs().sum(dim=1) > 0  # [experts, out]
-        self.rows = nn.Parameter(self.s.transpose(1, 2)[kept].contiguous())  # [kept neurons, in]
-        self.register_buffer("neuron", kept.nonzero()[:, 1].int())  # [kept neurons]
-        self.register_buffer("kept", kept.sum(dim=1).int())  # [experts]
+        rows = self.s.transpose(1, 2)[kept]  # [kept neurons, in]
+        self.store(rows.contiguous(), kept.nonzero()[:, 1].int(), kept.sum(dim=1).int())
+
+    def store(self, rows: Tensor, neuron: Tensor, kept: Tensor) -> None:
+        """rows [kept neurons, in], their numbers neuron [kept neurons], how many kept [experts]."""
+        self.rows = nn.Parameter(rows)
+        self.register_buffer("neuron", neuron)
+        self.register_buffer("kept", kept)
         self.s, self.score = None, None
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+        """torch calls this before it compares names: a compacted state fits a fresh layer, too."""
+        names = [f"{prefix}{name}" for name in ("rows", "neuron", "kept")]
+        if self.s is not None and all(name in state for name in names):
+            rows, neuron, kept = (state[name] for name in names)
+            fits = rows.shape == (len(neuron), self.u.shape[1]) and kept.sum() == len(neuron)
+            if not fits or (neuron < 0).any() or (neuron >= self.v.shape[2]).any():
+                raise ValueError(f"{prefix}rows, neuron and kept do not belong together")
+            self.store(*(torch.empty_like(tensor) for tensor in (rows, neuron, kept)))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def dense(self) -> Tensor:
+        """[experts, in, out]: U V + S as one matrix again, whatever is stored of S."""
+        weight = (self.u @ self.v).detach()
+        if self.s is not None:
+            return weight + self.s.detach()
+        expert = torch.arange(len(self.kept), device=weight.device).repeat_interleave(self.kept)
+        weight[expert, :, self.neuron] += self.rows.detach()
+        return weight
+
     def forward(self, x: Tensor, dispatch: kernels.Dispatch | None = None) -> Tensor:
-        """x [..., in] for a single matrix, or rows grouped by expert with their dispatch -> [..., out]."""
+        """x [..., in] of a single matrix, or rows grouped by expert with their dispatch."""
         if dispatch is None:
             if len(self.u) != 1:
                 raise ValueError(f"{len(self.u)} experts need a dispatch")
             rows = x.reshape(-1, x.shape[-1])
-            dispatch = kernels.make_dispatch(rows.new_zeros(len(rows), 1, dtype=torch.int32), 1)
-            return self(rows, dispatch).view(*x.shape[:-1], self.v.shape[-1])
-        y = kernels.grouped_mm(kernels.grouped_mm(x, self.u, dispatch), self.v, dispatch, self.bias)
+            first = rows.new_zeros(len(rows), 1, dtype=torch.int32)
+            y = self(rows, kernels.make_dispatch(first, 1))
+            return y.view(*x.shape[:-1], self.v.shape[-1])
+        low = kernels.grouped_mm(x, self.u, dispatch)  # [rows, rank]
+        y = kernels.grouped_mm(low, self.v, dispatch, self.bias)
         if self.s is not None:
             return y + kernels.grouped_mm(x, self.s, dispatch)
-        counts = [*dispatch.offsets.diff().tolist(), len(x) - int(dispatch.offsets[-1])]  # the last: unused rows
+        unused = len(x) - int(dispatch.offsets[-1])
+        counts = [*dispatch.offsets.diff().tolist(), unused]
         stored = [*self.kept.tolist(), 0]
-        parts = zip(y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored))
-        return torch.cat([low.index_add(1, at, x.to(y.dtype) @ rows.T.to(y.dtype)) for low, x, rows, at in parts])
+        parts = []
+        for y_e, x_e, rows_e, neuron_e in zip(
+            y.split(counts), x.split(counts), self.rows.split(stored), self.neuron.split(stored)
+        ):  # of one expert each
+            parts.append(y_e.index_add(1, neuron_e, x_e.to(y.dtype) @ rows_e.T.to(y.dtype)))
+        return torch.cat(parts)
 
 
 class LowRankExperts(nn.Module):
@@ -528,6 +649,10 @@ class LowRankExperts(nn.Module):
         self.up = LowRankSparseLinear(dense.w1, rank, dense.b1)
         self.down = LowRankSparseLinear(dense.w2, rank, dense.b2)
 
+    def stacked(self) -> Expert:
+        gate, w1 = self.up.dense().chunk(2, dim=-1) if self.glu else (None, self.up.dense())
+        return Expert(w1, self.down.dense(), self.up.bias, self.down.bias, gate).each(Tensor.detach)
+
     def forward(self, tokens: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
         dispatch = kernels.make_dispatch(expert_index, len(self.up.u))
         z = self.up(kernels.gather(tokens, dispatch), dispatch)
@@ -536,507 +661,542 @@ class LowRankExperts(nn.Module):
         return kernels.scatter(y, dispatch, gates)
 
 
+def prune_step(linears: Sequence[LowRankSparseLinear], density: float) -> None:
+    """After each optimizer step: the best `density` of S stays, ranked over all matrices."""
+    for linear in linears:
+        linear.observe()
+    scores = [linear.score for linear in linears]
+    lengths = [linear.s.shape[1] for linear in linears]
+    for linear, keep in zip(linears, neurons_to_keep(scores, lengths, density)):
+        linear.prune(keep)
+
+
 def stable_rank(w: Tensor) -> Tensor:
-    """[...]: squared Frobenius norm over squared spectral norm of w [..., rows, columns]; 0 for a zero matrix."""
+    """[...]: squared Frobenius norm over squared spectral norm of w [..., rows, columns].
+
+    0 for a zero matrix.
+    """
     squared = torch.linalg.svdvals(w.double()).square()
     return squared.sum(dim=-1) / squared[..., 0].clamp(min=torch.finfo(torch.float64).tiny)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Baselines and controls: other groups, other ways to line up, other ways to merge
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def surviving_experts(usage: Tensor, alive: Tensor, num_kept: int, last: bool, threshold: float = 0.1) -> Tensor:
-    """[num_experts] bool: one cut of task-specific pruning (Chen et al. 2022), made several times while fine-tuning.
-
-    usage [num_experts], smoothed over steps; alive [num_experts] bool. Of those alive, the ones stay whose share is at
-    least threshold / number alive; at the last cut, and where too few would be left, the num_kept most used.
-    """
-    share = torch.where(alive, usage, 0.0)
-    keep = alive & (share / share.sum() >= threshold / alive.sum())
-    if last or keep.sum() < num_kept:
-        order = torch.where(alive, usage, -1.0).sort(descending=True, stable=True).indices
-        keep = torch.zeros_like(alive)
-        keep[order[:num_kept]] = True
-    return keep
+# --------------------------------------------------------------------------------------------------
+# Baselines: other groups, and pruning
+# --------------------------------------------------------------------------------------------------
 
 
 def random_groups(num_experts: int, num_groups: int, generator: torch.Generator) -> Tensor:
-    """groups [num_experts]: none empty, otherwise at random. What the paper's merging baselines start from."""
+    """groups [num_experts]: none empty, else random. What the paper's averaging starts from."""
     groups = torch.randint(num_groups, (num_experts,), generator=generator)
-    groups[torch.randperm(num_experts, generator=generator)[:num_groups]] = torch.arange(num_groups)
+    first = torch.randperm(num_experts, generator=generator)[:num_groups]
+    groups[first] = torch.arange(num_groups)
     return groups
 
 
 def random_members(dominant: Tensor, generator: torch.Generator) -> Tensor:
-    """groups [num_experts]: the dominant experts of the method, every other expert with one of them at random."""
-    groups = torch.randint(int(dominant.sum()), dominant.shape, generator=generator)
-    groups[dominant] = torch.arange(int(dominant.sum()))
+    """groups [num_experts]: the method's dominant experts, the others at random."""
+    num_groups = int(dominant.sum())
+    groups = torch.randint(num_groups, dominant.shape, generator=generator)
+    groups[dominant] = torch.arange(num_groups)
     return groups
 
 
-def activation_gain(reference: Expert, target: Expert, x: Tensor, act: str = "relu") -> Tensor:
-    """[d_ff, d_ff]: correlation of hidden units on x [tokens, d_model] (REPAIR as released); identity below two tokens.
-
-    REPAIR proper also corrects the statistics after merging; neither the released code nor this does.
-    """
-    if len(x) < 2:
-        return torch.eye(reference.w1.shape[1], dtype=torch.float64)
-    a, b = (F.normalize(h - h.mean(dim=0), dim=0) for h in (e.hidden(x, act).double() for e in (reference, target)))
-    return a.T @ b
-
-
-def zip_neurons(correlation: np.ndarray, num_kept: int) -> np.ndarray:
-    """ZipIt: labels [neurons] of num_kept clusters. Join the best correlated pair, again and again.
-
-    correlation [neurons, neurons]. A joined pair counts, towards others, as 0.1 times the lower of its correlations.
-    """
-    corr, members = correlation.copy(), {i: [i] for i in range(len(correlation))}
-    np.fill_diagonal(corr, -np.inf)
-    best, where = corr.max(axis=1), corr.argmax(axis=1)
-    for _ in range(len(corr) - num_kept):
-        i = int(best.argmax())
-        i, j = sorted((i, int(where[i])))
-        members[i] += members.pop(j)
-        row = 0.1 * np.minimum(corr[i], corr[j])
-        corr[i], corr[:, i], corr[i, i] = row, row, -np.inf
-        corr[j], corr[:, j] = -np.inf, -np.inf
-        stale = np.isin(where, (i, j))
-        stale[[i, j]] = True
-        better = row > best
-        best[better], where[better] = row[better], i
-        best[stale], where[stale] = corr[stale].max(axis=1), corr[stale].argmax(axis=1)
-    labels = np.empty(len(corr), dtype=np.int64)
-    for label, group in enumerate(members.values()):
-        labels[group] = label
-    return labels
-
-
-def zip_experts(experts: Sequence[Expert], x: Tensor, act: str = "relu") -> Expert:
-    """ZipIt as released: the neurons of all experts clustered by their activations on x; clusters are averaged.
-
-    Incoming and outgoing weights are both averaged (ZipIt proper adds up the outgoing ones).
-    """
-    d_ff, join = experts[0].w1.shape[1], lambda name, dim: torch.cat([getattr(e, name) for e in experts], dim=dim)
-    hidden = torch.cat([expert.hidden(x, act) for expert in experts], dim=1).double()
-    unit = F.normalize(hidden - hidden.mean(dim=0), dim=0)
-    labels = torch.from_numpy(zip_neurons((unit.T @ unit).cpu().numpy(), d_ff)).to(x.device)
-    average = F.one_hot(labels, d_ff).to(experts[0].w1)  # [neurons of all, d_ff]
-    average = average / average.sum(dim=0)
-    gated, biased = experts[0].w_gate is not None, experts[0].b1 is not None
-    return Expert(
-        join("w1", 1) @ average,
-        average.T @ join("w2", 0),
-        join("b1", 0) @ average if biased else None,
-        torch.stack([e.b2 for e in experts]).mean(dim=0) if experts[0].b2 is not None else None,
-        join("w_gate", 1) @ average if gated else None,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The experiment: one fine-tuned mixture, merged in many ways at equal memory, recovered in equal steps
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one arm merges; the defaults are M-SMoE."""
-
-    groups: str = "routed"  # routed | random_members | random
-    budget: str = "adaptive"  # adaptive: of all layers together | uniform: the same in every layer
-    similarity: str = ""  # logits | weight | output; "": the config's
-    align: str = ""  # dominant | first | activation | none; "": the config's
-    merge: str = "frequency"  # frequency | uniform | fisher | redirect | zip | prune
-    skip: int | None = None  # layers left alone; None: the config's
-    draws: int = 1  # random groups drawn; the one-shot loss is their mean
-
-
-RANDOM = Recipe(groups="random", budget="uniform", align="none", merge="uniform", draws=3)
-RECIPES = {
-    "msmoe": Recipe(),
-    "pruning": Recipe(merge="prune"),
-    "averaging": RANDOM,
-    "random_groups": replace(RANDOM, align="", merge="frequency"),
-    "random_members": Recipe(groups="random_members", draws=3),
-    "no_alignment": Recipe(align="none"),
-    "uniform_weights": Recipe(merge="uniform"),
-    "redirect": Recipe(merge="redirect"),
-    "msmoe_all": Recipe(skip=0),
-}
-RECIPES_ABLATE = {
-    "uniform_budget": Recipe(budget="uniform"),
-    "rebasin": replace(RANDOM, align="dominant"),
-    "repair": replace(RANDOM, align="activation"),
-    "zipit": replace(RANDOM, merge="zip", draws=1),
-    "averaging_routed": Recipe(align="none", merge="uniform"),  # the same mergers on M-SMoE's groups;
-    "repair_routed": Recipe(align="activation", merge="uniform"),  # Git Re-basin's twin is uniform_weights
-    "zipit_routed": Recipe(merge="zip"),
-    "fisher": Recipe(merge="fisher"),
-    "align_first": Recipe(align="first"),
-    "by_weight": Recipe(similarity="weight"),
-    "by_output": Recipe(similarity="output"),
-}
-RECOVERED = ("msmoe", "averaging", "pruning", "msmoe_all")  # after distillation in a default run; --ablate: all
-USAGE_DECAY, CUTS = 0.6, 5  # of task-specific pruning: smoothing of use, cuts in the first half; the released code's
-TUNED = ("full", "msmoe+kd", "averaging+kd", "pruning+kd", "full+steps", "mc", "c_equal_size")  # by --tune
-LR_GRID = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning, recovery and compression, the same for every arm; see --tune
-SOURCES = {"mc": "msmoe+kd", "mc_all": "msmoe_all+kd", "task_specific+kd": "full"}  # where the name does not say it
-SOURCES |= dict.fromkeys(("c_equal_rank", "c_equal_size", "c_equal_size_low"), "full+steps")  # as many steps
-NUM_BLOCKS = 16  # of the validation data: what a run of one seed takes its standard error over
-
-
-class Task(NamedTuple):
-    """Data of either scale behind one face; a batch is whatever `outputs` understands."""
-
-    train_batch: Callable[[int], Any]  # of a step
-    calibration: list
-    validation: list
-    outputs: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # logits [batch, time, classes], labels; -100: no label
-    token_mask: Callable[[Any, str], Tensor | None]  # of a layer, by name: False is padding
-    answers: Callable[[nn.Module, Any, Tensor], list]  # model, batch, logits: one answer for every sequence
-    scores: Callable[[list, slice], dict[str, float]]  # answers to these validation sequences: {metric: share}
-
-
-class Seen(NamedTuple):
-    """What one layer met on the calibration data."""
-
-    inputs: Tensor  # [tokens, d_model]
-    logits: Tensor  # [tokens, num_experts]
-    picks: Tensor  # [tokens, top_k]
-    frequency: Tensor  # [num_experts]
-
-    def routed_to(self, *experts: int) -> Tensor:
-        """[tokens, d_model]: the inputs that pick one of the experts."""
-        return self.inputs[torch.isin(self.picks, torch.tensor(experts, device=self.picks.device)).any(dim=-1)]
-
-
-def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, task: Task) -> dict[str, Seen]:
-    """Run the calibration data once and keep what every layer meets, padding aside."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in moe_layers(model)}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
-        for name, layer in moe_layers(model).items()
-    ]
-    for batch in task.calibration:
-        task.outputs(model.eval(), batch)
-        for name, parts in inputs.items():
-            mask = task.token_mask(batch, name)
-            parts[-1] = parts[-1].flatten(0, -2) if mask is None else parts[-1][mask]
-    for hook in hooks:
-        hook.remove()
-    seen = {}
-    for name, layer in moe_layers(model).items():
-        x = torch.cat(inputs[name])
-        logits = layer.router(x.to(layer.router.weight.dtype))
-        picks = logits.topk(layer.top_k, dim=-1).indices
-        seen[name] = Seen(x, logits, picks, usage_frequency(logits, layer.top_k))
-    return seen
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the positions that have a label. logits [batch, time, classes], labels [batch, time]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
-def fisher_information(model: nn.Module, task: Task) -> dict[str, Expert]:
-    """Squared gradients of the loss, summed over calibration batches: the diagonal Fisher weights of a merge."""
-    layers = moe_layers(model)
-    total = {name: layer.experts.stacked().each(torch.zeros_like) for name, layer in layers.items()}
-    for batch in task.calibration:
-        model.zero_grad()
-        cross_entropy(*task.outputs(model.eval(), batch)).backward()
-        for name, layer in layers.items():
-            gradient = layer.experts.stacked(lambda parameter: parameter.grad)
-            total[name] = Expert(*(t if t is None else t + g.square() for t, g in zip(total[name], gradient)))
-    model.zero_grad()
-    return total
-
-
-def merge_layer(
-    layer: SparseMoE, groups: Tensor, seen: Seen, align: str, merge: str, fisher: Expert | None = None
-) -> SparseMoE:
-    """One merged layer, by the steps of the method; `align` and `merge` as in Recipe."""
-    act, everyone = layer.experts.act, range(len(groups))
-    experts = [layer.experts.stacked().at(i) for i in everyone]
-    fishers = [None if fisher is None else fisher.at(i) for i in everyone]
-    dominant, zipped = torch.zeros_like(groups, dtype=torch.bool), []
-    for group in range(int(groups.max()) + 1):
-        members = (groups == group).nonzero()[:, 0].tolist()
-        most_used = max(members, key=seen.frequency.tolist().__getitem__)
-        dominant[most_used] = True
-        reference = 0 if align == "first" else most_used
-        if merge == "zip":
-            x = seen.routed_to(*members)
-            alone = len(members) == 1 or len(x) < 2
-            zipped.append(experts[reference] if alone else zip_experts([experts[i] for i in members], x, act))
-        if align == "none" or merge in ("zip", "redirect") or len(members) == 1:
-            continue
-        for i in (i for i in members if i != reference):
-            gain = neuron_gain(experts[reference], experts[i])
-            if align == "activation":
-                gain = activation_gain(experts[reference], experts[i], seen.routed_to(reference, i), act)
-            perm = linear_assignment(gain.cpu())
-            experts[i] = permute_neurons(experts[i], perm)
-            fishers[i] = None if fisher is None else permute_neurons(fishers[i], perm)
-    stack = lambda experts: Expert(*(None if w[0] is None else torch.stack(w) for w in zip(*experts)))
-    if merge == "zip":
-        return layer.with_experts(DenseExperts(stack(zipped), act), groups)
-    weight = {"uniform": torch.ones_like(seen.frequency), "redirect": dominant.double()}.get(merge, seen.frequency)
-    weights = Expert(*[weight] * len(Expert._fields)) if fisher is None else stack(fishers)
-    pairs = zip(stack(experts), weights)
-    merged = Expert(*(None if w is None else merge_experts(w, weight, groups) for w, weight in pairs))
-    return layer.with_experts(DenseExperts(merged, act), groups)
-
-
-def expert_features(layer: SparseMoE, seen: Seen, similarity: str) -> Tensor:
-    """[num_experts, anything]: by what experts are compared: router logits, weights, or their mean output."""
-    stacked, x = layer.experts.stacked(), seen.inputs
-    if similarity == "logits":
-        return seen.logits.T
-    if similarity == "weight":
-        return torch.cat([w.flatten(1) for w in stacked if w is not None], dim=1)
-    outputs = (stacked.at(i).forward(x, layer.experts.act) for i in range(len(layer.remap)))
-    return torch.stack([y.mean(dim=0) for y in outputs])
-
-
 def prune_layer(layer: SparseMoE, dominant: Tensor) -> SparseMoE:
-    """The baseline that removes the others: their logits are masked, their tokens go to the next best survivor."""
+    """The others are removed, their logits masked: their tokens go to the best survivor."""
     experts = DenseExperts(layer.experts.stacked().at(dominant), layer.experts.act)
     remap = (dominant.long().cumsum(0) - 1).clamp(min=0)
     return layer.with_experts(experts, remap, dominant)
 
 
+# --------------------------------------------------------------------------------------------------
+# Config
+# --------------------------------------------------------------------------------------------------
+
+Small, Full = Only(scale="small"), Only(scale="full")
+Part = Annotated[float, common.Range(0, 1)]
+Task = Literal[
+    "sst2", "mrpc", "copa", "multirc", "wikiqa", "squad", "hotpotqa",  # Switch
+    "winogrande",  # both
+    "arc-c", "arc-e", "obqa", "siqa", "piqa", "hellaswag", "csqa",  # causal models
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(common.Settings):
+    num_experts: Annotated[Count, Small] = 16  # experts a layer; switch-base-32 has 32
+    kept: Count | None = 4  # experts a layer after merging, on average; none: a quarter, as there
+    skip: Whole = 1  # mixture layers at the input that are left alone; paper: 1
+    calibration: Count = 256  # training sequences for the routing statistics; paper: 256
+    alpha: NonNegative = 0.2  # weight of distillation; paper: 0.2
+    temperature: Positive = 2.0  # of distillation; paper: 2
+    rank: Count = 4  # of U V; paper: 32
+    density: Share = 0.1  # share of S that is kept; paper: 0.1
+    c_rank: Count = 2  # of C-SMoE at MC-SMoE's size; half of it runs too, and the better one counts
+    warmup_share: Part = 0.04  # of the compression steps, before pruning; paper: 400 of 10,000
+    cooldown_share: Part = 0.16  # of the compression steps, after it; paper: 1,600 of 10,000
+    finetune_steps: Whole | None = 40  # of the full model on the target; none: the task's
+    recover_steps: Whole | None = 60  # of every merged model; none: the task's
+    compress_steps: Count = 80  # paper: 10,000
+    lr: Positive | None = 2e-3  # peak, of fine-tuning, linear to 0; none: the task's
+    recover_lr: Positive | None = 4e-3  # peak, of recovery; none: the task's
+    compress_lr: Positive | None = 4e-3  # peak, of compression; none: the task's
+    batch_size: Annotated[int, common.Range(3)] | None = 30  # sequences a step; none: the task's
+    eval_sequences: Whole = 1024  # of the validation data; 0: all
+    context: Count = 64  # bytes; full scale: most tokens of a sequence
+    num_layers: Annotated[Count, Small] = 4  # transformer layers, each with a mixture
+    d_model: Annotated[Count, Small] = 64  # width
+    d_ff: Annotated[Count, Small] = 128  # hidden width of one expert
+    num_heads: Annotated[Count, Small] = 4  # attention heads
+    init: Annotated[Positive, Small] = 0.1  # deviation of initial weights outside the experts
+    pretrain_steps: Annotated[Count, Small] = 500  # on all domains, routers trained
+    pretrain_lr: Annotated[Positive, Small] = 3e-3  # peak, linear to 0
+    balance: Annotated[Positive, Small] = 0.003  # weight of the balance loss while pre-training
+    target: Annotated[Literal["python", "docs", "headers"], Small] = "headers"  # chosen on 100-102
+    model: Annotated[str, Full] = ""  # folder of a checkpoint, or its name on the hub
+    task: Annotated[Task | None, Full] = None  # what the checkpoint is for
+    text: Annotated[str, Full] = ""  # causal models: your own text, a file or folder; no task then
+    top_k: Annotated[Count | None, Full] = None  # experts a token picks; none: as it was trained
+
+
+SMALL = Config()
+FULL = replace(
+    SMALL,
+    kept=None,
+    rank=32,
+    c_rank=16,
+    finetune_steps=None,
+    recover_steps=None,
+    compress_steps=10_000,
+    lr=None,
+    recover_lr=None,
+    compress_lr=None,
+    batch_size=None,
+    eval_sequences=0,
+    context=512,
+    model="google/switch-base-32",
+    task="sst2",
+)
+SWITCH_TASKS = {  # batch size, learning rate (README of the released code), epochs (ours)
+    "sst2": (64, 1e-4, 3),
+    "mrpc": (32, 5e-5, 10),
+    "multirc": (32, 3e-5, 3),
+    "copa": (8, 3e-5, 20),
+    "winogrande": (32, 1e-5, 10),
+    "wikiqa": (32, 5e-5, 3),
+    "squad": (16, 5e-5, 3),
+    "hotpotqa": (32, 1e-4, 3),
+}
+CAUSAL = {  # of causal models, ours: merged as they are
+    "batch_size": 8,
+    "finetune_steps": 0,
+    "recover_steps": 200,
+    **dict.fromkeys(("lr", "recover_lr", "compress_lr"), 1e-5),
+}
+
+# --------------------------------------------------------------------------------------------------
+# The experiment: one fine-tuned mixture, merged in many ways at equal memory, in equal steps
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an arm merges; the defaults are M-SMoE."""
+
+    groups: Literal["routed", "random members", "random"] = "routed"
+    adaptive: bool = True  # one budget for all layers together; else the same for each
+    align: bool = True
+    weights: Literal["frequency", "uniform", "dominant alone"] = "frequency"
+    prune: bool = False  # remove the others
+    draws: int = 1  # of random groups; the loss is their mean
+
+
+RECIPES = {  # each recovered by distillation, measured before and after
+    "msmoe": Recipe(),
+    "pruning": Recipe(prune=True),
+    "averaging": Recipe("random", adaptive=False, align=False, weights="uniform", draws=3),
+    "random_members": Recipe("random members", draws=3),
+    "no_alignment": Recipe(align=False),
+    "uniform_weights": Recipe(weights="uniform"),
+    "redirect": Recipe(weights="dominant alone"),
+    "uniform_budget": Recipe(adaptive=False),
+}
+SOURCES = {  # what an arm goes on from; the others from "full"
+    "full": "pretrained",
+    "mc": "msmoe",
+    "c_equal_size": "full+steps",  # as many steps as MC-SMoE's
+    "c_equal_rank": "full+steps",
+}
+METHODS = ["pretrained", "full", *RECIPES, "full+steps", "mc", "c_equal_size", "c_equal_rank"]
+MERGED = [arm for arm in RECIPES if arm != "uniform_budget"]
+DEFAULT = ["full", *MERGED, "msmoe@skip=0", "full+steps", "mc", "mc@skip=0"]
+DEFAULT += ["c_equal_size", "c_equal_size@c_rank=1"]
+MORE = ["uniform_budget", "c_equal_rank"]
+
+
+def chain_of(arm: str, first: str) -> list[str]:
+    """From `first` ("pretrained", or "full" of a checkpoint) to the arm: what goes on from what.
+
+    Only MC-SMoE hands its settings on, to the merged model that it compresses.
+    """
+    method, at, settings = arm.partition("@")
+    if method == first:
+        return [arm]
+    source = SOURCES.get(method, "full")
+    return [*chain_of(f"{source}{at}{settings}" if source == "msmoe" else source, first), arm]
+
+
+def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, SparseMoE)}
+
+
+def make_task(job: Job, stage: int) -> Any:
+    """The target task, see data/targets.py; `stage` numbers the streams, the same for every arm."""
+    config, run, stream = job.config, job.run, 10 * job.seed + stage
+    if run.scale == "small":
+        corpus = text_data.load_domain(config.target)
+        return targets.Windows(corpus.train, corpus.val, config, run.device, stream)
+    folder = pretrained.locate(config.model, run.data_dir)
+    if config.text:
+        tokens = pretrained.text_tokens(folder, config.text)
+        return targets.Windows(*tokens, config, run.device, stream)
+    kind = targets.Prompts if pretrained.is_switch(folder) else targets.Letters
+    return kind(folder, config, run.data_dir, run.device, stream)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, task: Any) -> dict[str, Tensor]:
+    """{layer: its router logits [tokens, num_experts] on the calibration data, without padding}."""
+    layers = moe_layers(model.eval())
+    met: dict[nn.Module, Tensor] = {}
+
+    def keep(router: nn.Module, inputs: tuple, logits: Tensor) -> None:
+        met[router] = logits
+
+    hooks = [layer.router.register_forward_hook(keep) for layer in layers.values()]
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for batch in task.calibration:
+        task.outputs(model, batch)
+        for name, layer in layers.items():
+            mask, logits = task.token_mask(batch, name), met[layer.router].float()
+            found[name].append(logits if mask is None else logits[mask.flatten()])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def merge_model(
-    model: nn.Module, recipe: Recipe, config: Config, seen: dict[str, Seen], task: Task, draw: torch.Generator
-) -> tuple[nn.Module, list[dict]]:
-    """A merged copy of the model, and what was done to each layer."""
-    names = list(seen)[config.skip if recipe.skip is None else recipe.skip :]
-    frequency = torch.stack([seen[name].frequency for name in names]).cpu()  # [layers, num_experts]
-    dominant = select_dominant(frequency, config.kept * len(names))
-    if recipe.budget == "uniform":
+    model: nn.Module,
+    recipe: Recipe,
+    config: Config,
+    logits: dict[str, Tensor],
+    generator: torch.Generator,
+) -> list[dict]:
+    """Steps A to E in place, a layer after the other; what was done to each.
+
+    So never more than one layer is there twice, however large the model is.
+    """
+    layers = dict(list(moe_layers(model).items())[config.skip :])
+    use = {name: usage_frequency(logits[name], layer.top_k) for name, layer in layers.items()}
+    frequency = torch.stack(list(use.values()))  # [layers, num_experts]
+    dominant = select_dominant(frequency, config.kept * len(layers))
+    if not recipe.adaptive:
         dominant = torch.cat([select_dominant(row[None], config.kept) for row in frequency])
-    merged, align, report = copy.deepcopy(model), recipe.align or config.align_to, []
-    fisher = fisher_information(merged, task) if recipe.merge == "fisher" else {}
-    for name, chosen in zip(names, dominant):
-        layer = merged.get_submodule(name)
-        device = layer.router.weight.device
+    report = []
+    for name, used, chosen in zip(list(layers), frequency, dominant):
+        layer, device = layers.pop(name), frequency.device
         if recipe.groups == "random":
-            groups = random_groups(len(chosen), config.kept, draw)
-        elif recipe.groups == "random_members":
-            groups = random_members(chosen, draw)
+            groups = random_groups(len(chosen), config.kept, generator).to(device)
+        elif recipe.groups == "random members":
+            groups = random_members(chosen.cpu(), generator).to(device)
         else:
-            features = expert_features(layer, seen[name], recipe.similarity or config.similarity)
-            groups = group_by_similarity(features, chosen.to(device)).cpu()
-        if recipe.merge == "prune":
-            new = prune_layer(layer, chosen.to(device))
+            groups = group_experts(logits[name], chosen)
+        shares = {"uniform": torch.ones_like(used), "dominant alone": used * chosen}
+        if recipe.prune:
+            merged = prune_layer(layer, chosen)
         else:
-            new = merge_layer(layer, groups.to(device), seen[name], align, recipe.merge, fisher.get(name))
-        ranks = stable_ranks(layer, new, chosen, groups) if recipe == Recipe() else {}
-        kept, use = chosen.nonzero()[:, 0].tolist(), seen[name].frequency.tolist()
-        report.append({"layer": name, "frequency": use, "dominant": kept, "groups": groups.tolist(), **ranks})
-        merged.set_submodule(name, new)
-    return merged, report
+            weights = shares.get(recipe.weights, used)
+            merged = merge_layer(layer, used, groups, recipe.align, weights)
+        model.set_submodule(name, merged)
+        about = {"layer": name, "frequency": used.tolist(), "groups": groups.tolist()}
+        about["dominant"] = chosen.nonzero()[:, 0].tolist()
+        if recipe == Recipe():
+            about["rank_falls"] = rank_falls(layer, merged, chosen, groups.bincount() > 1)
+        report.append(about)
+    return report
 
 
-def stable_ranks(before: SparseMoE, after: SparseMoE, dominant: Tensor, groups: Tensor) -> dict[str, list[float]]:
-    """{matrix: [of the kept experts before, after merging]}, means over the groups of more than one."""
-    shared = (groups.bincount() > 1).to(before.remap.device)
-    if not shared.any():
-        return {}
-    pair = before.experts.stacked().at(dominant.to(shared.device)).at(shared), after.experts.stacked().at(shared)
-    return {f"stable_rank_{m}": [float(stable_rank(getattr(e, m)).mean()) for e in pair] for m in ("w1", "w2")}
+def rank_falls(
+    before: SparseMoE, after: SparseMoE, dominant: Tensor, grown: Tensor
+) -> dict[str, float]:
+    """{matrix: by how many percent merging lowers its stable rank}, mean over groups that grew."""
+    old, new = before.experts.stacked().at(dominant), after.experts.stacked()
+    falls = {}
+    for matrix in ("w1", "w2") if grown.any() else ():
+        kept = stable_rank(getattr(old, matrix)[grown]).mean()
+        merged = stable_rank(getattr(new, matrix)[grown]).mean()
+        falls[matrix] = 100 * float(1 - merged / kept)
+    return falls
 
 
 def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.TransformerLM:
     """The small model; balance > 0 also makes its routers trainable."""
     generator = torch.Generator().manual_seed(seed)
 
+    def normal(*shape: int, std: float) -> Tensor:
+        return std * torch.randn(shape, generator=generator)
+
     def make_ffn(layer: int) -> SparseMoE:
-        normal = lambda *shape, std: std * torch.randn(shape, generator=generator)
         n, d, f = config.num_experts, config.d_model, config.d_ff
-        experts = DenseExperts(Expert(normal(n, d, f, std=d**-0.5), normal(n, f, d, std=f**-0.5)))
+        w1 = normal(n, d, f, std=d**-0.5)
+        w2 = normal(n, f, d, std=f**-0.5)
+        experts = DenseExperts(Expert(w1, w2))
         return SparseMoE(normal(n, d, std=0.02), experts, balance=balance)
 
-    shape = (256, config.num_layers, config.d_model, config.num_heads, config.context, make_ffn)
-    return common.TransformerLM(*shape, norm="rms", conv=4, init=config.init, generator=generator)
+    return common.TransformerLM(
+        256,
+        config.num_layers,
+        config.d_model,
+        config.num_heads,
+        config.context,
+        make_ffn,
+        norm="rms",
+        conv=4,
+        init=config.init,
+        generator=generator,
+    )
 
 
-def switch_layer(router_weight: Tensor, w1: Tensor, w2: Tensor, act: str, capacity: int) -> SparseMoE:
+# --------------------------------------------------------------------------------------------------
+# Checkpoints of transformers, files, and the way back
+# --------------------------------------------------------------------------------------------------
+
+
+def from_block(block: nn.Module) -> SparseMoE:
+    """A mixture of a causal model of transformers, on the same memory. Raises ValueError."""
+    read = mixtures.read_block(block)
+    name = type(block).__name__
+    if read.scoring != "softmax" or read.selection_bias is not None or read.scale != 1:
+        raise ValueError(f"{name} does not route by the softmax alone; it cannot be merged here")
+    if read.act not in kernels.ACTIVATIONS:
+        raise ValueError(f"{name} has the activation {read.act}; the kernels do not")
+    experts = DenseExperts.of_gated(read.gate_up_proj.transpose(1, 2), read.w2, read.act)
+    shared = pretrained.shared_expert(read)
+    rule = {"top_k": read.top_k, "normalize": read.normalize}
+    return SparseMoE(read.router, experts, **rule, shared=shared)
+
+
+def switch_layer(router_weight: Tensor, w1: Tensor, w2: Tensor, act: str, capacity: int):
     return SparseMoE(router_weight, DenseExperts(Expert(w1, w2), act), capacity=capacity)
 
 
-def make_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    """The target task; `stage` numbers the training streams, which do not depend on the arm."""
-    return prompt_task(config, run, seed, stage) if config.task else byte_task(config, run, seed, stage)
-
-
-def byte_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    text = text_data.load_domain(config.target)
-    stream = lambda step: torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
-    sample = lambda num, step: text_data.sample_windows(text.train, num, config.context + 1, stream(step))
-    validation = text_data.all_windows(text.val, config.context)[: config.eval_sequences or None]
-    return Task(
-        train_batch=lambda step: sample(config.batch_size, step).to(run.device),
-        calibration=sample(config.calibration, -1).to(run.device).split(32),
-        validation=validation.to(run.device).split(64),
-        outputs=lambda model, windows: (model(windows[:, :-1]), windows[:, 1:]),
-        token_mask=lambda windows, layer: None,
-        answers=lambda model, windows, logits: (logits.argmax(-1) == windows[:, 1:]).double().mean(dim=1).tolist(),
-        scores=lambda hits, where: {"accuracy": float(torch.tensor(hits, dtype=torch.float64).mean())},
-    )
-
-
-def prompt_task(config: Config, run: Run, seed: int, stage: int) -> Task:
-    """A task of data/tasks.py as text to text: the answer is one word, or is generated token by token, greedily."""
-    folder, stream = pretrained.locate(config.model, run.data_dir), 10 * seed + stage
-    data = pretrained.TextToText(config.task, run.data_dir, folder, config.context, run.device)
-    return Task(
-        train_batch=lambda step: data.train_batch(step, config.batch_size, stream),
-        calibration=data.sample(config.calibration, 32, stream),
-        validation=data.dev_batches(config.eval_sequences, 64),
-        outputs=data.outputs,
-        token_mask=data.token_mask,
-        answers=data.answers,
-        scores=data.scores,
-    )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, run: Run) -> dict:
-    """Loss and the task's metrics, each also by block of the validation data."""
-    losses, answers = [], []
-    with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
-        for batch in task.validation:
-            logits, labels = task.outputs(model.eval(), batch)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-            losses.append(loss.view(labels.shape).sum(dim=1) / (labels >= 0).sum(dim=1))  # [batch]
-            answers += task.answers(model, batch, logits)
-    loss, blocks = torch.cat(losses).double(), min(NUM_BLOCKS, len(answers))
-    result = {"loss": float(loss.mean()), **task.scores(answers, slice(len(answers)))}
-    result["loss_blocks"] = [float(part.mean()) for part in loss.tensor_split(blocks)]
-    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in torch.arange(len(answers)).tensor_split(blocks)]
-    by_block = [task.scores(answers[part], part) for part in parts]
-    return result | {f"{name}_blocks": [scores[name] for scores in by_block] for name in by_block[0]}
-
-
-@torch.no_grad()
-def store(model: nn.Module, task: Task, path) -> dict:
-    """Export a model, and count: its parameters, the bytes on disk, the FLOPs of a sequence."""
-    counted, batch = copy.deepcopy(model).double(), task.validation[0]  # float64: operators that the counter sees
-    flops = common.count_flops(lambda: task.outputs(counted, batch))["Global"] / len(task.outputs(model, batch)[1])
-    return {"parameters": common.count_parameters(model), "bytes": export_model(model, path), "flops": flops}
-
-
-def tune(model: nn.Module, task: Task, config: Config, steps: int, lr: float, teacher=None, **options) -> None:
-    """Cross-entropy, plus distillation when there is a teacher. Nothing here has dropout; routers are frozen."""
-
-    def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
-        logits, labels = task.outputs(model, batch)
-        loss = cross_entropy(logits, labels)
-        if teacher is None:
-            return loss, {}
-        with torch.no_grad():
-            wanted = task.outputs(teacher, batch)[0]
-        distilled = distillation_loss(logits[labels >= 0], wanted[labels >= 0], config.temperature)
-        return loss + config.alpha * distilled, {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
-
-    seconds = 1800.0 if config.task else 60.0  # a checkpoint has 24 GB at full scale
-    fit(model, loss_fn, steps, lr, batches=task.train_batch, checkpoint_seconds=seconds, **options)
-
-
-def fit(model: nn.Module, loss_fn: Callable, steps: int, lr: float, **options) -> None:
-    """Section A1: AdamW with these betas, eps and weight decay; 16 steps of warm-up, then linear to 0."""
-    optimizer = common.adamw(model, lr, betas=(0.9, 0.98))
-    for group in optimizer.param_groups:
-        group["eps"] = 1e-6
-    schedule = common.linear(steps, warmup=min(16, steps // 5))
-    common.train(model, loss_fn, steps, optimizer=optimizer, schedule=schedule, **options)
-
-
-def export_model(model: nn.Module, path) -> int:
-    """Every stored number once, as arrays without code (common.save_arrays). Returns the bytes on disk."""
-    layers = {}
-    for name, layer in moe_layers(model).items():
-        kind = "low_rank" if isinstance(layer.experts, LowRankExperts) else "dense"
-        layers[name] = {"experts": kind, "act": layer.experts.act, "glu": layer.experts.glu}
-    common.save_arrays(path, {**dict(model.named_parameters()), **dict(model.named_buffers())}, {"layers": layers})
-    return path.stat().st_size
-
-
-def import_model(path, model: nn.Module) -> nn.Module:
-    """Fill `model`, an unmerged one of the same shape, with what `export_model` wrote. Raises ValueError."""
-    arrays, meta = common.load_arrays(path)
-    try:
-        for name, kind in meta["layers"].items():
-            one = torch.ones(1, 1, 1)
-            experts = DenseExperts(Expert(one, one, w_gate=one if kind["glu"] else None), kind["act"])
-            if kind["experts"] == "low_rank":
-                experts = LowRankExperts(experts, rank=1)
-                experts.up.compact()
-                experts.down.compact()
-            model.get_submodule(name).experts = experts
-        for name, tensor in arrays.items():
-            owner, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner)
-            if tensor.is_floating_point():
-                setattr(owner, leaf, nn.Parameter(tensor, requires_grad=not name.endswith("router.weight")))
-            else:
-                owner.register_buffer(leaf, tensor)
-        for layer in moe_layers(model).values():
-            stored = layer.experts.up.u if hasattr(layer.experts, "up") else layer.experts.w1
-            if layer.remap.min() < 0 or layer.remap.max() >= len(stored):
-                raise ValueError(f"remap names an expert outside 0 .. {len(stored) - 1}")
-        if hasattr(model, "tie_weights"):
-            model.tie_weights()
-        odd = set(arrays) ^ {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-        if odd:
-            raise ValueError(f"missing or unexpected: {', '.join(sorted(odd)[:5])}")
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not an export of this model: {error}") from error
+def unmerged(config: Config, run: Run, seed: int, empty: bool = False) -> nn.Module:
+    """The full model: the small one untrained, or the checkpoint; `empty`: on "meta"."""
+    if run.scale == "small":
+        return byte_lm(config, seed)
+    folder = pretrained.locate(config.model, run.data_dir)
+    model = pretrained.load_mixtures(folder, run.dtype, switch_layer, from_block, empty)
+    for layer in moe_layers(model).values() if config.top_k else ():
+        layer.top_k = config.top_k
     return model
 
 
-def load_model(config: Config, run: Run, arm: str, seed: int) -> nn.Module:
-    path, find = run.path(arm, seed, ".npz"), lambda: pretrained.locate(config.model, run.data_dir)
+def export_model(model: nn.Module, path: Path) -> int:
+    """Every stored number once, and the activations. Returns the bytes on disk."""
+    acts = {name: layer.experts.act for name, layer in moe_layers(model).items()}
+    common.save(path, {"acts": acts, "weights": model.state_dict()})
+    return path.stat().st_size
+
+
+def import_model(path: Path, model: nn.Module) -> nn.Module:
+    """Fill `model`, an unmerged one of the same shape, with what `export_model` wrote.
+
+    It may lie on the device "meta". Raises ValueError: damaged, of another model, other names,
+    shapes, dtypes or activations.
+    """
     try:
-        unmerged = pretrained.empty_switch(find(), switch_layer) if config.task else byte_lm(config, seed)
-        return run.prepare(import_model(path, unmerged))
-    except (ValueError, FileNotFoundError) as error:
-        again = f"delete {path.with_suffix('.*')} and go on with --resume"
-        raise common.UsageError(f"{arm} cannot be loaded ({error}); {again}") from error
+        return fill(model, common.load(path))
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not an export of this model: {reason}") from error
+
+
+def fill(model: nn.Module, state: dict) -> nn.Module:
+    weights, dtype = state["weights"], next(model.parameters()).dtype
+    for name, layer in moe_layers(model).items():
+        act, remap = state["acts"][name], weights[f"{name}.remap"]
+        if act != layer.experts.act or remap.min() < 0:
+            raise ValueError(f"{name} has the activation {act}, its remap begins at {remap.min()}")
+        stored = torch.zeros(int(remap.max()) + 1, dtype=torch.int64, device="meta")
+        shapes = layer.experts.stacked().each(lambda tensor: tensor.to("meta"))
+        layer.experts = DenseExperts(shapes.at(stored), act)
+        if f"{name}.experts.up.u" in weights:
+            rank = weights[f"{name}.experts.up.u"].shape[-1]
+            layer.experts = LowRankExperts(layer.experts, rank)
+    model.load_state_dict(weights, assign=True)  # refuses other names and shapes
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            raise ValueError(f"{name} is {parameter.dtype}; {dtype} is needed")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
+def rebuild(job: Job, state: dict) -> nn.Module:
+    return fill(unmerged(job.config, job.run, job.seed, empty=True), state)
 
 
 def load_trained(path: str | Path) -> nn.Module:
-    """The model of an arm, in eval mode, from what a run left: runs/mcsmoe-small/arms/msmoe+kd-seed0.npz.
+    """The model of an arm, in eval mode, on the CPU: runs/mcsmoe-small/arms/msmoe-seed0.pt.
 
-    One of --full is built by the configuration of its Switch checkpoint, which must be where the run found it. Raises
-    UsageError: see common.load_trained.
+    One of --full is built by the configuration of its checkpoint, which must be where the run found
+    it. Raises UsageError: see common.load_trained.
     """
-
-    def make(trained: common.Trained) -> nn.Module:
-        if not trained.config.task:
-            return import_model(path, byte_lm(trained.config, trained.seed))
-        folder = pretrained.locate(trained.config.model, trained.data_dir)
-        return import_model(path, pretrained.empty_switch(folder, switch_layer))
-
-    return common.load_trained(path, Config, make)
+    return common.load_trained(path, Config, rebuild)
 
 
-def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
+@torch.no_grad()
+def to_transformers(path: str | Path, folder: str | Path) -> None:
+    """Write the model of an arm of --full as a checkpoint for plain transformers, at full size.
+
+    Every member of a group gets the weights of its group, so that the logits are the same and other
+    people's tools can judge them. This saves no memory. Raises ValueError for a pruned router.
+    """
+    model = load_trained(path)
+    layers = moe_layers(model)
+    if not all(layer.alive.all() for layer in layers.values()):
+        raise ValueError(f"{path}: a pruned router masks logits, which no weights can say")
+
+    def weights_of(name: str) -> tuple:
+        layer = layers[name]
+        full = layer.experts.stacked().at(layer.remap)  # every member with its group's weights
+        return layer.router.weight, full.w1, full.w2, full.w_gate, layer.shared
+
+    pretrained.save_plain(model, list(layers), weights_of, folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training and measuring the arms
+# --------------------------------------------------------------------------------------------------
+
+
+def straight(steps: int) -> Callable[[int], float]:
+    """Section A1: 16 steps of warm-up, then a straight line to 0."""
+    warmup = min(16, steps // 5)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1 - min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+
+    return factor
+
+
+def fit(job: Job, model: nn.Module, loss_fn: Callable, steps: int, lr: float, **options) -> None:
+    optimizer = common.adamw(model, lr, betas=(0.9, 0.98))
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-6
+    seconds = 60.0 if job.run.scale == "small" else 1800.0  # a checkpoint may have 24 GB
+    options |= {"optimizer": optimizer, "schedule": straight(steps), "checkpoint_seconds": seconds}
+    job.train(model, loss_fn, steps, **options)
+
+
+def tune(
+    job: Job,
+    model: nn.Module,
+    task: Any,
+    steps: int,
+    lr: float,
+    teacher: nn.Module | None = None,
+    on_step: Callable | None = None,
+) -> None:
+    """Step F: cross-entropy, plus distillation when there is a teacher. Routers are frozen."""
+    config, dtype = job.config, next(model.parameters()).dtype
+    model.float()  # AdamW's small steps would be lost in bf16
+
+    def loss_fn(batch: Any, step: int) -> tuple[Tensor, dict]:
+        logits, labels = task.outputs(model, batch)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        if teacher is None:
+            return loss, {}
+        with torch.no_grad():
+            wanted, _ = task.outputs(teacher, batch)
+        known = labels >= 0
+        distilled = distillation_loss(logits[known], wanted[known], config.temperature)
+        values = {"cross_entropy": loss.detach(), "distillation": distilled.detach()}
+        return loss + config.alpha * distilled, values
+
+    fit(job, model, loss_fn, steps, lr, batches=task.train_batch, on_step=on_step)
+    model.to(dtype)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Any, run: Run) -> dict:
+    """Loss in nats a token, means over tokens, then sequences; the task's metrics in percent."""
+    model.eval()
+    losses, answers = [], []
+    with torch.autocast(run.device, dtype=run.dtype, enabled=run.dtype != torch.float32):
+        for batch in task.validation:
+            logits, labels = task.outputs(model, batch)
+            flat = logits.float().flatten(0, 1)
+            loss = F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape)
+            losses.append(loss.sum(dim=1) / (labels >= 0).sum(dim=1))  # [batch]
+            answers += task.answers(model, batch, logits)
+    return {"loss": float(torch.cat(losses).double().mean()), **task.scores(answers)}
+
+
+LARGE = 3_000_000_000  # parameters of a model of which no copy in float64 is made
+
+
+@torch.no_grad()
+def store(job: Job, model: nn.Module, task: Any) -> dict:
+    """Export a model; how good it is, and what it costs."""
+    found = evaluate(model, task, job.run) | {"parameters": common.count_parameters(model)}
+    if not is_checkpoint(job):
+        found["bytes"] = export_model(model, job.path(".pt"))
+    if found["parameters"] < LARGE:
+        counted, batch = copy.deepcopy(model).double(), task.validation[0]  # the counter sees all
+        flops = common.count_flops(lambda: task.outputs(counted, batch))["Global"]
+        found["flops"] = flops / len(task.outputs(model, batch)[1])  # a sequence
+    return found
+
+
+def load_model(job: Job, arm: str) -> nn.Module:
+    """What another arm of the run left."""
+    other = job.other(arm)
+    if is_checkpoint(other):
+        return job.prepare(unmerged(job.config, job.run, job.seed))
+    return job.prepare(rebuild(other, common.load(other.path(".pt"))))
+
+
+def is_checkpoint(job: Job) -> bool:
+    """Nothing was tuned: the checkpoint itself is the full model."""
+    is_full = job.run.scale == "full" and job.method == "full"
+    return is_full and job.config.finetune_steps == 0
+
+
+def source_of(job: Job) -> str:
+    first = "pretrained" if job.run.scale == "small" else "full"
+    return chain_of(job.arm, first)[-2]
+
+
+def train_arm(job: Job) -> dict:
+    """Every arm goes on from the files of another one."""
+    stages = {"pretrained": pretrain, "full": finetune, "full+steps": train_on}
+    return stages.get(job.method, merge if job.method in RECIPES else compress)(job)
+
+
+def pretrain(job: Job) -> dict:
     """The small model on all domains at once, routers trained with the balance loss."""
+    config, run = job.config, job.run
     corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
-    model = run.prepare(byte_lm(config, seed, config.balance))
+    model = job.prepare(byte_lm(config, job.seed, config.balance))
 
     def batches(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1_000_003 * (10 * seed) + step)
-        share = config.batch_size // len(corpora)
-        parts = [text_data.sample_windows(c.train, share, config.context + 1, generator) for c in corpora]
+        generator = torch.Generator().manual_seed(1_000_003 * (10 * job.seed) + step)
+        share, length = config.batch_size // len(corpora), config.context + 1
+        parts = []
+        for corpus in corpora:
+            parts.append(text_data.sample_windows(corpus.train, share, length, generator))
         return torch.cat(parts).to(run.device)
 
     def loss_fn(windows: Tensor, step: int) -> tuple[Tensor, dict]:
@@ -1044,467 +1204,444 @@ def pretrain_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
         aux_loss = model.aux_loss()
         return loss + aux_loss, {"lm_loss": loss.detach(), "aux_loss": aux_loss.detach()}
 
-    options = run.train_options(arm, seed)
-    fit(model, loss_fn, config.pretrain_steps, config.pretrain_lr, batches=batches, **options)
-    task = make_task(config, run, seed, 1)
-    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
+    fit(job, model, loss_fn, config.pretrain_steps, config.pretrain_lr, batches=batches)
+    return store(job, model, make_task(job, 1))
 
 
-def finetune_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """The full model on the target task: the teacher, and what every other arm starts from."""
-    if config.task:
-        model = run.prepare(pretrained.load_switch(pretrained.locate(config.model, run.data_dir), switch_layer))
-        model.requires_grad_(True)
-        for layer in moe_layers(model).values():
-            layer.router.requires_grad_(False)
+def finetune(job: Job) -> dict:
+    """The full model on the target: the teacher, and what every other arm starts from."""
+    config, task = job.config, make_task(job, 1)
+    if job.run.scale == "full":
+        model = job.prepare(unmerged(config, job.run, job.seed))
     else:
-        model = load_model(config, run, "pretrained", seed)
-    task = make_task(config, run, seed, 1)
-    lr = float(arm.partition("@")[2] or config.lr)
-    tune(model, task, config, config.finetune_steps, lr, **run.train_options(arm, seed))
-    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
+        model = load_model(job, "pretrained")
+    if not is_checkpoint(job):
+        tune(job, model, task, config.finetune_steps, config.lr)
+    return store(job, model, task)
 
 
-def merge_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """One recipe, no training afterwards."""
-    full, task = load_model(config, run, "full", seed), make_task(config, run, seed, 2)
-    recipe, seen = (RECIPES | RECIPES_ABLATE)[arm], calibrate(full, task)
-    found = []
-    for draw in range(recipe.draws):  # random groups are the same for every merger
-        generator = torch.Generator().manual_seed(1000 * seed + draw)
-        model, report = merge_model(full, recipe, config, seen, task, generator)
-        found.append(evaluate(model, task, run))
-        if draw == 0:
-            path = run.path(arm, seed, ".npz")
-            counts = store(model, task, path) | {"layers": report}
-            if config.task and arm not in map(source_of, arms_of(config, run)[2]):
-                path.unlink()  # 3 GB that nobody reads again
-    means = {name: np.mean([result[name] for result in found], axis=0).tolist() for name in found[0]}
-    return means | counts | {"loss_by_draw": [result["loss"] for result in found]}
+def train_on(job: Job) -> dict:
+    """The full model for as many steps more as a merged one is recovered."""
+    model, task = load_model(job, "full"), make_task(job, 3)
+    tune(job, model, task, job.config.recover_steps, job.config.recover_lr)
+    return store(job, model, task)
 
 
-def recover_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """A merged model after distillation ("msmoe+kd"), without it ("msmoe+steps"), or the full one trained on."""
-    name, _, lr = arm.partition("@")
-    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 3)
-    teacher = load_model(config, run, "full", seed).eval() if name.endswith("+kd") else None
-    lr, options = float(lr or config.recover_lr), run.train_options(arm, seed)
-    prunes = name == "task_specific+kd"  # in the same steps
-    on_step = prune_by_usage(model, task, config) if prunes else None
-    tune(model, task, config, config.recover_steps, lr, teacher, on_step=on_step, **options)
-    for name in list(moe_layers(model)) if prunes else ():
-        layer = model.get_submodule(name)
-        model.set_submodule(name, prune_layer(layer, layer.alive))
-    return evaluate(model, task, run) | store(model, task, run.path(arm, seed, ".npz"))
+def merge(job: Job) -> dict:
+    """Steps A to F: one recipe, measured at once and, where that is wanted, recovered."""
+    config, recipe, task = job.config, RECIPES[job.method], make_task(job, 2)
+    model = load_model(job, "full")
+    logits, at_once = calibrate(model, task), []
+    for draw in reversed(range(recipe.draws)):  # the first one's model goes on
+        if at_once:  # merging is in place
+            model = load_model(job, "full")
+        generator = torch.Generator().manual_seed(1000 * job.seed + draw)
+        report = merge_model(model, recipe, config, logits, generator)
+        at_once.append(evaluate(model, task, job.run))
+    found = {"layers": report}
+    for name in at_once[0]:
+        found[f"{name} at once"] = float(np.mean([result[name] for result in at_once]))
+    if config.recover_steps:
+        teacher, task = load_model(job, "full").eval(), make_task(job, 3)
+        tune(job, model, task, config.recover_steps, config.recover_lr, teacher)
+    return found | store(job, model, task)
 
 
-def prune_by_usage(model: nn.Module, task: Task, config: Config) -> Callable[[int], None]:
-    """Task-specific pruning, to be called after every step: CUTS cuts in the first half of the steps."""
-    layers, half = dict(list(moe_layers(model).items())[config.skip :]), max(1, config.recover_steps // 2)
-    cuts, inputs = {max(1, half * cut // CUTS) for cut in range(1, CUTS + 1)}, {}
-    for name, layer in layers.items():
-        layer.register_buffer("usage", torch.zeros(layer.alive.shape, dtype=torch.float64, device=layer.alive.device))
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
-
-    @torch.no_grad()
-    def on_step(step: int) -> None:
-        batch = task.train_batch(step)
-        for name, layer in layers.items():
-            mask = task.token_mask(batch, name)
-            x = inputs[name].flatten(0, -2) if mask is None else inputs[name][mask]
-            logits = layer.router(x.to(layer.router.weight.dtype)).masked_fill(~layer.alive, -1e6)
-            layer.usage.lerp_(usage_frequency(logits, layer.top_k), 1 - USAGE_DECAY)
-            if step + 1 in cuts:
-                layer.alive.copy_(surviving_experts(layer.usage, layer.alive, config.kept, step + 1 == half))
-
-    return on_step
+def sizes_of(layer: SparseMoE) -> tuple[int, int]:
+    """Of one expert, both matrices: parameters of U and V per rank, and of W (or a full S)."""
+    low_rank = dense = 0
+    for matrix in (layer.experts.w1, layer.experts.w2):
+        rows, columns = matrix.shape[1:]
+        low_rank += rows + columns
+        dense += rows * columns
+    return low_rank, dense
 
 
-def equal_density(config: Config, rank: int, d_model: int, d_ff: int) -> float:
-    """The density of S at which num_experts experts of this rank are as large as MC-SMoE's `kept` ones."""
-    low_rank, dense = d_model + d_ff, d_model * d_ff  # parameters of U and V per rank, of S at density 1; one matrix
-    budget = config.kept * (config.rank * low_rank + config.density * dense) / config.num_experts
-    density = (budget - rank * low_rank) / dense
+def equal_density(config: Config, layer: SparseMoE) -> float:
+    """The density at which all experts, of rank c_rank, are as large as MC-SMoE's `kept` ones."""
+    low_rank, dense = sizes_of(layer)
+    budget = config.kept * (config.rank * low_rank + config.density * dense) / len(layer.remap)
+    density = (budget - config.c_rank * low_rank) / dense
     if density < 0:
-        raise ValueError(f"c_rank is {rank}: C-SMoE is larger than MC-SMoE even without S; lower it")
+        larger = "C-SMoE is larger than MC-SMoE even without S"
+        raise ValueError(f"c_rank is {config.c_rank}: {larger}; lower it")
     return density
 
 
-def compress_arm(config: Config, arm: str, seed: int, run: Run) -> dict:
-    """Decompose, train and prune, compact, export: MC-SMoE the recovered merge, C-SMoE the unmerged model."""
-    name, _, lr = arm.partition("@")
-    model, task = load_model(config, run, source_of(arm), seed), make_task(config, run, seed, 4)
-    teacher = load_model(config, run, "full", seed).eval()
-    layers = list(moe_layers(model).values())[0 if name == "mc_all" else config.skip :]
-    rank, density, steps = config.rank, config.density, config.compress_steps
-    if name.startswith("c_equal_size"):
-        rank = config.c_rank if name == "c_equal_size" else max(1, config.c_rank // 2)
-        density = equal_density(config, rank, *layers[0].experts.w1.shape[1:])
+def density_at(config: Config, step: int, final: float) -> float:
+    """The schedule at these settings."""
+    steps = config.compress_steps
+    warmup, cooldown = round(config.warmup_share * steps), round(config.cooldown_share * steps)
+    return cubic_density(step, steps, warmup, cooldown, final)
+
+
+def compress(job: Job) -> dict:
+    """Step G: MC-SMoE from the recovered merge, C-SMoE from the unmerged model, its equal steps."""
+    config, task = job.config, make_task(job, 4)
+    model, teacher = load_model(job, source_of(job)), load_model(job, "full").eval()
+    layers = list(moe_layers(model).values())[config.skip :]
+    rank, density = config.rank, config.density
+    if job.method == "c_equal_size":
+        rank, density = config.c_rank, equal_density(config, layers[0])
+    linears = []
     for layer in layers:
         layer.experts = LowRankExperts(layer.experts, rank)
-    linears = [linear for layer in layers for linear in (layer.experts.up, layer.experts.down)]
-    lengths = [linear.s.shape[1] for linear in linears]
-    warmup, cooldown = round(config.warmup_share * steps), round(config.cooldown_share * steps)
+        linears += [layer.experts.up, layer.experts.down]
 
     def on_step(step: int) -> None:
-        for linear in linears:
-            linear.observe()
-        share = cubic_density(step, steps, warmup, cooldown, density)
-        keep = neurons_to_keep([linear.score for linear in linears], lengths, share)
-        for linear, mask in zip(linears, keep):
-            linear.prune(mask)
+        prune_step(linears, density_at(config, step, density))
 
-    lr, options = float(lr or config.compress_lr), run.train_options(arm, seed)
-    tune(model, task, config, steps, lr, teacher, on_step=on_step, **options)
+    tune(job, model, task, config.compress_steps, config.compress_lr, teacher, on_step)
     with torch.no_grad():
-        before = task.outputs(model.eval(), task.validation[0])[0]
         for linear in linears:
             linear.compact()
-        counts = store(model, task, run.path(arm, seed, ".npz"))
-        again = load_model(config, run, arm, seed).eval()
-        change = float((task.outputs(again, task.validation[0])[0] - before).abs().max())
-    return evaluate(again, task, run) | counts | {"reload_change": change, "rank": rank, "density": density}
+        before, _ = task.outputs(model.eval(), task.validation[0])
+        found = store(job, model, task) | {"rank": rank, "density": density}
+        after, _ = task.outputs(load_model(job, job.arm).eval(), task.validation[0])
+    return found | {"reload_change": float((after - before).abs().max())}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Claims
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Claims: margins in nats of loss; with the task of a checkpoint in points of its first metric
+# --------------------------------------------------------------------------------------------------
 
-LOSES = "averaging experts of random groups loses more than M-SMoE, at once and after recovery"
-GROUPS = "groups from the router beat random members of the same kept experts, and random groups"
-WORST_DROP = 1.25  # points of accuracy: the largest of the paper's eight tasks (SST-2, table 2)
-RECOVERS = f"after a brief distillation accuracy is within {WORST_DROP:g} points of the full model"
-MEMORY = "up to 80 % less memory, the whole model, counted and on disk (all layers merged)"
-PAPER_FLOPS = 0.176  # share saved, (4.65 - 3.83) / 4.65 TFLOPs in table 2
-FLOPS = "compression saves up to 20 % of FLOPs (all layers), merging alone none"
-TABLE7 = "MRPC 89.22 against 88.97, SQuAD F1 85.30 against 84.93"
-CLAIMS = [
-    Claim("mcsmoe.naive_merging_fails", LOSES, "MRPC 90.69 against 88.73, COPA 68 against 62", required=True),
-    Claim("mcsmoe.alignment", "lining neurons up before merging helps", "MRPC 90.69 against 89.95", required=True),
-    Claim("mcsmoe.frequency_weights", "weights by usage beat equal weights", "MRPC 90.69 against 89.95", required=True),
-    Claim("mcsmoe.routing_groups", GROUPS, "MRPC 90.69 against 89.95 (random members)", required=True),
-    Claim("mcsmoe.beats_redirect", "merging adds to re-routing", "not verified (the control is ours)", required=True),
-    Claim("mcsmoe.recovers", RECOVERS, "mean of eight tasks 82.2 against 82.4; at worst -1.25 (SST-2)", required=True),
-    Claim("mcsmoe.memory", MEMORY, "2.0B to 381M parameters, 81 % (switch-base-32)", required=True),
-    Claim("mcsmoe.flops", FLOPS, "4.65 to 3.83 TFLOPs, 17.6 % (switch-base-32)", required=True),
-    Claim("mcsmoe.beats_c_smoe", "MC-SMoE beats C-SMoE of equal size", "not verified", required=True),
-    Claim("mcsmoe.beats_c_smoe_equal_rank", "MC-SMoE beats C-SMoE of equal rank, which is larger", TABLE7),
-    Claim("mcsmoe.adaptive_budget", "a budget over all layers beats the same in each", "MRPC 90.69 against 90.44"),
-    Claim(
-        "mcsmoe.low_rank", "merged experts have a lower stable rank than the kept ones", "falls in most layers (figure)"
-    ),
-]
-
-AT_ONCE = {  # claims on the loss right after merging: {arm: its name}; every arm must lose
-    "alignment": {"no_alignment": "without"},
-    "frequency_weights": {"uniform_weights": "equal weights"},
-    "routing_groups": {"random_members": "random members", "random_groups": "random groups"},
-    "beats_redirect": {"redirect": "the kept experts unmerged"},
-}
-
-Results = dict[str, list[dict]]  # {arm: [one result a seed]}
+WORST_TASK = 94.50 / 95.75  # SST-2, table 2: what M-SMoE keeps of the full model's accuracy
+PAPER_FLOPS = 0.176  # saved: (4.65 - 3.83) / 4.65 TFLOPs in table 2
 
 
-def values(results: Results, arm: str, key: str) -> np.ndarray:
-    return np.array([result[key] for result in results[arm]])  # [seeds, ...]
+def quality_of(config: Config) -> str:
+    """The metric of the task that papers quote."""
+    return tasks.PROMPTS[config.task].metrics[0] if config.task in tasks.PROMPTS else "accuracy"
 
 
-def per_seed(results: Results, arm: str, key: str) -> np.ndarray:
-    """What margins are taken over: one number a seed; with a single seed, one a block of the validation data."""
-    return np.array(results[arm][0][f"{key}_blocks"]) if len(results[arm]) == 1 else values(results, arm, key)
+def ahead(
+    results: Results, config: Config, worse: str, better: str = "msmoe", when: str = ""
+) -> np.ndarray:
+    """[seeds]: how far one arm is ahead of another; when: "" after recovery, or " at once"."""
+    if config.task is None or config.text:
+        return results.ahead(worse, better, f"loss{when}")
+    return results.ahead(better, worse, f"{quality_of(config)}{when}")
 
 
-def metrics_of(config: Config) -> tuple[str, ...]:
-    """What is reported beside the loss, shares; the first one is what claims are about."""
-    return tasks.PROMPTS[config.task].metrics if config.task else ("accuracy",)
+def told(config: Config, margins: dict[str, np.ndarray]) -> str:
+    unit = "nats" if config.task is None or config.text else "points"
+    return ", ".join(f"{show(margin)} {unit} {name}" for name, margin in margins.items())
 
 
-def rank_changes(results: Results, matrix: str) -> np.ndarray:
-    """[seeds]: mean relative change of the stable rank, merged against kept expert, over layers with a merged group."""
-    key, changes = f"stable_rank_{matrix}", []
-    for result in results["msmoe"]:
-        pairs = [layer[key] for layer in result["layers"] if key in layer]
-        changes.append(np.mean([after / before - 1 for before, after in pairs]) if pairs else 0.0)
-    return np.array(changes)
+def against(results: Results, config: Config, worse: str, both: bool = False) -> Margin:
+    """M-SMoE against another way to merge, right after it; with `both` also after recovery."""
+    margins = {"at once": ahead(results, config, worse, when=" at once")}
+    margins["after recovery"] = ahead(results, config, worse)
+    judged = min(margins.values(), key=np.mean) if both else margins["at once"]
+    return Margin(judged, f"better than {worse}: {told(config, margins)}", margins)
 
 
-def judge(config: Config, run: Run, results: Results) -> None:
-    """From measurements to claim rows. Margins are nats of loss; at full scale points of the task's first metric."""
-    quality = metrics_of(config)[0]
-    key, scale, unit = (quality, -100, "points") if config.task else ("loss", 1, "nats")
-    ahead = lambda worse, better="msmoe": scale * (per_seed(results, worse, key) - per_seed(results, better, key))
-    shown = lambda margin: common.show(margin if len(run.seeds) > 1 else [margin.mean()])
-
-    def report(id: str, text: str, **margins: np.ndarray) -> None:
-        """Holds if every margin does."""
-        text = text.format(unit=unit, **{name: shown(margin) for name, margin in margins.items()})
-        holds = all(common.verdict(margin) for margin in margins.values())
-        run.claim(f"mcsmoe.{id}", text, {name: margin.tolist() for name, margin in margins.items()}, holds=holds)
-
-    text = "averaging loses {at_once} {unit} more at once, {recovered} after recovery"
-    margins = {"at_once": ahead("averaging"), "recovered": ahead("averaging+kd", "msmoe+kd")}
-    report("naive_merging_fails", text, **margins)
-    for id, arms in AT_ONCE.items():
-        text = ", ".join(f"{{{arm}}} {{unit}} better than {name}" for arm, name in arms.items())
-        if later := {arm: ahead(f"{arm}+kd", "msmoe+kd") for arm in arms if f"{arm}+kd" in results}:
-            text += f" (after recovery {', '.join(shown(margin) for margin in later.values())})"
-        report(id, text, **{arm: ahead(arm) for arm in arms})
-
-    drop = 100 * (per_seed(results, "full", quality) - per_seed(results, "msmoe+kd", quality))
-    more = 100 * (values(results, "full+steps", quality) - values(results, "full", quality))
-    text = f"{shown(drop)} points below the full model, which gains {common.show(more)} from as many more steps"
-    margin = (WORST_DROP - drop).tolist()
-    run.claim("mcsmoe.recovers", text, {"drop": drop.tolist(), "margin": margin, "more": more.tolist()}, margin)
-
-    saved = lambda arm, what: 1 - values(results, arm, what) / values(results, "full", what)
-    percent = lambda arm, what: f"{100 * saved(arm, what).mean():.1f} %"
-    counted, stored = saved("mc_all", "parameters"), saved("mc_all", "bytes")
-    text = f"{percent('mc_all', 'parameters')} of parameters, {percent('mc_all', 'bytes')} of bytes on disk"
-    text += f"; without the first layer {percent('mc', 'bytes')}"
-    numbers = {"parameters": counted.tolist(), "bytes": stored.tolist()}
-    run.claim("mcsmoe.memory", text, numbers, holds=bool(min(counted.min(), stored.min()) >= 0.8))
-    flops, merged = saved("mc_all", "flops"), saved("msmoe_all+kd", "flops")
-    text = f"{percent('mc_all', 'flops')} of all FLOPs, without the first layer {percent('mc', 'flops')}"
-    text += f"; merging alone {percent('msmoe_all+kd', 'flops')}"
-    holds = bool(flops.min() >= PAPER_FLOPS and (merged == 0).all())
-    run.claim("mcsmoe.flops", text, {"saved": flops.tolist(), "merging_alone": merged.tolist()}, holds=holds)
-    larger = lambda arm: 100 * (values(results, arm, "parameters") / values(results, "mc", "parameters") - 1).mean()
-    best = min(("c_equal_size", "c_equal_size_low"), key=lambda arm: values(results, arm, "loss").mean())
-    text = f"{{margin}} {{unit}} better; C-SMoE rank {results[best][0]['rank']}, {larger(best):+.1f} % parameters"
-    report("beats_c_smoe", text, margin=ahead(best, "mc"))
-    falls = {matrix: rank_changes(results, matrix) for matrix in ("w1", "w2")}
-    change = (falls["w1"] + falls["w2"]) / 2
-    text = ", ".join(f"{name} {100 * by_seed.mean():+.1f} %" for name, by_seed in falls.items())
-    text = f"{100 * change.mean():+.1f} % on average: {text}"
-    numbers = {name: by_seed.tolist() for name, by_seed in falls.items()}
-    run.claim("mcsmoe.low_rank", text, numbers, margins=-change)
-    if run.ablate:
-        text = f"{{margin}} {{unit}} better (negative: worse); C-SMoE {larger('c_equal_rank'):+.1f} % parameters"
-        report("beats_c_smoe_equal_rank", text, margin=ahead("c_equal_rank", "mc"))
-        text = "{at_once} {unit} better at once, {recovered} after recovery (negative: worse)"
-        margins = {"at_once": ahead("uniform_budget"), "recovered": ahead("uniform_budget+kd", "msmoe+kd")}
-        report("adaptive_budget", text, **margins)
+@claim("averaging experts of random groups loses more than M-SMoE, at once and after recovery",
+       paper="MRPC 90.69 against 88.73, COPA 68 against 62", required=True)  # fmt: skip
+def naive_merging_fails(results: Results, config: Config) -> Margin:
+    return against(results, config, "averaging", both=True)
 
 
-def print_tables(config: Config, run: Run, results: Results) -> None:
-    columns = [("loss", 1.0), *((name, 100.0) for name in metrics_of(config))]
-    show = lambda arm, key, scale=1.0: common.show(scale * values(results, arm, key)) if arm in results else ""
-    rows = []
-    for arm in dict.fromkeys(arm.removesuffix("+kd") for arm in results):
-        stored = arm if arm in results else f"{arm}+kd"
-        size = [f"{results[stored][0]['parameters']:,}", f"{values(results, stored, 'bytes').mean() / 1e6:.3f}"]
-        quality = [show(name, *column) for name in (arm, f"{arm}+kd") for column in columns]
-        rows.append([arm, *quality, *size, f"{values(results, stored, 'flops').mean() / 1e6:.2f}"])
-    names = ["nats", *(f"{name.replace('_', ' ')} %" for name in metrics_of(config))]
-    header = ["arm", *names, f"recovered: {names[0]}", *names[1:], "parameters", "MB on disk", "MFLOP/sequence"]
-    run.table(f"validation, {len(run.seeds)} seed(s); recovered: after distillation from the full model", header, rows)
+@claim("lining neurons up before merging helps",
+       paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
+def alignment(results: Results, config: Config) -> Margin:
+    return against(results, config, "no_alignment")
+
+
+@claim("weights by usage beat equal weights",
+       paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
+def frequency_weights(results: Results, config: Config) -> Margin:
+    return against(results, config, "uniform_weights")
+
+
+@claim("hints from the router: groups by its logits beat random members of the same kept experts",
+       paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
+def routing_groups(results: Results, config: Config) -> Margin:
+    return against(results, config, "random_members")
+
+
+@claim("merging adds to re-routing: it beats the kept experts with nothing merged into them",
+       required=True)  # fmt: skip
+def beats_redirect(results: Results, config: Config) -> Margin:
+    return against(results, config, "redirect")
+
+
+@claim("after a brief distillation the smaller model keeps 98.7 % of the full model's accuracy",
+       paper="94.50 of 95.75, the worst of eight tasks (SST-2)", required=True)  # fmt: skip
+def recovers(results: Results, config: Config) -> Margin:
+    quality = quality_of(config)
+    full, merged = results.of("full", quality), results.of("msmoe", quality)
+    more = results.ahead("full+steps", "full", quality)
+    text = f"{show(merged, 2)} % of {show(full, 2)} %; the full model gains {show(more, 2)} points "
+    text += "from as many more steps"
+    return Margin(merged - WORST_TASK * full, text, {"full": full, "merged": merged})
+
+
+@claim("MC-SMoE beats C-SMoE (compression without merging) of equal size, by the better of two "
+       "ranks", required=True)  # fmt: skip
+def beats_c_smoe(results: Results, config: Config) -> Margin:
+    ranks = ("c_equal_size", "c_equal_size@c_rank=1")
+    best = min(ranks, key=lambda arm: results.of(arm, "loss").mean())
+    margin = ahead(results, config, best, "mc")
+    better = told(config, {"better": margin})
+    return Margin(margin, f"{better} than rank {results[best][0]['rank']}")
+
+
+@claim("merging beats pruning the same experts, at once and after recovery",
+       paper="MRPC 90.69 against 88.97, COPA 68 against 63")  # fmt: skip
+def beats_pruning(results: Results, config: Config) -> Margin:
+    return against(results, config, "pruning", both=True)
+
+
+@claim("MC-SMoE beats C-SMoE of equal rank, which is larger",
+       paper="MRPC 89.22 against 88.97, SQuAD F1 85.30 against 84.93")  # fmt: skip
+def beats_c_smoe_equal_rank(results: Results, config: Config) -> Margin:
+    sizes = results.of("c_equal_rank", "parameters") / results.of("mc", "parameters")
+    margin = ahead(results, config, "c_equal_rank", "mc")
+    more = f"C-SMoE has {100 * (sizes.mean() - 1):.0f} % more parameters"
+    return Margin(margin, f"{told(config, {'better': margin})}; {more}")
+
+
+@claim("one budget for all layers beats the same number of experts in each",
+       paper="MRPC 90.69 against 90.44")  # fmt: skip
+def adaptive_budget(results: Results, config: Config) -> Margin:
+    return against(results, config, "uniform_budget")
+
+
+@claim("merged experts have a lower stable rank than the kept ones",
+       paper="it falls in most layers (figure)")  # fmt: skip
+def low_rank(results: Results, config: Config) -> Margin:
+    """The matrix where it falls less, means over layers."""
+    falls = {}
+    for matrix in ("w1", "w2"):
+        by_seed = []
+        for result in results["msmoe"]:
+            layers = [layer["rank_falls"] for layer in result["layers"] if layer["rank_falls"]]
+            by_seed.append(np.mean([fall[matrix] for fall in layers]))
+        falls[f"lower in {matrix}"] = np.array(by_seed)
+    text = ", ".join(f"{show(fall, 1)} % {name}" for name, fall in falls.items())
+    return Margin(min(falls.values(), key=np.mean), text, falls)
+
+
+def saved(results: Results, arm: str, what: str) -> float:
+    """Share of what the full model has; of the seed where it is least."""
+    return float((1 - results.of(arm, what) / results.of("full", what)).min())
+
+
+@check("all layers merged and compressed: 80 % less memory, counted and on disk (paper: 81 %)")
+def memory(results: Results, config: Config) -> Check:
+    shares = [saved(results, "mc@skip=0", what) for what in ("parameters", "bytes")]
+    text = f"{100 * shares[0]:.1f} % of parameters, {100 * shares[1]:.1f} % of bytes on disk; "
+    text += f"without the first layer {100 * saved(results, 'mc', 'parameters'):.1f} %"
+    return Check(min(shares) >= 0.8, text)
+
+
+@check("compression saves FLOPs (paper: 17.6 %), merging alone none")
+def flops(results: Results, config: Config) -> Check:
+    merged = saved(results, "msmoe@skip=0", "flops")
+    compressed = saved(results, "mc@skip=0", "flops")
+    text = f"{100 * compressed:.1f} % of all FLOPs, without the first layer "
+    text += f"{100 * saved(results, 'mc', 'flops'):.1f} %; merging alone {100 * merged:.1f} %"
+    return Check(abs(merged) < 0.01 and compressed >= PAPER_FLOPS, text)  # capacity drops a few
+
+
+@check("a compacted export, loaded again, gives the same logits")
+def export(results: Results, config: Config) -> Check:
+    change = results.of("mc", "reload_change").max()
+    return Check(change < 1e-4, f"they differ by {change:.1e} at most")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables, picture, main
+# --------------------------------------------------------------------------------------------------
+
+
+def ledger(model: nn.Module, config: Config) -> dict[str, int]:
+    """Parameters before a run, by arithmetic; the paper's 2.0B, 733M and 381M of switch-base-32."""
+    layers = list(moe_layers(model).values())
+    num_experts = len(layers[0].remap)
+    kept = config.kept or max(1, num_experts // 4)
+    low_rank, expert = sizes_of(layers[0])
+    small = round(config.rank * low_rank + config.density * expert)
+    full, merged = common.count_parameters(model), len(layers) - config.skip
+    rest = full - merged * num_experts * expert
+    return {
+        "full": full,
+        "M-SMoE": rest + merged * kept * expert,
+        "MC-SMoE": rest + merged * kept * small,
+        "C-SMoE of equal rank": rest + merged * num_experts * small,
+    }
+
+
+def print_tables(results: Results, run: Run) -> None:
+    columns = {}
+    for name in ("loss", "accuracy", "f1", "exact_match"):
+        title = "nats" if name == "loss" else f"{name.replace('_', ' ')} %"
+        digits = 4 if name == "loss" else 2
+        columns |= {f"{title} at once": (f"{name} at once", digits), title: (name, digits)}
+    columns |= {"parameters": ("parameters", 0), "bytes on disk": ("bytes", 0)}
+    columns["FLOPs a sequence"] = ("flops", 0)
+    title = f"validation, {len(run.seeds)} seed(s): right after merging, and after recovery"
+    run.table(title, *results.table(results, columns))
     if "msmoe" not in results:
         return
-
     rows = []
     for layer in results["msmoe"][0]["layers"]:
-        joined: dict[int, list[str]] = {kept: [] for kept in layer["dominant"]}
-        for expert, group in enumerate(layer["groups"]):
-            kept = layer["dominant"][group]
-            joined[kept] += [str(expert)] if expert != kept else []
-        use = {kept: 100 * layer["frequency"][kept] for kept in joined}
-        text = "  ".join(f"{k} ({use[k]:.0f} %)" + (f"<-{','.join(j)}" if j else "") for k, j in joined.items())
-        ranks = [" to ".join(f"{r:.2f}" for r in layer.get(f"stable_rank_{w}", ())) for w in ("w1", "w2")]
-        rows.append([layer["layer"], len(joined), f"{sum(use.values()):.0f} %", *ranks, text])
-    header = ["layer", "kept", "their use", "stable rank w1", "stable rank w2", "kept (use)<-merged into it"]
+        use, parts = layer["frequency"], []
+        for group, kept in enumerate(layer["dominant"]):
+            members = [e for e, g in enumerate(layer["groups"]) if g == group and e != kept]
+            joined = f"<-{','.join(map(str, members))}" if members else ""
+            parts.append(f"{kept} ({100 * use[kept]:.0f} %){joined}")
+        share = sum(use[kept] for kept in layer["dominant"])
+        rows.append([layer["layer"], len(parts), f"{100 * share:.0f} %", "  ".join(parts)])
+    header = ["layer", "kept", "their use", "kept (use)<-merged into it"]
     run.table(f"M-SMoE, seed {run.seed}: who was kept, who joined whom", header, rows)
 
 
-def print_grid(config: Config, run: Run, results: Results) -> None:
-    own = {"full": config.lr, "mc": config.compress_lr, "c": config.compress_lr}
-    rows, arms = [], dict.fromkeys(arm.partition("@")[0] for arm in results if arm != "pretrained")
-    for arm in (arm for arm in arms if arm not in RECIPES):
-        default = config.recover_lr if "+" in arm else own[arm.partition("_")[0]]
-        names = {lr: arm if lr == default else f"{arm}@{lr:g}" for lr in LR_GRID}
-        losses = {lr: common.show(values(results, name, "loss")) for lr, name in names.items() if name in results}
-        rows.append([arm, *(losses.get(lr, "") for lr in LR_GRID)])
-    run.table(f"the learning-rate grid, nats, {len(run.seeds)} seed(s)", ["arm", *(f"{lr:g}" for lr in LR_GRID)], rows)
+def draw(results: Results, run: Run) -> None:
+    merged = [arm for arm in RECIPES if arm in results]
+    methods = ["full", "msmoe", "averaging", "pruning", "mc", "c_equal_size"]
+
+    def damage(ax: Any) -> None:
+        common.dots(ax, {arm: results.of(arm, "loss at once") for arm in merged})
+        ax.set(xlabel="nats, right after merging", title="equal memory, merged in several ways")
+
+    def trade_off(ax: Any) -> None:
+        for arm in results:
+            method = arm.partition("@")[0]
+            if method in methods:
+                loss, size = results.of(arm, "loss"), results.of(arm, "parameters").mean() / 1e6
+                half = common.half_width(loss) if len(loss) >= 3 else 0.0
+                label = method if arm == method else None
+                color = common.color_of(method, methods)
+                ax.errorbar(size, loss.mean(), yerr=half, fmt="o", color=color, label=label)
+        title = "quality against memory, after recovery"
+        ax.set(xlabel="million parameters", ylabel="nats", title=title)
+
+    run.plot([damage, trade_off] if merged else [trade_off], width=6.0)
 
 
-def draw(config: Config, run: Run, results: Results) -> None:
-    layers = results["msmoe"][0]["layers"] if "msmoe" in results else []
-
-    def frequencies(ax) -> None:
-        table = np.array([layer["frequency"] for layer in layers])
-        title = "use of each expert, and the kept expert it joins (* is kept)"
-        ax.imshow(table, aspect="auto")
-        for row, layer in enumerate(layers):
-            for column, group in enumerate(layer["groups"]):
-                kept = layer["dominant"][group]
-                color = "white" if table[row, column] < table.max() / 2 else "black"
-                text = "*" if kept == column else str(kept)
-                ax.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-        ax.set(xlabel="expert", ylabel="merged layer", yticks=range(len(layers)), title=title)
-
-    def trade_off(ax) -> None:
-        arms = ("full", "msmoe", "msmoe+kd", "averaging", "averaging+kd", "pruning", "pruning+kd", "mc")
-        arms += ("c_equal_size", "c_equal_rank", "msmoe_all+kd", "mc_all")
-        points = {a: [[values(results, a, k).mean()] for k in ("parameters", "loss")] for a in arms if a in results}
-        points = {arm: ([x[0] / 1e6], y) for arm, (x, y) in points.items()}
-        common.lines(ax, points, xlabel="million parameters", ylabel="nats", title="quality against memory")
-
-    run.plot("mcsmoe", [frequencies, trade_off], width=6.0, height=4.2)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# main
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def switch_ledger(config: Config) -> list[list[str]]:
-    """Parameters of switch-base-32 and of what becomes of it, by arithmetic from its shape (table 2 and A6)."""
-    d_model, d_ff, layers, experts = 768, 3072, 12, 32
-    attention, norms = 3 * 12 * 4 * d_model**2, (5 * 12 + 2) * d_model
-    rest = 32128 * d_model + attention + 12 * 2 * d_model * d_ff + norms + layers * experts * d_model + 2 * 32 * 12
-    expert, merged = 2 * d_model * d_ff, layers - config.skip
-    small = 2 * round(config.rank * (d_model + d_ff) + config.density * d_model * d_ff)
-    alone = config.skip * experts * expert
-    sizes = {
-        "full": rest + layers * experts * expert,
-        "M-SMoE": rest + alone + merged * config.kept * expert,
-        "MC-SMoE": rest + alone + merged * config.kept * small,
-        "C-SMoE": rest + alone + merged * experts * small,
-    }
-    return [[name, f"{size:,}", f"{size / 1e6:.0f} M"] for name, size in sizes.items()]
-
-
-def check(config: Config, device: str) -> Config:
-    """Refuse impossible settings before anything is written; fill in what a task settles."""
-    if device == "mps":
-        raise common.UsageError("experts are merged in float64, which mps lacks; use --device cpu or cuda")
-    choices = {"align_to": ("dominant", "first"), "similarity": ("logits", "weight", "output")}
-    for name, allowed in {**choices, "task": ("", *TASK_SETTINGS)}.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; allowed: {', '.join(filter(None, allowed))}")
-    if config.task:
-        if not config.model:
-            raise ValueError(f"task is {config.task!r}, which needs a checkpoint: add --full")
-        batch_size, lr, _ = TASK_SETTINGS[config.task]
-        rates = {name: getattr(config, name) or lr for name in ("lr", "recover_lr", "compress_lr")}
-        config = replace(config, batch_size=config.batch_size or batch_size, **rates)
-    may_be_zero = ("skip", "eval_sequences", *(("finetune_steps", "recover_steps") if config.task else ()))
-    for name, value in vars(config).items():
-        if type(value) is int and value < (0 if name in may_be_zero else 1):
-            raise ValueError(f"{name} is {value}; at least {0 if name in may_be_zero else 1} is needed")
-    if not 0 < config.density <= 1 or config.temperature <= 0 or config.alpha < 0 or config.balance <= 0:
-        raise ValueError(
-            f"density is {config.density:g}, temperature {config.temperature:g}, alpha {config.alpha:g}, balance "
-            f"{config.balance:g}; needed: density in (0, 1], temperature and balance above 0, alpha at least 0"
-        )
-    return config
-
-
-def check_shape(config: Config, layers: dict[str, SparseMoE]) -> Config:
-    """The same for what depends on the model."""
-    if not 0 <= config.skip < len(layers):
-        raise ValueError(f"skip is {config.skip}; the model has {len(layers)} mixture layers, one must be merged")
-    first = next(iter(layers.values()))
-    config = replace(config, num_experts=len(first.remap))
-    if config.kept > config.num_experts:
-        raise ValueError(f"kept is {config.kept}; the model has {config.num_experts} experts a layer")
-    d_model, d_ff = first.experts.w1.shape[1:]
-    if not max(config.rank, config.c_rank) <= min(d_model, d_ff):
-        raise ValueError(f"rank is {config.rank}, c_rank {config.c_rank}; at most {min(d_model, d_ff)} is allowed")
-    equal_density(config, config.c_rank, d_model, d_ff)
-    steps, shares = config.compress_steps, (config.warmup_share, config.cooldown_share)
-    cubic_density(0, steps, *(round(share * steps) for share in shares), config.density)
-    return config
-
-
-def source_of(arm: str) -> str:
-    """The arm that this one starts from."""
-    arm = arm.partition("@")[0]
-    return SOURCES.get(arm, arm.partition("+")[0] if "+" in arm else "full")
-
-
-def arms_of(config: Config, run: Run) -> list[list[str]]:
-    """Names of the arms: fine-tuned, merged, recovered, compressed. "arm@lr" has a learning rate of its own."""
-    merged, compressed = [*RECIPES], ["mc", "mc_all", "c_equal_size", "c_equal_size_low"]
-    recovered = [*(f"{arm}+kd" for arm in RECOVERED), "full+steps"]
-    if run.ablate or config.arms:
-        merged, compressed = [*merged, *RECIPES_ABLATE], [*compressed, "c_equal_rank"]
-        recovered = [*(f"{arm}+kd" for arm in merged), "full+steps", "msmoe+steps", "task_specific+kd"]
-    stages = [["full"], merged, recovered, compressed]
-    every = [arm for stage in stages for arm in stage]
-    wanted = set(config.arms or (TUNED if config.tune else every))
-    if odd := wanted.difference(every):
-        raise ValueError(f"arms: there is no {', '.join(sorted(odd))}; allowed: {', '.join(every)}")
-    for arm in reversed(every):  # an arm starts from one of an earlier stage
-        wanted |= {source_of(arm)} if arm in wanted else set()
-    stages = [[arm for arm in stage if arm in wanted] for stage in stages]
-    for stage, own in ((0, config.lr), (2, config.recover_lr), (3, config.compress_lr)) if config.tune else ():
-        rates = sorted({own, *LR_GRID})
-        stages[stage] = [arm if lr == own else f"{arm}@{lr:g}" for arm in stages[stage] for lr in rates]
-    return stages
-
-
-def prepare_small(config: Config, run: Run) -> tuple[Config, nn.Module]:
-    corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
-    if config.target not in text_data.DOMAINS:
-        raise ValueError(f"target is {config.target!r}; allowed: {', '.join(text_data.DOMAINS)}")
-    if config.batch_size < len(corpora):
-        raise ValueError(f"batch_size is {config.batch_size}; at least one sequence of each of {len(corpora)} domains")
-    run.data = {text.name: text.digest for text in corpora}
-    for note in filter(None, {text.note for text in corpora}):
-        print(note)
-    return config, byte_lm(config, run.seed, config.balance).to(run.device)
-
-
-def prepare_full(config: Config, run: Run) -> tuple[Config, nn.Module]:
-    """Find and read everything before hours are spent on it."""
-    paths = tasks.task_files(config.task, run.data_dir)
-    run.data = {path.name: common.sha256(path)[:12] for path in paths}
-    train, _ = tasks.load_prompts(config.task, run.data_dir)
-    steps = TASK_SETTINGS[config.task][2] * math.ceil(len(train) / config.batch_size)
-    own = {"finetune_steps": config.finetune_steps or steps, "recover_steps": config.recover_steps or (steps + 1) // 2}
+def settle(config: Config, run: Run) -> Config:
+    """Of --full: find and read everything before hours are spent; fill in what the task decides."""
     folder = pretrained.locate(config.model, run.data_dir)
-    return replace(config, **own), pretrained.load_switch(folder, switch_layer).to(run.device)
+    is_switch = pretrained.is_switch(folder)
+    allowed = list(SWITCH_TASKS) if is_switch else list(tasks.LETTER_TASKS)
+    if config.text and not is_switch:
+        run.data = {config.text: text_data.load_text(config.text).digest}
+    elif config.text or config.task not in allowed:
+        given = f"text {config.text}" if config.text else f"task {config.task}"
+        others = f"--task {', '.join(allowed)}" + ("" if is_switch else ", or --text FILE")
+        raise ValueError(f"{given} does not go with {config.model}; allowed: {others}")
+    else:
+        files = tasks.task_files(config.task, run.data_dir)
+        run.data = {path.name: common.sha256(path)[:12] for path in files}
+    own = dict(CAUSAL)
+    if is_switch:
+        batch_size, lr, epochs = SWITCH_TASKS[config.task]
+        train, _ = tasks.load_prompts(config.task, run.data_dir)
+        steps = epochs * math.ceil(len(train) / (config.batch_size or batch_size))
+        own = {"batch_size": batch_size, "finetune_steps": steps, "recover_steps": (steps + 1) // 2}
+        own |= dict.fromkeys(("lr", "recover_lr", "compress_lr"), lr)
+    unset = {name: value for name, value in own.items() if getattr(config, name) is None}
+    return replace(config, **unset)
 
 
-def main(config: Config, run: Run) -> dict:
-    run.config = config = check(config, run.device)
-    if config.task:
-        header = ["switch-base-32", "parameters", ""]
-        run.table("from the real shape, by arithmetic, at these settings", header, switch_ledger(config))
-        if run.dry_run:
-            print("GPU: 32 GB for the full model with gradients and Adam's moments, 8 GB for its teacher, activations")
-            print("disk: 60 GB for the models of all arms and a checkpoint; --ablate about 80 GB more")
-            return {}
-    config, model = (prepare_full if config.task else prepare_small)(config, run)
-    run.config = config = check_shape(config, moe_layers(model))
-    tuned, merged, recovered, compressed = arms_of(config, run)
-    if run.draw and (config.tune or "msmoe" not in merged):
-        raise common.UsageError("--plot draws M-SMoE beside the others: not with --tune, nor with --arms that lack it")
-    work = config.finetune_steps * len(tuned) + len(merged) * 20 + 1.4 * config.recover_steps * len(recovered)
-    work += (0 if config.task else config.pretrain_steps) + 2.0 * config.compress_steps * len(compressed)
-    task = make_task(config, run, run.seed, 1)
-    step = lambda model=model: cross_entropy(*task.outputs(model, task.train_batch(0))).backward()
-    if run.dry_run:
-        run.estimate(model, step, round(work * len(run.seeds)))
-        return {}
-    seconds = common.median_seconds(step, run.device) * work * len(run.seeds) / run.workers
-    run.header(f"{'data' if config.task else 'text'} {', '.join(map(' '.join, run.data.items()))}", seconds)
-    del model, step  # at full scale the arms need the memory
+def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
+    """Refuse what the model cannot do, and settings that would do nothing. Raises ValueError."""
+    method, _, settings = arm.partition("@")
+    for setting in settings.split(","):
+        if method != "full" and setting.partition("=")[0] in ("lr", "finetune_steps"):
+            raise ValueError(f"arm {arm}: {setting} belongs to full, from which all others start")
+    num_experts, shape = len(layers[0].remap), layers[0].experts.w2.shape[1:]
+    if not config.skip < len(layers):
+        there = f"the model has {len(layers)} mixture layers, one must be merged"
+        raise ValueError(f"skip is {config.skip}; {there}")
+    if config.kept > num_experts:
+        raise ValueError(f"kept is {config.kept}; the model has {num_experts} experts a layer")
+    if max(config.rank, config.c_rank) > min(shape):
+        allowed = f"at most {min(shape)} is allowed"
+        raise ValueError(f"rank is {config.rank}, c_rank {config.c_rank}; {allowed}")
+    if method == "c_equal_size":
+        equal_density(config, layers[0])
+    density_at(config, 0, config.density)
 
-    results = {} if config.task else run.measure(pretrain_arm, config, ["pretrained"])
-    results |= run.measure(finetune_arm, config, tuned)
-    results |= run.measure(merge_arm, config, merged)
-    results |= run.measure(recover_arm, config, recovered)
-    results |= run.measure(compress_arm, config, compressed)
-    if config.tune:
-        print_grid(config, run, results)
-        return {"arms": results}
-    print_tables(config, run, results)
-    if not config.arms:
-        judge(config, run, results)
-    draw(config, run, results)
-    return {"arms": results}
+
+def print_plan(config: Config, run: Run) -> None:
+    """--full --dry-run: sizes, before anything is downloaded."""
+    model = pretrained.nominal_mixtures(
+        config.model, run.data_dir, run.dtype, switch_layer, from_block
+    )
+    rows = [[name, f"{count:,}"] for name, count in ledger(model, config).items()]
+    full = common.count_parameters(model)
+    rows.append(["bytes of GPU to merge it, fp32", f"{4 * full:,}"])
+    rows.append(["to tune it: gradients, Adam, teacher", f"{20 * full:,} and activations"])
+    run.table(f"{config.model}, parameters at these settings", ["", "by arithmetic"], rows)
+
+
+def choose_arms(config: Config, run: Run, layers: Sequence[SparseMoE]) -> list[list[str]]:
+    """Each arm of the run, behind those it goes on from."""
+    if config.finetune_steps:
+        chosen = run.choose(METHODS, default=DEFAULT, more=MORE)
+    else:  # merged as it is
+        half = f"full@top_k={max(1, layers[0].top_k // 2)}"
+        chosen = run.choose(METHODS, default=["full", half, *MERGED], more=DEFAULT)
+    for arm in chosen:
+        check_arm(arm, common.arm_config(config, arm), layers)
+    first = "pretrained" if run.scale == "small" else "full"
+    return [chain_of(arm, first) for arm in chosen]
+
+
+def steps_of(arm: str, config: Config) -> float:
+    """About how many training steps an arm takes as long as; a teacher and pruning take time."""
+    method = arm.partition("@")[0]
+    if method in RECIPES:
+        return 20 + 1.4 * config.recover_steps
+    known = {"pretrained": config.pretrain_steps, "full": config.finetune_steps}
+    return {**known, "full+steps": config.recover_steps}.get(method, 2 * config.compress_steps)
+
+
+def main(config: Config, run: Run) -> Results:
+    if run.device == "mps":
+        lacks = "experts are merged in float64, which mps lacks"
+        raise common.UsageError(f"{lacks}; use --device cpu or cuda")
+    if run.scale == "full" and run.dry_run:
+        print_plan(config, run)
+        raise common.Planned
+    if run.scale == "full":
+        config = settle(config, run)
+    else:
+        corpora = [text_data.load_domain(name) for name in text_data.DOMAINS]
+        run.data = {text.name: text.digest for text in corpora}
+        for note in sorted({text.note for text in corpora if text.note}):
+            common.say(note)
+    model = unmerged(config, run, run.seed).to(run.device)
+    layers = list(moe_layers(model).values())
+    config = run.config = replace(config, kept=config.kept or max(1, len(layers[0].remap) // 4))
+    chains = choose_arms(config, run, layers)
+    arms = list(dict.fromkeys(arm for chain in chains for arm in chain))
+
+    task = make_task(Job(run, arms[0], run.seed), 1)
+    steps = sum(steps_of(arm, config) for arm in arms) * len(run.seeds)
+
+    def step() -> None:
+        with torch.set_grad_enabled(config.finetune_steps > 0):
+            logits, _ = task.outputs(model, task.train_batch(0))
+        if config.finetune_steps:
+            logits.float().square().mean().backward()
+
+    text = ", ".join(f"{name} {digest}" for name, digest in run.data.items())
+    run.plan(text, model, step, steps)
+    del layers
+    model = None  # the arms need its memory
+    results = Results()
+    for depth in range(4):  # an arm after the one it goes on from
+        ready = dict.fromkeys(chain[depth] for chain in chains if len(chain) > depth)
+        results |= run.train_arms(train_arm, list(ready))
+    results = Results({arm: results[arm] for arm in arms})
+    print_tables(results, run)
+    draw(results, run)
+    return results
 
 
 if __name__ == "__main__":
-    common.run(main, SMALL, FULL, CLAIMS)
+    common.run(main, SMALL, FULL)

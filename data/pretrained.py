@@ -1,14 +1,15 @@
 """Pre-trained mixture models from Hugging Face: find the files, load them, hand out plain modules
 and tensors.
 
-    load_switch(folder, make_layer)     the model, each of its mixtures replaced by make_layer(its
-    tensors) empty_switch(folder, make_layer)    the same without weights, to be filled from an
-    export; costs no memory load_causal(folder, dtype)          a causal language model with experts
-    (Mixtral, OLMoE, Qwen-MoE) place_causal(source, ...)           the same, or random_causal,
-    patched, on its device; under torchrun spread random_causal(config, dtype, dev)   the same shape
-    with random weights; shard(model, device) spreads one with FSDP2 TextToText(task, ...)
-        a task of data/tasks.py for it: batches, logits, answers, scores
-    load_tokenizer(folder)              its tokenizer; encode(tokenizer, texts, length)
+    load_switch(folder, make_layer)    the model, each mixture replaced by make_layer(its tensors)
+    empty_switch(folder, make_layer)   the same without weights, to be filled from an export
+    load_causal(folder, dtype)         a causal language model with experts (Mixtral, OLMoE, ...)
+    random_causal(config, dtype, dev)  the same shape with random weights
+    place_causal(source, ...)          either of these, patched, on its device; spread by torchrun
+    shard(model, device)               spreads one over processes with FSDP2
+    TextToText(task, ...)              a task of data/tasks.py: batches, logits, answers, scores
+    LetterTask(...)                    multiple choice by the letter of the answer
+    load_tokenizer(folder)             its tokenizer; encode(tokenizer, texts, length)
 
 Needs transformers (requirements-full.txt), imported only when used. Nothing is executed from a
 checkpoint: weights are safetensors, or a .bin that torch reads with weights_only. A script brings
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import mixtures, tasks
+from data import mixtures, tasks, text
+from data.mixtures import MixtureWeights, read_block, replace_blocks
 
 # make_layer(router_weight [experts, d_model], w1 [experts, d_model, d_ff], w2 [experts, d_ff,
 # d_model], act, capacity)
@@ -617,3 +619,143 @@ class LetterTask:
     def sample(self) -> tuple[tuple[Tensor, Tensor, Tensor], list[str]]:
         """The first development question as a batch, and its tokens as text."""
         return self.dev.batch(torch.tensor([0]), self.device), self.words
+
+
+def is_switch(folder: str | Path) -> bool:
+    """An encoder-decoder Switch model, or a causal one with experts? Raises ValueError: neither."""
+    if _config(folder).model_type == "switch_transformers":
+        return True
+    causal_config(folder)
+    return False
+
+
+def switch_base_config(num_experts: int):
+    """The configuration of google/switch-base-8, -16, -32 ..., known before it is downloaded."""
+    return require_transformers().SwitchTransformersConfig(
+        d_model=768,
+        d_kv=64,
+        d_ff=3072,
+        num_layers=12,
+        num_decoder_layers=12,
+        num_heads=12,
+        num_sparse_encoder_layers=6,
+        num_sparse_decoder_layers=6,
+        num_experts=num_experts,
+    )
+
+
+def empty_causal(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A causal language model on the device "meta": shapes without memory.
+
+    Only the rotary frequencies, which stand in no state dict, are real.
+    """
+    config = causal_config(folder)
+    model = random_causal(config, dtype, "meta")
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(config)
+    return model
+
+
+MakeBlock = Callable[[nn.Module], nn.Module]  # a mixture block of transformers -> another layer
+
+
+def load_mixtures(
+    folder: str | Path,
+    dtype: torch.dtype,
+    make_switch: MakeLayer,
+    make_block: MakeBlock,
+    empty: bool = False,
+) -> nn.Module:
+    """A Switch model in fp32, or a causal one in dtype, with its mixtures replaced.
+
+    empty: on the device "meta". Raises ValueError like load_switch, load_causal, replace_blocks.
+    """
+    if is_switch(folder):
+        return empty_switch(folder, make_switch) if empty else load_switch(folder, make_switch)
+    model = empty_causal(folder, dtype) if empty else load_causal(folder, dtype)
+    replace_blocks(model, make_block)
+    return model
+
+
+def nominal_mixtures(
+    name: str,
+    data_dir: str | Path,
+    dtype: torch.dtype,
+    make_switch: MakeLayer,
+    make_block: MakeBlock,
+) -> nn.Module:
+    """The same on the device "meta", of a well-known model before it is downloaded, too."""
+    if is_here(name, data_dir):
+        return load_mixtures(locate(name, data_dir), dtype, make_switch, make_block, empty=True)
+    if name == "google/switch-base-32":
+        return empty_switch_like(switch_base_config(32), make_switch)
+    model = random_causal(find_config(name, data_dir, may_download=False), dtype, "meta")
+    replace_blocks(model, make_block)
+    return model
+
+
+class SharedExpert(nn.Module):
+    """What every token meets, scaled by the sigmoid of a gate of its own, if there is one."""
+
+    def __init__(self, expert: nn.Module, gate: nn.Module | None):
+        super().__init__()
+        self.expert, self.gate = expert, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expert(x)
+        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+
+
+def shared_expert(read: MixtureWeights) -> SharedExpert | None:
+    """Of a block that data/mixtures.py has read."""
+    return None if read.shared is None else SharedExpert(read.shared, read.shared_gate)
+
+
+def text_tokens(folder: str | Path, path: str | Path) -> tuple[Tensor, Tensor]:
+    """A file or folder of text as tokens of a checkpoint: training and held-out part, [tokens]."""
+    tokenizer, corpus = load_tokenizer(folder), text.load_text(path)
+    parts = []
+    for part in (corpus.train, corpus.val):
+        words = bytes(part.tolist()).decode(errors="replace")
+        parts.append(torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"]))
+    return parts[0], parts[1]
+
+
+@torch.no_grad()
+def save_plain(
+    model: nn.Module, names: Sequence[str], weights_of: Callable, folder: str | Path
+) -> None:
+    """Write a model whose mixtures were replaced as a plain checkpoint of transformers.
+
+    names       of the replaced mixtures
+    weights_of  name -> (router [experts, d_model], w1 and w2 [experts, in, out], w_gate like w1 or
+                None, a SharedExpert or None)
+    Raises ValueError for a weight that has no place in the plain model.
+    """
+    plain = type(model)(model.config).to(model.dtype)
+    weights = model.state_dict()
+    for name in names:
+        write_mixture(plain.get_submodule(name), *weights_of(name))
+        weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
+    odd = plain.load_state_dict(weights, strict=False).unexpected_keys
+    if odd:
+        raise ValueError(f"{odd[0]} has no place in a plain {type(model).__name__}")
+    plain.save_pretrained(folder)
+
+
+def write_mixture(
+    block: nn.Module, router: Tensor, w1: Tensor, w2: Tensor, w_gate: Tensor | None, shared
+) -> None:
+    if w_gate is None:  # Switch: a module for each expert
+        block.router.classifier.weight.copy_(router)
+        for index, expert in enumerate(block.experts.values()):
+            expert.wi.weight.copy_(w1[index].T)
+            expert.wo.weight.copy_(w2[index].T)
+        return
+    read = read_block(block)
+    read.router.copy_(router)
+    read.w1.copy_(w_gate)
+    read.w3.copy_(w1)
+    read.w2.copy_(w2)
+    if shared is not None:
+        shared_expert(read).load_state_dict(shared.state_dict())
