@@ -1829,7 +1829,6 @@ def report(
         for path in sorted((run.out / "arms").glob("*.jsonl")):
             file.write(path.read_bytes())
     seconds = round(time.monotonic() - start, 1)
-    arms = {"arms": results} if isinstance(results, Results) else results  # of bridge.py
     content = {
         "method": run.method,
         "scale": run.scale,
@@ -1841,7 +1840,7 @@ def report(
         "config": dataclasses.asdict(run.config),
         "data": run.data,
         "wall_seconds": seconds,
-        "results": {**arms, "tables": run.tables},
+        "results": {"arms": results, "tables": run.tables},
         "claims": [claim.record() for claim in claims],
     }
     write_json(run.out / "results.json", content)

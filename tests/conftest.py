@@ -13,7 +13,6 @@ import pytest
 import torch
 from forked import ROOT, ForkServer
 
-import bridge
 import common
 
 
@@ -79,8 +78,6 @@ def command_line(tmp_path, monkeypatch, capsys):
     def run(module, *flags):
         argv = [str(flag) for flag in flags]
         with pytest.raises(SystemExit) as stop:
-            if hasattr(module, "CLAIMS"):  # a script of the first edition
-                bridge.run(module.main, module.SMALL, module.FULL, module.CLAIMS, argv)
             common.run(module.main, module.SMALL, module.FULL, argv)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err)

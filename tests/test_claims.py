@@ -1,6 +1,5 @@
 """All scripts at small scale on three seeds: no verdict is the opposite of the committed one."""
 
-import importlib
 import json
 import sys
 
@@ -24,12 +23,11 @@ def test_claims(script, tmp_path, name):
     report = json.loads((tmp_path / "runs" / f"{method}-small" / "results.json").read_text())
     committed = {}
     for claim in update_tables.report(method)["claims"]:
-        committed[claim["id"]] = update_tables.verdict_of(claim)
-    is_new = not hasattr(importlib.import_module(method), "CLAIMS")
+        committed[claim["id"]] = claim["verdict"]
     for claim in report["claims"]:
         found = claim["verdict"]
         print(f"{claim['id']}: {found}, committed: {committed.get(claim['id'])}")
         assert found != "failed", claim
         assert (found, committed.get(claim["id"])) not in OPPOSITES, claim
-        if is_new and claim["required"]:
+        if claim["required"]:
             assert found != "not measured", claim

@@ -61,7 +61,7 @@ def test_steps_are_a_setting_or_one_line_says_which_are(method, command_line):
 @pytest.mark.parametrize("method", METHODS)
 def test_claims_are_sentences_with_the_papers_number(method):
     module = importlib.import_module(method)
-    claims = getattr(module, "CLAIMS", None) or common.claims_of(module.main)
+    claims = common.claims_of(module.main)
     prefixes = {claim.id.split(".")[0] for claim in claims}
     assert prefixes == {method} and any(claim.required for claim in claims)
     without = ("not verified", "by design", "by construction")

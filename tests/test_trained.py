@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import pickle
 
 import pytest
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 import adamoe
 import btm
-import bridge as common
+import common
 import dual_head_kd
 import home
 import mcsmoe

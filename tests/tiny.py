@@ -33,7 +33,3 @@ SCRIPTS = {
     "smoe_dropout.py": SMOE_DROPOUT,
 }
 DATA_PARALLEL = ("adamoe.py", "smoe_dropout.py")  # those that torchrun spreads over processes
-NEED_FILES = {  # open claims that are null until files are downloaded
-    "smoe_dropout.transfer",
-    *(f"adamoe.full_{name}" for name in ("accuracy", "flops", "time")),
-}
