@@ -22,22 +22,27 @@ PAPERS = {
     "adamoe": (
         "AdaMoE (Zeng et al. 2024)",
         "null experts let every token use a different number of true ones",
-        "TEACHES",
+        "The load follows the formula and null experts buy quality over a mix of top-1 and top-2,"
+        " but top-p routing put on the trained top-2 model, without any null expert, is better"
+        " at the same load: {beats_top_p:4} nats/byte, and top-2 itself by {beats_top_k:4}.",
     ),
     "smoe_dropout": (
         "SMoE-Dropout (Chen et al. 2023)",
         "a frozen random router and a growing k make a model that can be slimmed",
-        "TEACHES",
+        "The model can be slimmed, and beats a dense one by {beats_dense:3} bits/byte; the FLOPs"
+        " that a growing k saves are not time saved here.",
     ),
     "mcsmoe": (
         "Merge, then Compress (Li et al. 2024)",
         "merge experts that are routed alike, then low rank plus sparse",
-        "TEACHES",
+        "(to be measured)",
     ),
     "btm": (
         "Branch-Train-Merge (Li et al. 2022)",
         "expert language models trained apart, ensembled or averaged",
-        "TEACHES",
+        "In every training domain the forest beats one model of equal cost, by {in_domain:3}"
+        " bits/byte in the weakest; elsewhere it is undecided. An expert is not confined to its"
+        " domain: removing one can change another domain more than its own.",
     ),
     "home": (
         "HoME (Wang et al. 2024)",
@@ -54,7 +59,8 @@ PAPERS = {
     "mowst": (
         "Mowst (Zeng et al. 2024)",
         "a weak MLP answers what it is sure of, a strong GNN the rest",
-        "TEACHES",
+        "It helps where a GNN blurs what the node itself knows (GCN, GIN); SAGE, which does not,"
+        " loses by it ({beats_strong:1} points). On a whole graph nothing is saved.",
     ),
 }
 
@@ -144,11 +150,7 @@ def kernels_table() -> str:
 
 
 def updated(page: str) -> str:
-    tables = {
-        "papers": papers_table,
-        "kernels": kernels_table,
-        "chance": chance_line,
-    }
+    tables = {"papers": papers_table, "kernels": kernels_table, "chance": chance_line}
 
     def table(match: re.Match) -> str:
         kind, _, method = match[2].partition(": ")
