@@ -71,7 +71,8 @@ def locate(model: str, data_dir: str | Path) -> Path:
     )
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}; take them from the model's page on huggingface.co"
+            f"{folder} lacks {', '.join(missing)};"
+            " take them from the model's page on huggingface.co"
         )
     return folder
 
@@ -270,7 +271,8 @@ def causal_config(folder: str | Path):
         config, "num_experts_per_tok"
     ):
         raise ValueError(
-            f"{folder} holds a {config.model_type} model; a causal language model with experts is needed"
+            f"{folder} holds a {config.model_type} model;"
+            " a causal language model with experts is needed"
         )
     return _plain_forward(config)
 
@@ -381,7 +383,8 @@ def answer_ids(tokenizer, words: Sequence[str], before: str = "Answer:") -> list
         ids = tokenizer(f"{before} {word}")["input_ids"]
         if ids[:-1] != start or ids[-1] == tokenizer.unk_token_id:
             raise ValueError(
-                f"after {before!r}, {word!r} is not one token of this tokenizer: {ids[len(start) :]}"
+                f"after {before!r}, {word!r} is not one token of this tokenizer:"
+                f" {ids[len(start) :]}"
             )
         found.append(ids[-1])
     if len(set(found)) < len(found):

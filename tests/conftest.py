@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread, float64 where a test says so, and a way to run a script as a person does."""
+"""Shared by all tests: one thread, float64 where a test says so, and a way to run a script as a
+person does.
+"""
 
 import multiprocessing
 import os
@@ -20,12 +22,16 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu" and os.environ.get("TRITON_INTERPRET") != "0":
         # all other tests are about the CPU, where numbers repeat bit for bit
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background it would be ignored
     os.fsync = lambda descriptor: None  # milliseconds each; tests kill processes, never the machine
 
 
 def pytest_runtest_setup():
-    torch.set_num_threads(1)  # scripts at full scale, run in this process, take all cores: small tensors get slower
+    torch.set_num_threads(
+        1
+    )  # scripts at full scale, run in this process, take all cores: small tensors get slower
 
 
 def pytest_collection_modifyitems(items):
@@ -37,13 +43,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def script(tmp_path):
-    """script("adamoe.py", "--steps", "3") -> CompletedProcess, run from an empty folder with one thread."""
+    """script("adamoe.py", "--steps", "3") -> CompletedProcess, run from an empty folder with one
+    thread.
+    """
 
     def run(name, *flags, cwd=tmp_path, **options):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         path = ROOT / name if not Path(name).is_absolute() else name
         command = [sys.executable, str(path), *map(str, flags)]
-        given = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 120, **options}
+        given = {
+            "cwd": cwd,
+            "env": environment,
+            "capture_output": True,
+            "text": True,
+            "timeout": 120,
+            **options,
+        }
         return subprocess.run(command, check=False, **given)
 
     return run
@@ -51,7 +66,9 @@ def script(tmp_path):
 
 @pytest.fixture(scope="session")
 def fork():
-    """fork("adamoe.py", "--steps", 3, folder=...) -> a running process that need not import torch; see forked.py."""
+    """fork("adamoe.py", "--steps", 3, folder=...) -> a running process that need not import torch;
+    see forked.py.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot fork")
     server = ForkServer()
@@ -72,7 +89,9 @@ def same_handlers():
 
 @pytest.fixture
 def command_line(tmp_path, monkeypatch, capsys):
-    """command_line(module, "--steps", 3): the same in this process, which saves the seconds of importing torch."""
+    """command_line(module, "--steps", 3): the same in this process, which saves the seconds of
+    importing torch.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(module, *flags):

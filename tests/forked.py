@@ -1,4 +1,5 @@
-"""Processes for tests, each forked from one that has imported torch already (preloaded.py): a script then starts in
+"""Processes for tests, each forked from one that has imported torch already (preloaded.py): a
+script then starts in
 milliseconds instead of seconds, as a process of its own, with its own signals, files, exit code and workers.
 
 The fixture `fork` of conftest.py starts them. What only an executed python can show (an import that is interrupted,
@@ -42,7 +43,8 @@ def set_environment(**names):
 
 
 class ForkServer:
-    """fork(script, *flags, folder=...) -> a running process, whose output goes to folder/out and folder/err.
+    """fork(script, *flags, folder=...) -> a running process, whose output goes to folder/out and
+    folder/err.
 
     prepare: functions that the process calls before it becomes the script. `call` runs a function instead.
     """
@@ -72,13 +74,16 @@ class ForkServer:
         return process
 
     def two(self, script, *flags, folder, prepare=()):
-        """What torchrun starts: two processes that are told where they meet, with folder/0 and folder/1 of their own.
+        """What torchrun starts: two processes that are told where they meet, with folder/0 and
+        folder/1 of their own.
 
         A relative path in `flags` is another one in each; the first process alone prints and writes.
         """
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        told |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is there already, on a port that was free
+        told |= {
+            "TORCHELASTIC_USE_AGENT_STORE": "True"
+        }  # the store is there already, on a port that was free
         found = []
         for rank in "01":
             ranked = partial(set_environment, RANK=rank, LOCAL_RANK=rank, **told)

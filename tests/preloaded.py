@@ -26,7 +26,9 @@ os.fsync = lambda descriptor: None  # as in conftest.py
 
 import toy  # noqa: E402, F401
 
-common.count_flops(lambda: torch.ones(2, 2) @ torch.ones(2, 2))  # torch imports half of itself at the first call
+common.count_flops(
+    lambda: torch.ones(2, 2) @ torch.ones(2, 2)
+)  # torch imports half of itself at the first call
 text.load_provenance = functools.cache(text.load_provenance)
 for domain in text.DOMAINS:
     text.load_domain(domain)

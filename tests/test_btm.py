@@ -675,7 +675,9 @@ def table(text, title):
 
 
 def test_two_machines_and_a_day_grow_one_forest(act, fork, plain, tmp_path):
-    """One is killed, another goes on; a domain is added with twice the steps, one removed; averaged; sampled."""
+    """One is killed, another goes on; a domain is added with twice the steps, one removed;
+    averaged; sampled.
+    """
     assert act(*SEED, "--steps", 240, "--stage", "seed", "--forest", "F").returncode == 0
     shutil.copytree(tmp_path / "F", tmp_path / "whole")
     process = fork(

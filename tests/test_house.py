@@ -31,7 +31,9 @@ def test_the_docstring_is_the_lecture(method):
     assert -1 not in places and places == sorted(places), dict(zip(PARTS, places))
     assert "arXiv" in text[: places[0]]
     edits = text[places[-1] :].split(";")
-    assert len(edits) == 3 and all("(" in edit for edit in edits), edits  # each says what one will see
+    assert len(edits) == 3 and all("(" in edit for edit in edits), (
+        edits
+    )  # each says what one will see
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,9 +45,14 @@ def test_every_setting_is_explained_and_can_be_typed(method, command_line):
     flags = [f"--{name.replace('_', '-')}" for name in names]
     known = set(re.findall(r"--[a-z][a-z0-9-]*", command_line(module, "--help").stdout))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", inspect.getdoc(module)))
-    own = {"--" + name.replace("_", "-") for name in (*common.FLAGS, *getattr(module, "ACTIONS", {}), "theory")}
+    own = {
+        "--" + name.replace("_", "-")
+        for name in (*common.FLAGS, *getattr(module, "ACTIONS", {}), "theory")
+    }
     assert set(flags) <= known
-    assert mentioned <= {*flags, *own, "--nproc-per-node", "--array", "--gpus", "--wrap"}, mentioned - {*flags, *own}
+    assert mentioned <= {*flags, *own, "--nproc-per-node", "--array", "--gpus", "--wrap"}, (
+        mentioned - {*flags, *own}
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,7 +62,11 @@ def test_steps_are_a_setting_or_one_line_says_which_are(method, command_line):
         assert "steps" in {item.name for item in dataclasses.fields(module.Config)}
         return
     done = command_line(module, "--steps", 5)
-    assert done.returncode == 2 and f"did you mean {STEPS[method]}?" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and f"did you mean {STEPS[method]}?" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,5 @@
-"""The layers that people paste, in the conditions they meet elsewhere: autocast, torch.compile, one row, no rows,
+"""The layers that people paste, in the conditions they meet elsewhere: autocast, torch.compile, one
+row, no rows,
 strided input, float64, copies."""
 
 import copy
@@ -30,7 +31,10 @@ class MoEMLP(nn.Module):
     def __init__(self, act="gelu", glu=False, bias=False):
         super().__init__()
         width = 12 * (1 + glu)
-        self.w1, self.w2 = nn.Parameter(torch.randn(4, D, width) / 3), nn.Parameter(torch.randn(4, 12, D) / 3)
+        self.w1, self.w2 = (
+            nn.Parameter(torch.randn(4, D, width) / 3),
+            nn.Parameter(torch.randn(4, 12, D) / 3),
+        )
         self.b1, self.b2 = (nn.Parameter(torch.randn(4, n)) if bias else None for n in (width, D))
         self.options = {"act": act, "glu": glu}
 
@@ -85,7 +89,9 @@ class Student(nn.Module):
 
 
 def sparse_moe(**options) -> mcsmoe.SparseMoE:
-    experts = mcsmoe.DenseExperts(mcsmoe.Expert(torch.randn(3, D, 12) / 3, torch.randn(3, 12, D) / 3))
+    experts = mcsmoe.DenseExperts(
+        mcsmoe.Expert(torch.randn(3, D, 12) / 3, torch.randn(3, 12, D) / 3)
+    )
     rank = options.pop("rank", 0)
     experts = mcsmoe.LowRankExperts(experts, rank) if rank else experts
     if options.pop("compact", False):
@@ -176,7 +182,9 @@ NORMED = [name for name, layer in LAYERS.items() if layer.norm]
 
 
 def make(name: str) -> nn.Module:
-    """The layer with no weight at zero: some start with B = 0, which would hide half of what they do."""
+    """The layer with no weight at zero: some start with B = 0, which would hide half of what they
+    do.
+    """
     torch.manual_seed(0)
     layer = LAYERS[name].make()
     for parameter in layer.parameters():
@@ -201,7 +209,9 @@ def tensors(y: object) -> list[Tensor]:
 def loss_of(module: nn.Module, y: object) -> Tensor:
     """The outputs squared, plus every auxiliary loss that a layer left."""
     losses = [z.double().square().sum() for z in tensors(y)]
-    left = [m.aux_loss for m in module.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
+    left = [
+        m.aux_loss for m in module.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)
+    ]
     return sum(losses + [loss.double() for loss in left])
 
 
@@ -239,7 +249,9 @@ def same_step(found, expected, **tolerance) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_under_autocast_bf16_rounds_and_nothing_else(name):
-    """Routing stays in full precision: the same picks, so outputs differ by the rounding of a few sums to 2^-8."""
+    """Routing stays in full precision: the same picks, so outputs differ by the rounding of a few
+    sums to 2^-8.
+    """
     module, x = make(name).eval(), inputs(name)
     for training in (False, True):
         expected, aux_loss = step(module.train(training), x), getattr(module, "aux_loss", None)
@@ -254,7 +266,9 @@ def test_under_autocast_bf16_rounds_and_nothing_else(name):
             assert_near(found[0], expected[0], rtol=0.05, atol=0.05)
 
 
-COMPILED = {  # layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, or is sparse
+# layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, or is
+# sparse
+COMPILED = {
     "AdaMoE": False, "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
     "LowRankSparseLinear, compact": True, "HoME": True, "MaskedExpertLayer": True, "Mowst": False,
     "DualHead, mlp": True, "moe_mlp, glu": True, "TransformerLM": True,
@@ -263,7 +277,9 @@ COMPILED = {  # layer: is it one graph? Not where it looks for NaN (on the CPU),
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_is_the_same_step(name, monkeypatch):
-    """Traced, and run without a compiler: that takes seconds a layer, and what it makes is torch's to test."""
+    """Traced, and run without a compiler: that takes seconds a layer, and what it makes is torch's
+    to test.
+    """
     module, x = make(name), inputs(name)
     expected = step(copy.deepcopy(module), x)
     torch.compiler.reset()
@@ -290,7 +306,9 @@ def test_one_row_is_what_it_is_among_others(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_rows_give_no_rows_and_no_nan(name):
-    """An expert of a data-parallel job, or a domain, may get nothing; its step must not spoil the others'."""
+    """An expert of a data-parallel job, or a domain, may get nothing; its step must not spoil the
+    others'.
+    """
     module, x = make(name).eval(), inputs(name, rows=0)
     expected = tensors(module(inputs(name)))
     for training in (False, True)[: 1 if name in NORMED else 2]:
@@ -315,7 +333,9 @@ def test_strided_input_is_the_same_as_contiguous(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_in_float64_gradients_are_right_to_five_digits(name):
-    """Along a random direction, against a central difference, which a single step in fp32 on the way would spoil."""
+    """Along a random direction, against a central difference, which a single step in fp32 on the
+    way would spoil.
+    """
     module, x = make(name).eval(), inputs(name)
     expected = step(copy.deepcopy(module), x)
     x = x.double() if x.is_floating_point() else x
@@ -324,7 +344,10 @@ def test_in_float64_gradients_are_right_to_five_digits(name):
     same_step(found, expected, rtol=1e-3, atol=1e-4)
     parameters = {key: p for key, p in module.named_parameters() if key in gradients}
     generator, losses = torch.Generator().manual_seed(3), []
-    direction = {key: torch.randn(p.shape, generator=generator, dtype=p.dtype) for key, p in parameters.items()}
+    direction = {
+        key: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for key, p in parameters.items()
+    }
     with torch.no_grad():
         for move in (1e-5, -2e-5):
             for key, p in parameters.items():
@@ -336,7 +359,9 @@ def test_in_float64_gradients_are_right_to_five_digits(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_copy_and_a_restored_state_compute_the_same(name):
-    """deepcopy right after a step, as moving averages of weights do; a state goes into another instance."""
+    """deepcopy right after a step, as moving averages of weights do; a state goes into another
+    instance.
+    """
     module, x = make(name), inputs(name)
     step(module, x)
     copied = copy.deepcopy(module).eval()
@@ -349,7 +374,8 @@ def test_a_copy_and_a_restored_state_compute_the_same(name):
             assert all(torch.equal(a, b) for a, b in zip(tensors(again(x)), expected, strict=True))
 
 
-# --- functions that people paste -------------------------------------------------------------------------------
+# --- functions that people paste
+# -------------------------------------------------------------------------------
 
 
 def test_ensemble_nll_of_one_block_of_none_and_of_strided_ones():
@@ -358,12 +384,18 @@ def test_ensemble_nll_of_one_block_of_none_and_of_strided_ones():
     nll.sum().backward()
     assert torch.isfinite(logprobs.grad).all() and logprobs.grad.dtype == torch.float32
     one = btm.ensemble_nll(logprobs[:, :1], torch.zeros(3))
-    strided = btm.ensemble_nll(logprobs.transpose(0, 2).contiguous().transpose(0, 2), torch.zeros(3))
+    strided = btm.ensemble_nll(
+        logprobs.transpose(0, 2).contiguous().transpose(0, 2), torch.zeros(3)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = btm.ensemble_nll(logprobs, torch.zeros(3))
     assert torch.equal(one[0], nll[:1]) and torch.equal(one[1], weights[:, :1])
     for found in (strided, under_autocast, btm.ensemble_nll(logprobs.double(), torch.zeros(3))):
-        assert found[0].dtype == torch.float64 and torch.equal(found[0], nll) and torch.equal(found[1], weights)
+        assert (
+            found[0].dtype == torch.float64
+            and torch.equal(found[0], nll)
+            and torch.equal(found[1], weights)
+        )
     for shape in ((3, 0, 6), (3, 4, 0)):
         nll, weights = btm.ensemble_nll(torch.empty(shape), torch.zeros(3))
         assert nll.shape == shape[1:] and weights.shape == shape
@@ -377,7 +409,9 @@ def test_average_parameters_of_any_module(dtype):
     found = btm.average_parameters(states, [0.25, 0.75])
     for name, first in states[0].items():
         expected = 0.25 * first.double() + 0.75 * states[1][name].double()
-        assert found[name].dtype == first.dtype and torch.equal(found[name], expected.to(first.dtype)), name
+        assert found[name].dtype == first.dtype and torch.equal(
+            found[name], expected.to(first.dtype)
+        ), name
     averaged = copy.deepcopy(modules[0])
     averaged.load_state_dict({name: value for name, value in found.items() if name != "none"})
     assert torch.equal(modules[0][0].weight, states[0]["0.weight"])  # inputs stay as they are

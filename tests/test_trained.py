@@ -1,4 +1,6 @@
-"""Weights that a run leaves: each script's load_trained gives the model back, with the numbers that were reported."""
+"""Weights that a run leaves: each script's load_trained gives the model back, with the numbers that
+were reported.
+"""
 
 import importlib
 import json
@@ -24,15 +26,21 @@ METHODS = [name.removesuffix(".py") for name in tiny.SCRIPTS]
 
 @pytest.fixture
 def left(command_line, tmp_path):
-    """left(module, *flags) -> (the Run as its arms saw it, its config, {arm: its result}) of a run of a second."""
+    """left(module, *flags) -> (the Run as its arms saw it, its config, {arm: its result}) of a run
+    of a second.
+    """
 
     def run(module, *flags):
         method = module.__name__
-        done = command_line(module, *tiny.SCRIPTS[f"{method}.py"], "--workers", 1, *flags, "--threads", 1)
+        done = command_line(
+            module, *tiny.SCRIPTS[f"{method}.py"], "--workers", 1, *flags, "--threads", 1
+        )
         assert done.returncode == 0, done.stderr
         out = tmp_path / "runs" / f"{method}-small"
         config = common.read_json(out / "run.json", config=dict)["config"]
-        config = module.Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+        config = module.Config(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+        )
         found = [json.loads(path.read_text()) for path in (out / "arms").glob("*-seed0.json")]
         trained = common.Run(method, "small", "cpu", torch.float32, [0], out, config=config)
         return trained, config, {one["arm"]: one["result"] for one in found}
@@ -47,7 +55,14 @@ def again(module, run, arm, suffix=".pt", **options):
 
 
 def test_adamoe(left):
-    few = ["--text", ROOT / "README.md", "--pretrain-steps", 2, "--steps", 2]  # little text to evaluate on
+    few = [
+        "--text",
+        ROOT / "README.md",
+        "--pretrain-steps",
+        2,
+        "--steps",
+        2,
+    ]  # little text to evaluate on
     run, config, results = left(adamoe, *few)
     task = adamoe.ByteText(adamoe.manual(config), config, "cpu", 0)
     for arm in ("original", "top1", "top2", "adamoe"):
@@ -128,12 +143,22 @@ def test_smoe_dropout(left):
 
 
 def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
-    config = smoe_dropout.Config(num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, task_steps=2)
+    config = smoe_dropout.Config(
+        num_layers=1, d_model=16, d_ff=16, num_experts=4, k_min=2, num_heads=2, task_steps=2
+    )
     run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path, config=config)
     common.write_json(tmp_path / "run.json", run.record())
-    common.save(run.path("smoe_dropout", 0, ".pt"), smoe_dropout.build(config, "smoe_dropout", 0).state_dict())
-    rows, right = torch.randint(256, (6, 2, 9)), F.one_hot(torch.arange(6) % 2, 2).bool()  # [examples, choices, bytes]
-    monkeypatch.setattr(smoe_dropout, "load_examples", lambda *_: (rows, torch.arange(6) % 2, rows, right))
+    common.save(
+        run.path("smoe_dropout", 0, ".pt"),
+        smoe_dropout.build(config, "smoe_dropout", 0).state_dict(),
+    )
+    rows, right = (
+        torch.randint(256, (6, 2, 9)),
+        F.one_hot(torch.arange(6) % 2, 2).bool(),
+    )  # [examples, choices, bytes]
+    monkeypatch.setattr(
+        smoe_dropout, "load_examples", lambda *_: (rows, torch.arange(6) % 2, rows, right)
+    )
     arm = "smoe_dropout@task=csqa,task_k=2"
     result = smoe_dropout.train_arm(common.Job(run, arm, 0))
     model = again(smoe_dropout, run, arm)
@@ -142,14 +167,17 @@ def test_smoe_dropout_fine_tuned_on_a_task(tmp_path, monkeypatch):
     assert result["accuracy"] == 100 * float(right[torch.arange(6), predicted].double().mean())
 
 
-# --- what cannot be loaded is one line -------------------------------------------------------------------------
+# --- what cannot be loaded is one line
+# -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A run's folder with the weights of one small model, as if trained: its path."""
     config = smoe_dropout.Config(num_layers=1, d_model=8, d_ff=8, num_experts=4, num_heads=2)
-    run = common.Run("smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path / "out", config=config)
+    run = common.Run(
+        "smoe_dropout", "small", "cpu", torch.float32, [0], tmp_path / "out", config=config
+    )
     common.write_json(run.out / "run.json", run.record())
     path = run.path("dense", 0, ".pt")
     common.save(path, smoe_dropout.build(config, "dense", 0).state_dict())
@@ -186,11 +214,16 @@ def test_weights_of_another_shape_or_arm(saved):
     refused(saved, ["do not fit together", "--overwrite"])
     common.write_json(mark, content)
     refused(saved.rename(saved.with_name("smoe_dropout-seed0.pt")), ["do not fit together"])
-    refused(saved.with_name("smoe_dropout-seed0.pt").rename(saved.with_name("nobody-seed0.pt")), ["'nobody'"])
+    refused(
+        saved.with_name("smoe_dropout-seed0.pt").rename(saved.with_name("nobody-seed0.pt")),
+        ["'nobody'"],
+    )
 
 
 def test_weights_that_are_not_there_or_stand_alone(saved, tmp_path):
-    refused(saved.with_name("thor-seed0.pt"), ["thor-seed0.pt", "no such weights, but dense-seed0.pt"])
+    refused(
+        saved.with_name("thor-seed0.pt"), ["thor-seed0.pt", "no such weights, but dense-seed0.pt"]
+    )
     refused(tmp_path / "nowhere" / "a-seed0.pt", ["none like it in"])
     refused(saved.parent, ["no such weights"])
     (tmp_path / "elsewhere").mkdir()
@@ -217,4 +250,6 @@ def test_an_earlier_or_later_version(saved):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "smoe_dropout"])
 def test_another_script(saved, method):
-    refused(saved, [f"was left by smoe_dropout.py, not by {method}.py"], importlib.import_module(method))
+    refused(
+        saved, [f"was left by smoe_dropout.py, not by {method}.py"], importlib.import_module(method)
+    )
