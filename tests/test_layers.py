@@ -55,7 +55,10 @@ def mixture() -> nn.Module:
 
 
 def null_experts(rank: int = 0) -> adamoe.AdaMoE:
-    return adamoe.AdaMoE.around(mixtures.read_block(mixture()), 4, 3, rank)
+    layer = adamoe.AdaMoE.around(mixtures.read_block(mixture()), 4, 3, rank)
+    with torch.no_grad():  # null rows start as copies of true ones: a tie may fall either way
+        layer.router.weight[4:] += 0.3 * torch.randn_like(layer.router.weight[4:])
+    return layer
 
 
 def ring(num_nodes: int, dtype: torch.dtype) -> Adjacency:
