@@ -36,7 +36,13 @@ Run      python mcsmoe.py                two minutes on two cores, no download
              --model mistralai/Mixtral-8x7B-v0.1 --text FILE: merged as it is, any causal mixture
 You see  a byte model of 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one,
          merged to 4 in seven ways, recovered, compressed and exported; what the claims became.
-Found    (seeds 0-7) FOUND
+Found    (seeds 0-7) Merging to a quarter costs 7 points of 63.4 % at once, 0.3 after 60 steps of
+         recovery; as many steps give the full model 1.1. Averaging random groups is 0.36 nats worse
+         (0.08 recovered), pruning 0.28 (0.03); lining up is worth 0.05 (0.010), weights by use 0.15
+         (0.027). The title's hint is not: members joined by the router's logits beat random members
+         by 0.015 at once, and recovered not at all (-0.001 ± 0.004); nor do then the kept experts
+         alone do worse (0.001 ± 0.006). MC-SMoE beats C-SMoE of equal size by 0.10, not of equal
+         rank (-0.05). Merging lowers the stable rank of w2 by 5 % and raises that of w1 by 2 %.
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group; the paper's reference is expert 0.
 2. Padding and dropped tokens count nowhere; exactly as many experts stay as the budget says.
@@ -49,7 +55,10 @@ Differences from the paper and its code
    alignment to expert 0. Left out: fairseq's 15B decoder. Without retraining, later work (REAP)
    finds pruning better: the table has both.
 
-Break it yourself: --calibration 1 (BREAK1); --target docs (BREAK2); --recover-steps 5 (BREAK3).
+Break it yourself (seeds 0-2, as it is: 1.688 nats at once, 1.415 recovered):
+--arms msmoe@calibration=1 (statistics of one sequence: 1.723 and 1.421, little is lost);
+--arms msmoe@kept=1 (one expert a layer for all: 2.057 and 1.533);
+--arms msmoe@recover_steps=5 (five steps at this rate are worse than none: 1.708).
 """
 
 import copy
@@ -1328,40 +1337,43 @@ def told(config: Config, margins: dict[str, np.ndarray]) -> str:
     return ", ".join(f"{show(margin)} {unit} {name}" for name, margin in margins.items())
 
 
-def against(results: Results, config: Config, worse: str, both: bool = False) -> Margin:
-    """M-SMoE against another way to merge, right after it; with `both` also after recovery."""
+def against(results: Results, config: Config, worse: str) -> Margin:
+    """M-SMoE against another way to merge, right after it and, as in the paper, recovered.
+
+    The smaller of the two leads is judged.
+    """
     margins = {"at once": ahead(results, config, worse, when=" at once")}
     margins["after recovery"] = ahead(results, config, worse)
-    judged = min(margins.values(), key=np.mean) if both else margins["at once"]
-    return Margin(judged, f"better than {worse}: {told(config, margins)}", margins)
+    text = f"better than {worse}: {told(config, margins)}"
+    return Margin(min(margins.values(), key=np.mean), text, margins)
 
 
-@claim("averaging experts of random groups loses more than M-SMoE, at once and after recovery",
+@claim("M-SMoE beats averaging experts of random groups, at once and after recovery",
        paper="MRPC 90.69 against 88.73, COPA 68 against 62", required=True)  # fmt: skip
 def naive_merging_fails(results: Results, config: Config) -> Margin:
-    return against(results, config, "averaging", both=True)
+    return against(results, config, "averaging")
 
 
-@claim("lining neurons up before merging helps",
+@claim("lining neurons up before merging helps, at once and after recovery",
        paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def alignment(results: Results, config: Config) -> Margin:
     return against(results, config, "no_alignment")
 
 
-@claim("weights by usage beat equal weights",
+@claim("weights by usage beat equal weights, at once and after recovery",
        paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def frequency_weights(results: Results, config: Config) -> Margin:
     return against(results, config, "uniform_weights")
 
 
-@claim("hints from the router: groups by its logits beat random members of the same kept experts",
-       paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
+@claim("hints from the router: groups by its logits beat random members of the same kept experts, "
+       "at once and after recovery", paper="MRPC 90.69 against 89.95", required=True)  # fmt: skip
 def routing_groups(results: Results, config: Config) -> Margin:
     return against(results, config, "random_members")
 
 
-@claim("merging adds to re-routing: it beats the kept experts with nothing merged into them",
-       required=True)  # fmt: skip
+@claim("merging adds to re-routing: it beats the kept experts with nothing merged into them, "
+       "at once and after recovery", required=True)  # fmt: skip
 def beats_redirect(results: Results, config: Config) -> Margin:
     return against(results, config, "redirect")
 
@@ -1390,7 +1402,7 @@ def beats_c_smoe(results: Results, config: Config) -> Margin:
 @claim("merging beats pruning the same experts, at once and after recovery",
        paper="MRPC 90.69 against 88.97, COPA 68 against 63")  # fmt: skip
 def beats_pruning(results: Results, config: Config) -> Margin:
-    return against(results, config, "pruning", both=True)
+    return against(results, config, "pruning")
 
 
 @claim("MC-SMoE beats C-SMoE of equal rank, which is larger",
@@ -1402,7 +1414,7 @@ def beats_c_smoe_equal_rank(results: Results, config: Config) -> Margin:
     return Margin(margin, f"{told(config, {'better': margin})}; {more}")
 
 
-@claim("one budget for all layers beats the same number of experts in each",
+@claim("one budget for all layers beats the same in each, at once and after recovery",
        paper="MRPC 90.69 against 90.44")  # fmt: skip
 def adaptive_budget(results: Results, config: Config) -> Margin:
     return against(results, config, "uniform_budget")

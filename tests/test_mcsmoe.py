@@ -740,15 +740,24 @@ def results_of(**changes):
 
 WORSE = {  # claim -> (arm, change), each of which alone makes it fail
     "naive_merging_fails": [("averaging", {"loss": 1.3}), ("averaging", {"loss at once": 1.5})],
-    "alignment": [("no_alignment", {"loss at once": 1.5})],
-    "frequency_weights": [("uniform_weights", {"loss at once": 1.5})],
-    "routing_groups": [("random_members", {"loss at once": 1.5})],
-    "beats_redirect": [("redirect", {"loss at once": 1.5})],
+    "alignment": [("no_alignment", {"loss": 1.3}), ("no_alignment", {"loss at once": 1.5})],
+    "frequency_weights": [
+        ("uniform_weights", {"loss": 1.3}),
+        ("uniform_weights", {"loss at once": 1.5}),
+    ],
+    "routing_groups": [
+        ("random_members", {"loss": 1.3}),
+        ("random_members", {"loss at once": 1.5}),
+    ],
+    "beats_redirect": [("redirect", {"loss": 1.3}), ("redirect", {"loss at once": 1.5})],
     "recovers": [("msmoe", {"accuracy": 59.2}), ("full", {"accuracy": 60.9})],
     "beats_c_smoe": [("c_equal_size", {"loss": 1.3}), ("c_equal_size@c_rank=1", {"loss": 1.3})],
     "beats_pruning": [("pruning", {"loss": 1.3}), ("pruning", {"loss at once": 1.5})],
     "beats_c_smoe_equal_rank": [("c_equal_rank", {"loss": 1.3})],
-    "adaptive_budget": [("uniform_budget", {"loss at once": 1.5})],
+    "adaptive_budget": [
+        ("uniform_budget", {"loss": 1.3}),
+        ("uniform_budget", {"loss at once": 1.5}),
+    ],
     "low_rank": [("msmoe", {"layers": [{"rank_falls": {"w1": -1.0, "w2": 4.0}}]})],
     "memory": [("mc@skip=0", {"parameters": 25}), ("mc@skip=0", {"bytes": 90})],
     "flops": [("mc@skip=0", {"flops": 900}), ("msmoe@skip=0", {"flops": 900})],
