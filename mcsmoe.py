@@ -41,8 +41,8 @@ Found    (seeds 0-7) Merging to a quarter costs 7.0 of 63.4 % at once, 0.3 after
          pruning 0.28, 0.03. Lining up is worth 0.05, 0.010; weights by use 0.15, 0.027. The title's
          hint is not: groups by the router's logits beat random members by 0.015 at once and,
          recovered, not at all (-0.001 ± 0.004), nor do they beat the kept experts alone (0.001 ±
-         0.006). MC-SMoE beats C-SMoE of equal size (0.10), not of equal rank (-0.05). Merging lowers
-         the stable rank of w2 by 5 % and raises that of w1 by 2 %.
+         0.006). MC-SMoE beats C-SMoE of equal size (0.10), not of equal rank (-0.05). Merging
+         lowers the stable rank of w2 by 5 % and raises that of w1 by 2 %.
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group; the paper's reference is expert 0.
 2. Padding and dropped tokens count nowhere; exactly as many experts stay as the budget says.
