@@ -36,13 +36,13 @@ Run      python mcsmoe.py                two minutes on two cores, no download
              --model mistralai/Mixtral-8x7B-v0.1 --text FILE: merged as it is, any causal mixture
 You see  a byte model of 16 experts a layer, pre-trained on three kinds of text, fine-tuned on one,
          merged to 4 in seven ways, recovered, compressed and exported; what the claims became.
-Found    (seeds 0-7) Merging to a quarter costs 7 points of 63.4 % at once, 0.3 after 60 steps of
-         recovery; as many steps give the full model 1.1. Averaging random groups is 0.36 nats worse
-         (0.08 recovered), pruning 0.28 (0.03); lining up is worth 0.05 (0.010), weights by use 0.15
-         (0.027). The title's hint is not: members joined by the router's logits beat random members
-         by 0.015 at once, and recovered not at all (-0.001 ± 0.004); nor do then the kept experts
-         alone do worse (0.001 ± 0.006). MC-SMoE beats C-SMoE of equal size by 0.10, not of equal
-         rank (-0.05). Merging lowers the stable rank of w2 by 5 % and raises that of w1 by 2 %.
+Found    (seeds 0-7) Merging to a quarter costs 7.0 of 63.4 % at once, 0.3 after 60 steps more (as
+         many give the full model 1.1). Averaging random groups is 0.36 nats worse, 0.08 recovered;
+         pruning 0.28, 0.03. Lining up is worth 0.05, 0.010; weights by use 0.15, 0.027. The title's
+         hint is not: groups by the router's logits beat random members by 0.015 at once and,
+         recovered, not at all (-0.001 ± 0.004), nor do they beat the kept experts alone (0.001 ±
+         0.006). MC-SMoE beats C-SMoE of equal size (0.10), not of equal rank (-0.05). Merging
+         lowers the stable rank of w2 by 5 % and raises that of w1 by 2 %.
 Differences from the paper and its code
 1. Experts are aligned to the most used one of their group; the paper's reference is expert 0.
 2. Padding and dropped tokens count nowhere; exactly as many experts stay as the budget says.
@@ -51,9 +51,8 @@ Differences from the paper and its code
 5. Small: 4 layers, pre-trained here. Full: Adam in fp32 under bf16, prompts of our own, answers in
    words are generated, where the released evaluation feeds the right answer in.
 6. Ours: experts with a gate (SwiGLU), top-k, causal models. Gone since the first edition: ZipIt,
-   REPAIR, Git Re-basin, Fisher weights, task-specific pruning, similarity by weight or output,
-   alignment to expert 0. Left out: fairseq's 15B decoder. Without retraining, later work (REAP)
-   finds pruning better: the table has both.
+   REPAIR, Git Re-basin, Fisher weights, task-specific pruning, other similarities. Left out:
+   fairseq's 15B decoder. Without recovery later work (REAP) finds pruning better; not so here.
 
 Break it yourself (seeds 0-2, as it is: 1.688 nats at once, 1.415 recovered):
 --arms msmoe@calibration=1 (statistics of one sequence: 1.723 and 1.421, little is lost);
@@ -1515,7 +1514,9 @@ def draw(results: Results, run: Run) -> None:
     methods = ["full", "msmoe", "averaging", "pruning", "mc", "c_equal_size"]
 
     def damage(ax: Any) -> None:
-        common.dots(ax, {arm: results.of(arm, "loss at once") for arm in merged})
+        colors = {arm: common.color_of(arm, methods) for arm in merged if arm in methods}
+        losses = {arm: results.of(arm, "loss at once") for arm in merged}
+        common.dots(ax, losses, {arm: colors.get(arm, common.COLORS[7]) for arm in merged})
         ax.set(xlabel="nats, right after merging", title="equal memory, merged in several ways")
 
     def trade_off(ax: Any) -> None:

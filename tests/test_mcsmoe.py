@@ -86,6 +86,47 @@ def test_the_worked_example_of_the_docstring():
     assert says[:3] == [[7, 3], [7, 7], [7, 4]] and says[3] == pytest.approx([5.3, 3.1], abs=0.05)
 
 
+def test_what_was_found_is_what_the_committed_results_say():
+    """The figures of the docstring, in its order, from eight seeds and from three."""
+    folder = ROOT / "results" / "cpu-2-cores"
+    report = json.loads((folder / "mcsmoe.json").read_text())
+    results = common.Results(report["results"]["arms"])
+    claims = {claim["id"].partition(".")[2]: claim["numbers"] for claim in report["claims"]}
+    drop = results.ahead("full", "msmoe", "accuracy").mean()
+    at_once = (results.of("full", "accuracy") - results.of("msmoe", "accuracy at once")).mean()
+    more = results.ahead("full+steps", "full", "accuracy").mean()
+    figures = [f"costs {at_once:.1f} of", f"at once, {drop:.1f} after", f"full model {more:.1f})"]
+    for claim, text in {
+        "naive_merging_fails": "{:.2f} nats worse, {:.2f}",
+        "beats_pruning": "pruning {:.2f}, {:.2f}",
+        "alignment": "worth {:.2f}, {:.3f}",
+        "frequency_weights": "use {:.2f}, {:.3f}",
+        "routing_groups": "by {:.3f} at once and, recovered, not at all ({:.3f} ± ",
+    }.items():
+        leads = claims[claim].values()
+        figures.append(text.format(*(np.mean(lead) for lead in leads)))
+    later = results.ahead("redirect", "msmoe", "loss")
+    figures.append(f"kept experts alone ({later.mean():.3f} ± {common.half_width(later):.3f})")
+    for arm in ("c_equal_size@c_rank=1", "c_equal_rank"):
+        figures.append(f"({results.ahead(arm, 'mc', 'loss').mean():.2f})")
+    falls = claims["low_rank"]
+    figures.append(f"w2 by {np.mean(falls['lower in w2']):.0f} %")
+    figures.append(f"w1 by {-np.mean(falls['lower in w1']):.0f} %")
+    broken = json.loads((folder / "mcsmoe-break.json").read_text())["results"]["arms"]
+    for arm, wanted in {
+        "msmoe": "{:.3f} nats at once, {:.3f} recovered",
+        "msmoe@calibration=1": "{:.3f} and {:.3f}, little",
+        "msmoe@kept=1": "{:.3f} and {:.3f})",
+    }.items():
+        losses = [np.mean([one[key] for one in broken[arm]]) for key in ("loss at once", "loss")]
+        figures.append(wanted.format(*losses))
+    figures.append(f"none: {np.mean([one['loss'] for one in broken['msmoe@recover_steps=5']]):.3f}")
+    docstring, place = " ".join(mcsmoe.__doc__.split()), 0
+    for figure in figures:
+        place = docstring.find(figure, place)
+        assert place > 0, figure
+
+
 def test_the_method_runs_pasted_under_import_torch():
     """All between the imports and the Config; data, files and common.py are not needed."""
     source = (ROOT / "mcsmoe.py").read_text()
