@@ -22,9 +22,9 @@ PAPERS = {
     "adamoe": (
         "AdaMoE (Zeng et al. 2024)",
         "null experts let every token use a different number of true ones",
-        "The load follows the formula and null experts buy quality over a mix of top-1 and top-2,"
-        " but top-p routing put on the trained top-2 model, without any null expert, is better"
-        " at the same load: {beats_top_p:4} nats/byte, and top-2 itself by {beats_top_k:4}.",
+        "The load follows the formula, and null experts beat a mix of top-1 and top-2; but top-p"
+        " routing put on the trained top-2 model, without any null expert, beats them at the same"
+        " load by {-beats_top_p:4} nats/byte, and top-2 itself by {-beats_top_k:4}.",
     ),
     "smoe_dropout": (
         "SMoE-Dropout (Chen et al. 2023)",
