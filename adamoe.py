@@ -31,7 +31,7 @@ Balanced, all are picked equally often, so the predicted load is top_k * num_exp
 cancel out of the gates, so the task's loss has exactly zero gradient on them, and with one true
 pick (top_k=1 always) none on the router: its gate is 1. Nothing rewards "hard token, more experts".
 
-Run      python adamoe.py              a minute on two cores, no download
+Run      python adamoe.py              one to two minutes on two cores, no download
          python adamoe.py --ablate     every arm; --seeds 8 for verdicts
          python adamoe.py --text FILE  fine-tune on your own text
          python adamoe.py --full       OLMoE, or Mixtral where it fits, on ARC-Challenge
