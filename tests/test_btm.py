@@ -838,7 +838,7 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
         (["--stage", "expert", "--domain", "seed"], "cannot be called 'seed'"),
         (["--stage", "expert", "--domain", "poems"], "poems: no such folder; --prepare makes one"),
         (["--stage", "eval", "--branch-steps", 3], "--branch-steps does nothing with --stage eval"),
-        (["--stage", "eval", "--plot"], "--plot does nothing with --stage eval"),
+        (["--stage", "eval", "--ablate"], "--ablate does nothing with --stage eval"),
         (["--stage", "eval", "--seeds", 3], "--seeds does nothing with --stage eval"),
         (["--stage", "eval", "--without", "poems"], "there is no expert 'poems'"),
         (["--stage", "eval", "--without", "python,docs,unicode,cmake,sums"], "no expert to use"),
