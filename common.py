@@ -1672,13 +1672,11 @@ def run(
     small: Any,
     full: Any,
     argv: Sequence[str] | None = None,
-    claims: Sequence[Claim] | None = None,
     actions: dict[str, tuple] | None = None,
     data_parallel: bool = False,
 ) -> NoReturn:
     """Parse the command line, call main(config, run), judge the claims, report, and exit.
 
-    claims: default those declared in the script of `main`.
     actions: a script's own flags, declared as in FLAGS. What was given stands in `run.actions`;
     main then does that instead of a whole run: no claims are judged, no results.json is written.
     data_parallel: under torchrun, the processes train every arm together; see `train`.
@@ -1697,7 +1695,7 @@ def run(
     try:
         if data_parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             join_processes()
-        code = run_script(main, small, full, argv, claims, actions or {})
+        code = run_script(main, small, full, argv, actions or {})
         if processes()[1] > 1:
             dist.destroy_process_group()
         sys.exit(code)
@@ -1745,16 +1743,11 @@ def stop(number: int, frame: object) -> NoReturn:
 
 
 def run_script(
-    main: Callable,
-    small: Any,
-    full: Any,
-    argv: list[str],
-    claims: Sequence[Claim] | None,
-    actions: dict[str, tuple],
+    main: Callable, small: Any, full: Any, argv: list[str], actions: dict[str, tuple]
 ) -> int:
     start = time.monotonic()
     options, settings = parse(main, small, full, argv, actions)
-    claims = claims_of(main) if claims is None else claims
+    claims = claims_of(main)
     if options["list_claims"]:
         say(list_claims(claims))
         return 0
