@@ -1277,13 +1277,14 @@ def draw(results: Results, config: Config, run: Run) -> None:
             color = common.color_of(arm, arms)
             ax.errorbar(x.mean(), y.mean(), *half, fmt="o", color=color, label=arm, capsize=3)
         if {"top1", "top2"} <= results.keys():
-            ends = [results.of(arm, "loss").mean() for arm in ("top1", "top2")]
-            ax.plot([1, 2], ends, color="0.6", zorder=0)
+            ends = [results.of(arm, measure).mean() for arm in ("top1", "top2")]
+            ax.plot([1, 2], ends, color="0.6", zorder=0, label="line from top1 to top2")
         ax.set(xlabel="true experts a token", ylabel=unit, title="quality against load")
 
     def counts(ax) -> None:
         shares = 100 * np.trim_zeros(results.of("adamoe", "histogram").mean(axis=0), "b")
         ax.bar(range(len(shares)), shares, color=common.color_of("adamoe", arms))
+        ax.set_xticks(range(len(shares)))
         ax.set(xlabel="true experts", ylabel="% of tokens", title="AdaMoE: experts a token gets")
 
     def text(ax) -> None:

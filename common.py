@@ -1254,22 +1254,25 @@ class Run:
     def plot(
         self, panels: Sequence[Callable], width: float = 4.6, height: float = 3.8, name: str = ""
     ) -> None:
-        """With --plot, draw panels (functions of a matplotlib axis) side by side, to a .png."""
+        """With --plot, draw panels (functions of a matplotlib axis), three a row at most."""
         if not self.draw:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+        columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
+        rows = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         named = {}
-        for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels)))):
+        for place, panel in enumerate(panels, start=1):
+            ax = figure.add_subplot(rows, columns, place)
             panel(ax)
             handles, labels = ax.get_legend_handles_labels()
             if ax.get_legend() is None:
                 named.update(zip(labels, handles))
         if named:  # one legend for all panels, and over no data
-            columns = min(len(named), 2 + 2 * len(panels))
             figure.legend(named.values(), named.keys(), loc="outside lower center",
-                          ncols=columns, frameon=False, fontsize=8)  # fmt: skip
+                          ncols=min(len(named), 2 + 2 * columns), frameon=False,
+                          fontsize=8)  # fmt: skip
         path = self.out / f"{name or self.method}.png"
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=130)
