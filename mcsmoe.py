@@ -326,7 +326,9 @@ class DenseExperts(nn.Module):
         if experts.w_gate is not None and experts.b1 is not None:
             raise ValueError("an expert has w_gate and b1; biased gated experts are not supported")
         super().__init__()
-        self.act, self.glu, self.backend = act, experts.w_gate is not None, "auto"
+        self.act = act
+        self.glu = experts.w_gate is not None
+        self.backend = "auto"
         w1 = experts.w1
         if self.glu:
             w1 = torch.cat([experts.w_gate, experts.w1], dim=-1)  # columns gate | up
@@ -391,12 +393,10 @@ class SparseMoE(nn.Module):
         num_experts, d_model = router_weight.shape
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; 1 to {num_experts} are allowed")
-        self.top_k, self.normalize, self.capacity, self.balance = (
-            top_k,
-            normalize,
-            capacity,
-            balance,
-        )
+        self.top_k = top_k
+        self.normalize = normalize
+        self.capacity = capacity
+        self.balance = balance
         self.aux_loss: Tensor | None = None
         self.router = nn.Linear(d_model, num_experts, bias=False, device="meta")
         self.router.weight = nn.Parameter(router_weight.detach().clone(), requires_grad=balance > 0)
@@ -859,7 +859,9 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
 
 def make_task(job: Job, stage: int) -> Any:
     """The target task, see data/targets.py; `stage` numbers the streams, the same for every arm."""
-    config, run, stream = job.config, job.run, 10 * job.seed + stage
+    config = job.config
+    run = job.run
+    stream = 10 * job.seed + stage
     if run.scale == "small":
         corpus = text_data.load_domain(config.target)
         return targets.Windows(corpus.train, corpus.val, config, run.device, stream)
@@ -954,7 +956,9 @@ def byte_lm(config: Config, seed: int, balance: float = 0.0) -> common.Transform
         return std * torch.randn(shape, generator=generator)
 
     def make_ffn(layer: int) -> SparseMoE:
-        n, d, f = config.num_experts, config.d_model, config.d_ff
+        n = config.num_experts
+        d = config.d_model
+        f = config.d_ff
         w1 = normal(n, d, f, std=d**-0.5)
         w2 = normal(n, f, d, std=f**-0.5)
         experts = DenseExperts(Expert(w1, w2))
@@ -1237,7 +1241,9 @@ def train_on(job: Job) -> dict:
 
 def merge(job: Job) -> dict:
     """Steps A to F: one recipe, measured at once and, where that is wanted, recovered."""
-    config, recipe, task = job.config, RECIPES[job.method], make_task(job, 2)
+    config = job.config
+    recipe = RECIPES[job.method]
+    task = make_task(job, 2)
     model = load_model(job, "full")
     logits, at_once = calibrate(model, task), []
     for draw in reversed(range(recipe.draws)):  # the first one's model goes on
