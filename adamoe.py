@@ -318,6 +318,8 @@ class AdaMoE(nn.Module):
         backend: str = "auto",
     ):
         check_sizes(num_experts, num_null, top_k)
+        if act not in kernels.ACTIVATIONS:
+            raise ValueError(f"act is {act!r}; allowed: {', '.join(kernels.ACTIVATIONS)}")
         super().__init__()
         self.d_model = d_model
         self.act = act

@@ -261,7 +261,9 @@ def write_json(path: str | Path, content: object) -> None:
         file.write("\n")
 
 
-def read_json(path: str | Path, **wanted: type | tuple) -> dict:
+def read_json(
+    path: str | Path, way_out: str = "start anew with --overwrite", /, **wanted: type | tuple
+) -> dict:
     """An object with at least these keys, of these types. Raises UsageError when damaged."""
     try:
         content = json.loads(regular_file(path).read_text())
@@ -273,7 +275,7 @@ def read_json(path: str | Path, **wanted: type | tuple) -> dict:
     except UsageError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+        raise UsageError(f"{path} is damaged ({error}); {way_out}") from error
     return content
 
 
@@ -1370,7 +1372,11 @@ class Run:
         arms = self.out / "arms"
         now = self.identity()
         if self.resume:
-            before = read_json(mark, identity=dict)["identity"]
+            left = read_json(mark, method=str, identity=dict)
+            if left["method"] != self.method:
+                whose = f"{self.out} was left by {left['method']}.py"
+                raise UsageError(f"--resume: {whose}; choose another --out")
+            before = left["identity"]
             for old, new in [(before.get("config", {}), now["config"]), (before, now)]:
                 for key in new:
                     if key not in old:
@@ -1442,12 +1448,15 @@ class Job:
         return [json.loads(line) for line in self.path(".jsonl").read_text().splitlines()]
 
     def result(self) -> dict:
-        """What its train function returned. Raises UsageError when a digit of it was changed."""
-        found = read_json(self.path(".json"), result=dict, sha256=str)
+        """What its train function returned. UsageError: a digit was changed, weights were cut."""
+        path, weights = self.path(".json"), self.path(".pt")
+        way_out = f"{afresh(path)} or start anew with --overwrite"
+        found = read_json(path, way_out, result=dict, sha256=str)
         if found["sha256"] != digest(found["result"]):
-            damaged = f"{self.path('.json')} is damaged, its SHA-256 is another"
-            way_out = f"{afresh(self.path('.json'))} or start anew with --overwrite"
-            raise UsageError(f"{damaged}; {way_out}")
+            raise UsageError(f"{path} is damaged, its SHA-256 is another; {way_out}")
+        whole = found.get("bytes")  # None: no weights, or of an earlier version
+        if whole and weights.exists() and weights.stat().st_size != whole:
+            raise UsageError(f"{weights} is damaged: it had {whole:,} bytes; {way_out}")
         return found["result"]
 
     def do(self, train_arm: Callable) -> None:
@@ -1460,6 +1469,8 @@ class Job:
         barrier()
         if processes()[0] == 0:
             about = {"arm": self.arm, "seed": self.seed, "seconds": seconds}
+            if self.path(".pt").exists():
+                about["bytes"] = self.path(".pt").stat().st_size
             write_json(self.path(".json"), {**about, "result": result, "sha256": digest(result)})
             self.path(".ckpt").unlink(missing_ok=True)
             tqdm.write(f"  {self.arm}, seed {self.seed}: {seconds:.1f} s", file=sys.stderr)
@@ -1610,7 +1621,7 @@ def load_trained(
     if not path.is_file():
         there = sorted(other.name for other in path.parent.glob(f"*-seed*{path.suffix}"))
         found = ", ".join(there) or f"none like it in {path.parent}"
-        raise UsageError(f"{path}: there are no such weights, but {found}")
+        raise UsageError(f"{path}: no such weights; there are {found}")
     mark = path.parent.parent / "run.json"
     if not mark.is_file() or not seed.isdecimal():
         needed = f"{mark} and the name <arm>-seed<N> say how to build the model"

@@ -319,7 +319,7 @@ class DenseExperts(nn.Module):
     """Stacked experts: tokens [tokens, d_model] -> the same shape.
 
     expert_index, gates [tokens, top_k]: whom each token picks, and with which weight.
-    Raises ValueError for gated experts with a bias b1, which the kernels do not have.
+    Raises ValueError for gated experts with a bias b1.
     """
 
     def __init__(self, experts: Expert, act: str = "relu"):
@@ -476,8 +476,15 @@ def merge_layer(
 
     frequency, groups [num_experts]; every member is aligned to the most used one of its group.
     weights [num_experts]: of the average; default: the frequency.
+    Raises ValueError for other lengths (a layer is merged once), or a group without a member.
     """
     stacked = layer.experts.stacked()
+    num_experts = len(layer.remap)
+    if not num_experts == len(stacked.w1) == len(frequency) == len(groups):
+        lengths = f"{len(stacked.w1)} experts, {len(frequency)} frequencies, {len(groups)} groups"
+        raise ValueError(f"{lengths}; the router knows {num_experts}, and each needs one of all")
+    if (groups.bincount() == 0).any():
+        raise ValueError(f"groups {groups.tolist()}: one of them has no member")
     experts = [stacked.at(index) for index in range(len(groups))]
     for group in range(int(groups.max()) + 1) if align else ():
         members = (groups == group).nonzero()[:, 0].tolist()

@@ -212,7 +212,8 @@ class SMoEDropout(nn.Module):
     """A drop-in feed-forward that can be slimmed. x [..., d_model] -> the same shape.
 
     d_ff     hidden width of all experts together; num_experts must divide it
-    k        experts a token (default: all); `set_k` changes it, in training and after
+    k        experts a token (default: all); `set_k` changes it, in training and after; like the
+             other arguments it is no part of a state_dict
     router   "frozen": random, never trained (the method); or "learned"
     scale    factor on the output: 1 in the paper, num_experts to match a dense layer that was cut
     act      "relu", "gelu" (exact, BERT's), "gelu_new" (GPT-2's), "silu", "none"
