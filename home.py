@@ -406,12 +406,12 @@ class MaskedExpertLayer(nn.Module):
 class MaskedExperts(nn.Module):
     """Levels of masked experts, a tower for each task. v [batch, d_in] -> logits [batch, tasks].
 
-    widths         of the experts of each level, one entry a level
+    widths         of the experts of each level; entries beyond the last level are not used
     norm           BatchNorm and Swish (HoME), else ReLU
     self_gates     "none" | "gate" (HoME) | "constant" (AdaTT)
     feature_gates  of the first so many levels; rank 0: an eighth of a level's input, at least 2
     seed           of the initial weights; None: torch.manual_seed decides
-    Raises ValueError for more or fewer widths than levels.
+    Raises ValueError for fewer widths than levels.
     """
 
     def __init__(
@@ -427,10 +427,8 @@ class MaskedExperts(nn.Module):
         num_gates: int = 2,
         seed: int | None = None,
     ):
-        if len(widths) != len(levels):
-            raise ValueError(
-                f"widths has {len(widths)} entries; one for each of {len(levels)} levels"
-            )
+        if len(widths) < len(levels):
+            raise ValueError(f"widths has {len(widths)} entries for {len(levels)} levels")
         super().__init__()
         seed = next_seed() if seed is None else seed
         self.wiring, self.layers = list(levels), nn.ModuleList()
