@@ -7,7 +7,6 @@ import io
 import os
 import random
 import re
-import signal
 import socket
 import stat
 import subprocess
@@ -274,12 +273,12 @@ def test_members_that_the_table_cannot_check_are_not_accepted_by_hand(table, ser
     assert contents(tmp_path)["a"] == b"real"
 
 
-def test_the_root_is_the_argument_else_the_environment_else_the_cache(toy, tmp_path, monkeypatch):
+def test_the_root_is_the_argument_else_the_environment_else_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "__file__", str(tmp_path / "repo/data/download.py"))
-    assert fetch("toy") == tmp_path.resolve() / "repo/data/cache/toy"
+    assert download.root() == tmp_path.resolve() / "repo/data/cache"
     monkeypatch.setenv("MOE_DATA", str(tmp_path / "environment"))
-    assert fetch("toy") == tmp_path / "environment/toy"
-    assert fetch("toy", str(tmp_path / "argument")) == tmp_path / "argument/toy"
+    assert download.root() == tmp_path / "environment"
+    assert download.root(str(tmp_path / "argument")) == tmp_path / "argument"
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -446,20 +445,6 @@ def test_a_hostile_archive_leaves_nothing_behind(case, table, server, tmp_path):
     assert {path.name for path in (tmp_path / "toy").iterdir()} == {"a", name}
 
 
-def test_a_disk_that_fills_while_unpacking(table, server, tmp_path, monkeypatch):
-    def full(path, mode):
-        if mode == "xb":
-            raise OSError(28, "No space left on device", str(path))
-        return open(path, mode)
-
-    table(row(server, "toy.zip", ARCHIVES["toy.zip"]))
-    fetch("toy", tmp_path)
-    (tmp_path / "toy/x/one").unlink()
-    monkeypatch.setattr(download, "open", full, raising=False)
-    refusal(tmp_path, "No space left on device", "toy.zip")
-    assert contents(tmp_path) == {"x/two": BODY, "three": b"", "toy.zip": ARCHIVES["toy.zip"]}
-
-
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_damaged_archives_unpack_whole_or_fail_with_one_line(name, table, server, tmp_path):
     rng = random.Random(1)
@@ -524,25 +509,17 @@ def test_no_name_or_an_unknown_one_is_exit_code_2(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_is_one_line_and_exit_code_130_and_keeps_the_part(server, tmp_path):
-    program = f"""
-import signal, sys
-from data import download as d
-signal.signal(signal.SIGINT, signal.default_int_handler)
-file = d.File("{server.url}/toy.bin", {len(BODY)}, "{sha256(BODY)}")
-d.DATASETS["toy"] = d.Dataset("toy", (file,), "", "")
-sys.exit(d.main(["toy", "--data-dir", {str(tmp_path)!r}]))
-"""
-    server.fault = "hangs"
-    part = tmp_path / "toy/toy.bin.part"
-    command = [sys.executable, "-c", program]
-    child = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and not (part.exists() and part.stat().st_size == HALF):
-        threading.Event().wait(0.01)
-    child.send_signal(signal.SIGINT)
-    err = child.communicate(timeout=20)[1]
-    assert (child.returncode, part.read_bytes()) == (130, BODY[:HALF])
+def test_ctrl_c_is_one_line_and_exit_code_130_and_keeps_the_part(
+    toy, tmp_path, monkeypatch, capsys
+):
+    def interrupted(self, count):
+        raise KeyboardInterrupt
+
+    bar = type("Bar", (download.tqdm,), {"update": interrupted})
+    monkeypatch.setattr(download, "tqdm", bar)  # told after each read
+    assert main(["toy", "--data-dir", str(tmp_path)]) == 130
+    assert contents(tmp_path) == {"toy.bin.part": BODY[: download.CHUNK]}
+    err = capsys.readouterr().err
     assert err.startswith("interrupted") and err.count("\n") == 1
 
 

@@ -342,14 +342,17 @@ def test_prompts_show_all_parts_of_an_example(tmp_path):
             asked = prompt.write(Question("who?", "a context", ("x",)))
             assert asked == f"{name} question: who? context: a context"
             continue
-        text = prompt.write(example)
-        parts = ["first part"] + ([] if name in ("sst2", "winogrande") else ["second part"])
-        parts += ["left choice", "right choice"] if name in ("copa", "winogrande") else []
-        assert text.startswith(name) and len(prompt.words) == 2
-        assert all(part in text for part in parts)
+        parts = ["first part"]
+        if name not in ("sst2", "winogrande"):
+            parts.append("second part")
+        if name in ("copa", "winogrande"):
+            parts += ["left choice", "right choice"]
+        written = prompt.write(example)
+        assert written.startswith(name) and len(prompt.words) == 2
+        assert all(part in written for part in parts)
     (tmp_path / "mrpc").mkdir()
-    (tmp_path / "mrpc" / "msr_paraphrase_train.txt").write_text(MRPC)
-    (tmp_path / "mrpc" / "mrpc_dev_ids.tsv").write_text("9\t10\n")
+    (tmp_path / "mrpc" / CORPUS).write_text(MRPC)
+    (tmp_path / "mrpc" / IDS).write_text("9\t10\n")
     train, dev = tasks.load_prompts("mrpc", tmp_path)
     assert (len(train), len(dev)) == (1, 1) and dev == [Example("One .", 0, "Two .")]
     with pytest.raises(ValueError, match="task is 'svamp'; as text to text there are sst2"):
