@@ -5,6 +5,7 @@
 """
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -310,7 +311,20 @@ def test_tables_and_lines_of_json_are_read(read, content, expected, tmp_path):
         assert read(at) == expected
 
 
+def read_array(at):
+    return reading.read_npy(at.path)
+
+
+def npy(*values, more=b""):
+    file = io.BytesIO()
+    np.save(file, np.array(values))
+    return file.getvalue() + more
+
+
 ODD = [
+    (read_array, npy(1, 2, more=b"x"), r"shape \[2\] is not what the file holds"),
+    (read_array, npy(1, 2)[:-1], r"shape \[2\] does not fit|is not what the file holds"),
+    (read_array, npy(True).replace(b"\n\1", b"\n\2"), "a truth value is neither 0 nor 1"),
     (read_table, "", "a.txt: is empty"),
     (read_table, "a,c\n1,2\n", "a.txt, line 1: the header lacks b; it has a, c"),
     (read_table, "a,b,a\n1,2,3\n", "line 1: the header has a column twice"),
