@@ -282,7 +282,7 @@ def test_under_autocast_bf16_rounds_and_nothing_else(name):
 
 # layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, is sparse
 COMPILED = {
-    "AdaMoE": False, "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
+    "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
     "LowRankSparseLinear, compact": True, "HoME": True, "MaskedExpertLayer": True, "Mowst": False,
     "DualHead, mlp": True, "moe_mlp, glu": True, "TransformerLM": True,
 }  # fmt: skip
