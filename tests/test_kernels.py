@@ -244,10 +244,11 @@ def test_a_dispatch_serves_as_well_and_null_rows_are_zero():
     torch.testing.assert_close(kernels.scatter(h, dispatch), x * picks)
 
 
-def test_a_token_is_summed_in_float32():
-    dispatch = kernels.make_dispatch(torch.zeros(1, 512, dtype=torch.long), 1)
-    ones = torch.ones(512, 1, dtype=torch.bfloat16)
-    assert kernels.scatter(ones, dispatch).item() == 512  # in bfloat16, 256 + 1 is 256
+def test_gates_multiply_in_float32():
+    dispatch = kernels.make_dispatch(torch.zeros(1, 2, dtype=torch.long), 1)
+    gates = torch.tensor([[1 + 2**-9, -1.0]])
+    ones = torch.ones(2, 1, dtype=torch.bfloat16)
+    assert kernels.scatter(ones, dispatch, gates).item() == 2**-9  # in bfloat16, that gate is 1
 
 
 def test_only_live_rows_are_multiplied(monkeypatch):

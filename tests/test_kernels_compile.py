@@ -211,10 +211,10 @@ def compiled(request, tmp_path_factory) -> dict:
     """What has become of every launch that the tests chosen look at."""
     chosen = {identity(combine_of_many_picks(), 90): (combine_of_many_picks(), 90)}
     for item in request.session.items:
-        if item.module is request.module:
-            for case in CASES.get(item.originalname, []):
-                for launch in looked_at(case):
-                    chosen[identity(launch, case.arch)] = (launch, case.arch)
+        if item.module is request.module and "case" in item.fixturenames:
+            case = item.callspec.params["case"]
+            for launch in looked_at(case):
+                chosen[identity(launch, case.arch)] = (launch, case.arch)
     folder = tmp_path_factory.mktemp("cubins")
     kept = getattr(request.config, "cache", None)  # -p no:cacheprovider: none
     cache = kept.mkdir("triton") if kept else folder
@@ -273,39 +273,27 @@ def multiplies_tokens(case: Case, name: str, constants: dict) -> bool:
 # The columns of the tile table. The rows of fp32 serve all GPUs: sm_80 has the narrowest limits.
 COLUMNS = [(arch, torch.bfloat16, rows) for arch in (90, 80) for rows in (512, 64, 32)]
 COLUMNS += [(80, torch.float32, rows) for rows in (512, 64)]  # the last two are equal
-LINEAR = {"bias": True, "transposed": True}
-CASES = {  # test -> passes
-    "test_every_row_of_the_tile_table": [
-        Case(*column, glu, gathers) for column in COLUMNS for glu in (True, False)
-    ],
-    "test_weights_as_linear_layers_keep_them": [
-        Case(90, torch.bfloat16, 512, True, with_tiles, **LINEAR)
-    ],
-    "test_the_other_launches": [Case(80, torch.float16, 16, False, not_in_the_table, **LINEAR)],
-    "test_tf32_uses_tensor_cores": [
-        Case(80, torch.float32, 512, True, multiplies_tokens, precision="tf32")
-    ],
-}
+TABLE = [Case(*column, glu, gathers) for column in COLUMNS for glu in (True, False)]
+VIEWS = {"bias": True, "transposed": True}
+LINEAR = [Case(90, torch.bfloat16, 512, True, with_tiles, **VIEWS)]
+OTHERS = [Case(80, torch.float16, 16, False, not_in_the_table, **VIEWS)]
+TF32 = [Case(80, torch.float32, 512, True, multiplies_tokens, precision="tf32")]
 
 
-def of(test: str):
-    return pytest.mark.parametrize("case", CASES[test], ids=str)
-
-
-@of("test_every_row_of_the_tile_table")
+@pytest.mark.parametrize("case", TABLE, ids=str)
 def test_every_row_of_the_tile_table(case, compiled):
     assert len(check_all(case, compiled)) == (3 if case.glu else 1 + (case.rows == 512))
     # The columns above reach every row because:
     assert all(row[1] == row[2] for (family, _), row in kernels._TILES.items() if family == "fp32")
 
 
-@of("test_weights_as_linear_layers_keep_them")
+@pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_weights_as_linear_layers_keep_them(case, compiled):
     """[out, in], as in checkpoints and in the benchmark, are views: the largest tiles of all."""
     assert len(check_all(case, compiled)) == 8
 
 
-@of("test_the_other_launches")
+@pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_the_other_launches(case, compiled):
     """Tiles of 16 rows, fp16, biases, weights that are transposed views; combine and tile_map."""
     forward = "tile_map expert_mm expert_mm combine"
@@ -315,7 +303,7 @@ def test_the_other_launches(case, compiled):
     assert len(check_all(case, compiled)) == len(names) - 2
 
 
-@of("test_tf32_uses_tensor_cores")
+@pytest.mark.parametrize("case", TF32, ids=str)
 def test_tf32_uses_tensor_cores(case, compiled):
     launches = check_all(case, compiled)
     assert [constants["PRECISION"] for _, _, constants in launches] == ["tf32"] * 2
