@@ -134,7 +134,7 @@ def verbatim(piece_source: bytes, within: bytes, size: int = 64) -> float:
     """Share of blocks of `size` bytes that stand word for word in `within`; table rules are form,
     not content.
     """
-    pieces = [piece_source[i : i + size] for i in range(0, len(piece_source) - size, size)][:200]
+    pieces = [piece_source[i : i + size] for i in range(0, len(piece_source) - size, size)][:400]
     pieces = [piece for piece in pieces if sum(chr(byte).isalnum() for byte in piece) > size // 3]
     return sum(piece in within for piece in pieces) / max(1, len(pieces))
 
