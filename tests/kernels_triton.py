@@ -93,18 +93,16 @@ def assert_close(given, wanted, dtype):
 
 # tokens, top_k, experts, d_model, d_ff, act, glu, bias, share of nulls
 CASES = [
-    (17, 2, 4, 24, 40, "gelu", True, True, 0.3),
-    (25, 3, 5, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
-    (40, 1, 1, 48, 24, "relu", False, True, 0.0),  # one expert, several row tiles
-    (21, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: an expert several times
-    (1, 1, 64, 8, 8, "silu", True, True, 0.0),  # nearly all experts empty
-    (12, 2, 9, 40, 40, "gelu", False, False, 0.0),
+    (13, 2, 3, 24, 40, "gelu", True, True, 0.3),
+    (13, 3, 3, 33, 20, "silu", True, False, 0.3),  # nothing is a multiple of anything
+    (36, 1, 1, 48, 24, "relu", False, True, 0.0),  # one expert, several row tiles
+    (9, 8, 4, 16, 40, "none", False, True, 0.2),  # top_k > num_experts: an expert several times
+    (1, 1, 9, 8, 8, "silu", True, True, 0.0),  # nearly all experts empty
+    (12, 2, 3, 40, 40, "gelu", False, False, 0.0),
 ]
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
 EACH = [(case, dtype) for case in CASES for dtype in DTYPES]
 if kernels.INTERPRETED:  # each case in one dtype, each dtype twice
     EACH = [(case, DTYPES[number % 3]) for number, case in enumerate(CASES)]
@@ -125,11 +123,11 @@ def test_all_null_gives_exact_zeros():
 
 def test_any_strides():
     """Transposed weight views, sliced x, gates of stride > 1, the expanded gradient of a sum."""
-    x, index, gates, w1, w2, b1, b2, _ = problem(17, 2, 4, 24, 40, glu=True, bias=True, nulls=0.2)
+    x, index, gates, w1, w2, b1, b2, _ = problem(9, 2, 2, 24, 40, glu=True, bias=True, nulls=0.2)
     x = torch.cat([x, x], 1).detach()[:, 24:].requires_grad_()
     w1, w2 = (w.detach().mT.contiguous().mT.requires_grad_() for w in (w1, w2))
     gates = gates.detach().t().contiguous().t().requires_grad_()
-    inputs = [x, index, gates, w1, w2, b1, b2, torch.ones((), device=DEVICE).expand(17, 24)]
+    inputs = [x, index, gates, w1, w2, b1, b2, torch.ones((), device=DEVICE).expand(9, 24)]
     given = run(inputs, glu=True)
     assert_close(given, run(double(inputs), glu=True, backend="torch"), torch.float32)
     assert given["dw1"].stride() == w1.stride()  # so that autograd adds it to .grad without a copy
@@ -146,43 +144,40 @@ def test_tile_map_lists_every_row_once():
     assert all(value == -(2**30) for value in pairs[2 * count :])
 
 
-def test_null_rows_are_never_written_and_empty_experts_get_zero(poison):
-    inputs = problem(20, 2, 5, 24, 40, glu=True, nulls=0.4)
-    inputs[1][inputs[1] == 3] = 0  # expert 3 is empty
-    given = run(inputs, glu=True)
-    assert (given["dw1"][3] == 0).all() and (given["dw2"][3] == 0).all()
-    live = int((inputs[1] >= 0).sum())
+def test_nan_stays_where_it_is_and_null_rows_are_never_written(poison):
+    """In null gates, in tokens whose picks are all null, in weights of expert 2, which is empty."""
+    inputs = problem(12, 2, 3, 16, 24, glu=True, bias=True, nulls=0.3)
+    x, index, gates, w1, w2, b1, b2, _ = inputs
+    index[index == 2] = 0
+    index[4] = -1
+    wanted = run(inputs, glu=True)
     # z, a, y, dz, s * a, parts of ds, rows of dx
-    by_row = [buffer for buffer in poison if buffer.dim() == 2 and buffer.shape[0] == 40]
+    by_row = [buffer for buffer in poison if buffer.dim() == 2 and buffer.shape[0] == 24]
+    live = int((index >= 0).sum())
     assert len(by_row) == 7
     for buffer in by_row:
         assert buffer[:live].isfinite().all() and buffer[live:].isnan().all()
-
-
-def test_nan_stays_where_it_is():
-    """In null gates, in tokens whose picks are all null, in weights of empty experts."""
-    inputs = problem(12, 2, 4, 24, 40, glu=True, bias=True, nulls=0.3)
-    x, index, gates, w1, w2, b1, b2, _ = inputs
-    index[index == 3] = 0
-    index[4] = -1
-    wanted = run(inputs, glu=True)
     with torch.no_grad():
         gates[index < 0] = float("nan")
         x[4] = float("nan")
         for weight in (w1, w2, b1, b2):
-            weight[3] = float("nan")
+            weight[2] = float("nan")
     given = run(inputs, glu=True)
     for name in RESULTS:
         assert torch.equal(given[name], wanted[name]), name
+    for name in ("dw1", "dw2", "db1", "db2"):
+        assert (given[name][2] == 0).all()
     assert (given["out"][4] == 0).all() and (given["dx"][4] == 0).all()
     assert (given["dgates"][index < 0] == 0).all()
 
 
 def test_nan_of_live_rows_is_not_hidden():
-    inputs = problem(6, 1, 2, 16, 16)
+    x, index, gates, w1, w2, *_ = problem(6, 1, 2, 16, 16)
+    x = x.detach()
+    x[2] = float("nan")
     with torch.no_grad():
-        inputs[0][2] = float("nan")
-    assert run(inputs, "relu")["out"][2].isnan().all()
+        out = kernels.moe_mlp(x, index, gates, w1, w2, act="relu", backend="triton")
+    assert out[2].isnan().all()
 
 
 def small_integers(tokens, top_k, experts, d_model, d_ff, nulls):
@@ -203,10 +198,9 @@ def small_integers(tokens, top_k, experts, d_model, d_ff, nulls):
     return [x, expert_index, gates, w1, w2, b1, b2, d_out]
 
 
-@pytest.mark.parametrize("tokens, top_k, experts", [(9, 2, 2), (6, 3, 4)])
-def test_small_integers_are_exact(tokens, top_k, experts):
+def test_small_integers_are_exact():
     """Bit by bit, whatever the order of tokens and experts: there is no room to round."""
-    inputs = small_integers(tokens, top_k, experts, 20, 36, nulls=0.2)
+    inputs = small_integers(9, 3, 3, 20, 36, nulls=0.2)
     given = run(inputs, "relu", glu=True)
     exact = run(double(inputs), "relu", glu=True, backend="torch")
     for name in exact:
@@ -230,9 +224,9 @@ def test_rows_do_not_depend_on_their_place():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gather_grouped_mm_scatter_match_float64(dtype):
-    x, index, gates, w, _, b, _, d_out = problem(11, 2, 3, 24, 40, dtype, bias=True, nulls=0.3)
+    x, index, gates, w, _, b, _, d_out = problem(11, 2, 2, 24, 40, dtype, bias=True, nulls=0.3)
     d_out = torch.randn(11, 40, device=DEVICE).to(dtype)
-    dispatch, results = kernels.make_dispatch(index, 3), []
+    dispatch, results = kernels.make_dispatch(index, 2), []
     for inputs in ([x, w, b, gates], double([x, w, b, gates])):
         h = kernels.gather(inputs[0], dispatch)
         y = kernels.grouped_mm(h, inputs[1], dispatch, inputs[2])
@@ -276,32 +270,43 @@ def test_nothing_to_do_is_left_to_torch(launches, tokens, top_k, d_model):
     assert not launches and gates.grad.shape == (tokens, top_k) and x.grad.shape == x.shape
 
 
-def test_frozen_tensors_cost_no_launch(launches):
-    x, index, gates, w1, w2, _, _, d_out = problem(9, 2, 3, 16, 16)
+def test_frozen_tensors_cost_no_launch_and_no_memory(launches, poison):
+    x, index, gates, w1, w2, _, _, d_out = problem(9, 2, 2, 16, 16)
+
+    def launched(function):
+        launches.clear()
+        poison.clear()
+        out = function()
+        if out.requires_grad:
+            out.backward(d_out)
+        return launches.count(kernels.expert_mm), launches.count(kernels.expert_dw)
+
+    def layer():
+        return kernels.moe_mlp(x, index, gates, w1, w2, backend="triton")
+
+    def buffers_of_rows():
+        return len([buffer for buffer in poison if buffer.shape[0] == 18])
+
     for w in (w1, w2):
         w.requires_grad_(False)
-    kernels.moe_mlp(x, index, gates, w1, w2, backend="triton").backward(d_out)
-    assert kernels.expert_dw not in launches and launches.count(kernels.expert_mm) == 3
-    launches.clear()
+    assert launched(layer) == (3, 0)
     x.requires_grad_(False)
     w2.requires_grad_(True)
-    kernels.moe_mlp(x, index, gates, w1, w2, backend="triton").backward(d_out)
-    assert launches.count(kernels.expert_dw) == 1 and launches.count(kernels.expert_mm) == 2
-    launches.clear()
-    dispatch = kernels.make_dispatch(index, 3)
-    h = kernels.gather(x, dispatch).requires_grad_()
-    lora_a = torch.randn(3, 16, 4, device=DEVICE, requires_grad=True)
-    lora_b = torch.randn(3, 4, 16, device=DEVICE, requires_grad=True)
-    low = kernels.grouped_mm(kernels.grouped_mm(h, lora_a, dispatch), lora_b, dispatch)
-    (kernels.grouped_mm(h, w1, dispatch) + low).sum().backward()
-    assert launches.count(kernels.expert_dw) == 2 and lora_a.grad is not None and w1.grad is None
-
-
-def test_without_gradients_z_is_not_stored(poison):
-    inputs = problem(9, 2, 3, 16, 24)
+    assert launched(layer) == (2, 1) and buffers_of_rows() == 5  # z, a, y, s * a, ds, no dz
     with torch.no_grad():
-        kernels.moe_mlp(*inputs[:7], backend="triton")
-    assert len([b for b in poison if b.shape[0] == 18]) == 2  # a and y
+        assert launched(layer) == (2, 0) and buffers_of_rows() == 2  # a and y, no z
+
+    dispatch = kernels.make_dispatch(index, 2)
+    h = torch.randn(18, 16, device=DEVICE, requires_grad=True)
+    lora_a = torch.randn(2, 16, 4, device=DEVICE, requires_grad=True)
+    lora_b = torch.randn(2, 4, 16, device=DEVICE, requires_grad=True)
+
+    def lora():
+        low = kernels.grouped_mm(kernels.grouped_mm(h, lora_a, dispatch), lora_b, dispatch)
+        return (kernels.grouped_mm(h, w1, dispatch) + low)[:9]
+
+    assert launched(lora) == (6, 2)
+    assert lora_a.grad is not None and w1.grad is None
 
 
 def test_one_large_buffer_is_freed_before_the_next(monkeypatch):
@@ -316,33 +321,28 @@ def test_one_large_buffer_is_freed_before_the_next(monkeypatch):
         return buffer
 
     monkeypatch.setattr(kernels, "_empty", tracked)
-    run(problem(9, 2, 3, 16, 24, glu=True), glu=True)
+    run(problem(9, 2, 2, 16, 24, glu=True), glu=True)
     assert (18, 24) in alive and (18, 24) not in alive[18, 16] and (18, 48) in alive[18, 16]
 
 
 def test_autocast_gives_gradients_in_the_parameters_dtype():
-    inputs = problem(17, 2, 3, 16, 24, glu=True, bias=True)
+    inputs = problem(7, 2, 2, 16, 24, glu=True, bias=True)
+    x, index, gates, *_ = inputs
+    dispatch = kernels.make_dispatch(index, 2)
+    rows = torch.randn(14, 16, device=DEVICE, requires_grad=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = kernels.moe_mlp(*inputs[:7], glu=True, backend="triton")
-    assert out.dtype == torch.bfloat16
-    leaves = [inputs[0], *inputs[2:7]]
+        parts = [kernels.gather(x, dispatch, backend="triton")]
+        for gates_of in (gates, gates.detach().bfloat16(), None):
+            parts.append(kernels.scatter(rows, dispatch, gates_of, backend="triton"))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in (out, *parts))
+    leaves = [x, *inputs[2:7]]
     grads = torch.autograd.grad(out, leaves, inputs[7].bfloat16())
     wanted = run(double(inputs), glu=True, backend="torch")
-    assert all(grad.dtype == torch.float32 for grad in grads)
     assert_close(dict(zip(RESULTS, (out.detach(), *grads))), wanted, torch.bfloat16)
-
-
-def test_autocast_of_gather_and_scatter():
-    x, index, gates, *_ = problem(9, 2, 3, 16, 16)
-    dispatch = kernels.make_dispatch(index, 3)
-    rows = torch.randn(18, 16, device=DEVICE, requires_grad=True)
-    for gates_of in (gates, gates.detach().bfloat16(), None):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            out = kernels.scatter(rows, dispatch, gates_of, backend="triton")
-            h = kernels.gather(x, dispatch, backend="triton")
-        assert out.dtype == h.dtype == torch.bfloat16
-        d_rows, dx = torch.autograd.grad(out.float().sum() + h.float().sum(), (rows, x))
-        assert d_rows.dtype == dx.dtype == torch.float32
+    total = sum(part.float().sum() for part in parts)
+    grads += torch.autograd.grad(total, (rows, x))
+    assert all(grad.dtype == torch.float32 for grad in grads)
 
 
 def test_torch_func_is_left_to_torch_or_refused_in_one_line(launches):
@@ -354,7 +354,6 @@ def test_torch_func_is_left_to_torch_or_refused_in_one_line(launches):
     transforms = (
         lambda layer: torch.func.grad(lambda x: layer(x).sum())(x),
         lambda layer: torch.func.vmap(layer)(x.unsqueeze(0)),
-        lambda layer: torch.func.jvp(layer, (x,), (x,)),
     )
     for transform in transforms:
         transform(lambda x: kernels.moe_mlp(x, dispatch, gates, w1, w2))
@@ -362,30 +361,6 @@ def test_torch_func_is_left_to_torch_or_refused_in_one_line(launches):
         told = "^backend 'triton' cannot be used: torch.func and .*$"
         with pytest.raises(RuntimeError, match=told):
             transform(lambda x: kernels.moe_mlp(x, dispatch, gates, w1, w2, backend="triton"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_gives_the_losses_of_the_torch_path(dtype):
-    losses = {}
-    for backend in ("torch", "triton"):
-        torch.manual_seed(1)
-        shapes = ((3, 16, 32), (3, 16, 16), (16, 3))
-        drawn = [torch.randn(*shape, device=DEVICE) * shape[-2] ** -0.5 for shape in shapes]
-        w1, w2, router = (weight.requires_grad_() for weight in drawn)
-        x = torch.randn(12, 16, device=DEVICE)
-        optimizer = torch.optim.SGD([w1, w2, router], lr=0.5)
-        losses[backend] = []
-        for _ in range(2):
-            gates, index = (x @ router).softmax(-1).topk(2)
-            inputs = (x.to(dtype), index, gates, w1.to(dtype), w2.to(dtype))
-            out = kernels.moe_mlp(*inputs, act="silu", glu=True, backend=backend)
-            loss = (out.float() - x.roll(1, 1)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[backend].append(loss.item())
-    assert losses["torch"][-1] < 0.97 * losses["torch"][0]
-    assert losses["triton"] == pytest.approx(losses["torch"], rel=BOUND[dtype])
 
 
 def test_smoe_dropout_trains_to_the_same_losses():
@@ -396,7 +371,7 @@ def test_smoe_dropout_trains_to_the_same_losses():
     for backend in ("masked", "torch", "triton"):
         generator = torch.Generator().manual_seed(2)
         options = {"init": 0.3, "router_init": 0.3, "generator": generator, "backend": backend}
-        options |= {"d_model": 16, "d_ff": 32, "num_experts": 4, "k": 2}
+        options |= {"d_model": 16, "d_ff": 24, "num_experts": 3, "k": 2}
         layer = smoe_dropout.SMoEDropout(**options).to(DEVICE)
         x = torch.randn(2, 6, 16, generator=generator).to(DEVICE)
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)

@@ -21,10 +21,6 @@ import contenders as field  # noqa: E402
 import gpu  # noqa: E402
 
 SHAPE = field.Shape(tokens=6, top_k=2, num_experts=4, d_model=8, d_ff=16)
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib"
-)
-
 # -------------------------------------------------------------------------------------------------
 # What is counted
 # -------------------------------------------------------------------------------------------------
@@ -59,7 +55,7 @@ def test_bytes_are_those_of_the_tensors():
     assert field.launches(one, 4)[0][1] == x // 6 + w1 // 2 + a // 6
 
 
-def test_shapes_for_a_gpu_reach_every_column_of_tiles():
+def test_shapes_for_a_gpu_reach_every_column_of_tiles(capsys):
     columns = {"128": set(), "64": set(), "fewer": set()}
     for shape in field.GPU_SHAPES.values():
         rows = shape.tokens * shape.top_k / shape.num_experts
@@ -67,16 +63,14 @@ def test_shapes_for_a_gpu_reach_every_column_of_tiles():
         columns[column].add(shape.train)
     assert columns == {"128": {True}, "64": {True}, "fewer": {False}}
     assert {*gpu.LARGE, *gpu.SMALL, *gpu.REST} == set(field.GPU_SHAPES)
-
-
-def test_a_loop_whose_gradients_move_too_much_is_left_out_with_a_word(capsys):
+    # A loop whose gradients move too much is left out with a word.
     names = ["ours", "where loop", "transformers eager"]
     deepseek = field.GPU_SHAPES["deepseek-4k"]
     assert field.loop_bytes(deepseek, "cuda") == 4 * 256 * (256 * 3 * 7168 * 2048 * 2)  # 23 TB
     assert field.choose(deepseek, names, "cuda") == ["ours"]
     assert "where loop: left out, its gradients would move 2.3e+13" in capsys.readouterr().out
-    assert field.choose(deepseek._replace(train=False), names, "cuda") == names
-    assert field.choose(field.GPU_SHAPES["qwen3-8k"], names, "cuda") == names
+    others = [deepseek._replace(train=False), field.GPU_SHAPES["qwen3-8k"]]
+    assert all(field.choose(shape, names, "cuda") == names for shape in others)
     assert all(field.choose(shape, names, "cpu") == names for shape in field.CPU_SHAPES.values())
 
 
@@ -180,8 +174,7 @@ def test_wrong_numbers_are_not_timed(quick, tmp_path, monkeypatch, capsys):
         assert figures is None and " WRONG" in capsys.readouterr().out
 
 
-@pytest.fixture
-def one_fails(quick, monkeypatch):
+def test_a_shape_that_fails_costs_its_own_figures_alone(quick, tmp_path, monkeypatch):
     right = field.ours
 
     def failing(p):
@@ -190,25 +183,20 @@ def one_fails(quick, monkeypatch):
         return right(p)
 
     monkeypatch.setitem(field.CONTENDERS, "ours", failing)
-
-
-def test_a_shape_that_fails_costs_its_own_figures_alone(one_fails, tmp_path):
-    code, figures = figures_of(tmp_path)
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    plot = ["--plot", str(tmp_path / "first.svg")] if has_matplotlib else []
+    code, figures = figures_of(tmp_path, *plot)
     assert code == "benchmark_kernels.py: not timed: two"
     assert figures["failed"] == {"two": "OutOfMemoryError: no memory"}
     assert {row["shape"] for row in figures["rows"]} == {"one"}
+    if has_matplotlib:
+        import matplotlib
 
-
-@needs_matplotlib
-def test_the_picture_is_drawn_though_a_shape_failed(one_fails, tmp_path):
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figures_of(tmp_path, "--plot", str(tmp_path / "first.svg"))
-        source = str(tmp_path / "figures.json")
-        benchmark.main(["--from", source, "--plot", str(tmp_path / "second.svg")])
-    first, second = ((tmp_path / f"{name}.svg").read_text() for name in ("first", "second"))
-    for picture in (first, second):
+        assert (tmp_path / "first.svg").exists()
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            flags = ["--from", str(tmp_path / "figures.json"), "--plot"]
+            benchmark.main([*flags, str(tmp_path / "second.svg")])
+        picture = (tmp_path / "second.svg").read_text()
         assert "failed: OutOfMemoryError: no memory" in picture and ">F.grouped_mm<" in picture
 
 
@@ -231,18 +219,17 @@ def step(code: str) -> gpu.Step:
     return gpu.Step("a-step", 1.0, ["-c", code], "^good")
 
 
-@pytest.mark.parametrize(
-    "code, passed, line",
-    [
-        ("print('good'); print('good as well')", True, "good"),
-        ("print('good'); 1 / 0", False, "ZeroDivisionError: division by zero"),
-        ("print('bad')", False, "bad"),
-        ("", False, "it printed nothing"),
-        (FAILED_TEST, False, "FAILED test_a.py::test_b - assert 1 == 2"),
-        (KILLS_ITSELF, False, "killed by SIGSEGV"),
-        (GARBAGE, True, "good"),
-    ],
-)
+WHAT_STEPS_DO = [
+    ("print('good'); print('good as well')", True, "good"),
+    ("print('good'); 1 / 0", False, "ZeroDivisionError: division by zero"),
+    ("", False, "it printed nothing"),
+    (FAILED_TEST, False, "FAILED test_a.py::test_b - assert 1 == 2"),
+    (KILLS_ITSELF, False, "killed by SIGSEGV"),
+    (GARBAGE, True, "good"),
+]
+
+
+@pytest.mark.parametrize("code, passed, line", WHAT_STEPS_DO)
 def test_whatever_a_step_does_is_told_in_a_line(tmp_path, code, passed, line):
     result = gpu.run_step(step(code), 60, tmp_path)
     assert result["passed"] is passed and result["lines"][0] == line

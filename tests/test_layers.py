@@ -1,10 +1,11 @@
 """The layers that people paste, in the conditions they meet elsewhere: autocast, torch.compile, one
-row, no rows,
-strided input, float64, copies."""
+row, no rows, strided input, float64, copies.
+"""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -31,10 +32,8 @@ class MoEMLP(nn.Module):
     def __init__(self, act="gelu", glu=False, bias=False):
         super().__init__()
         width = 12 * (1 + glu)
-        self.w1, self.w2 = (
-            nn.Parameter(torch.randn(4, D, width) / 3),
-            nn.Parameter(torch.randn(4, 12, D) / 3),
-        )
+        self.w1 = nn.Parameter(torch.randn(4, D, width) / 3)
+        self.w2 = nn.Parameter(torch.randn(4, 12, D) / 3)
         self.b1, self.b2 = (nn.Parameter(torch.randn(4, n)) if bias else None for n in (width, D))
         self.options = {"act": act, "glu": glu}
 
@@ -92,9 +91,8 @@ class Student(nn.Module):
 
 
 def sparse_moe(**options) -> mcsmoe.SparseMoE:
-    experts = mcsmoe.DenseExperts(
-        mcsmoe.Expert(torch.randn(3, D, 12) / 3, torch.randn(3, 12, D) / 3)
-    )
+    up, down = torch.randn(3, D, 12) / 3, torch.randn(3, 12, D) / 3
+    experts = mcsmoe.DenseExperts(mcsmoe.Expert(up, down))
     rank = options.pop("rank", 0)
     experts = mcsmoe.LowRankExperts(experts, rank) if rank else experts
     if options.pop("compact", False):
@@ -119,10 +117,27 @@ def language_model(make_ffn: Callable, **options) -> common.TransformerLM:
 GROUPS = {"watch": ["finish", "long"], "inter": ["like"]}
 MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
 OWN = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
-MLP_GNN = lambda backbone, dropout=0.0: (
-    mowst.MLP(D, 12, CLASSES, 2, dropout),
-    mowst.GNN(backbone, D, 12, CLASSES, 2, dropout),
-)
+
+
+def mlp_and_gnn(backbone: str) -> tuple[nn.Module, nn.Module]:
+    return mowst.MLP(D, 12, CLASSES, 2, 0.0), mowst.GNN(backbone, D, 12, CLASSES, 2, 0.0)
+
+
+def masked_experts(widths: tuple[int, ...], **options) -> home.MaskedExpertLayer:
+    return home.MaskedExpertLayer(MASK, OWN, d_in=D, widths=widths, **options)
+
+
+def mowst_layer() -> nn.Module:
+    return OnGraph(mowst.Mowst(*mlp_and_gnn("gcn"), mowst.Confidence("monotone")))
+
+
+def learned_dropout() -> smoe_dropout.SMoEDropout:
+    options = {"router": "learned", "balance": 0.1, "dropout": 0.1}
+    return smoe_dropout.SMoEDropout(D, 12, 4, k=2, **options)
+
+
+def roped(layer: int) -> nn.Module:
+    return adamoe.AdaMoE(D, 12, 4, 4, 3)
 
 
 @dataclass
@@ -137,14 +152,14 @@ class Layer:
 
 LAYERS = {
     "AdaMoE": Layer(lambda: adamoe.AdaMoE(D, 12, 4, 4, 3)),
-    "AdaMoE, glu": Layer(lambda: adamoe.AdaMoE(D, 12, 4, 2, 3, act="silu", glu=True, normalize="none")),
+    "AdaMoE, glu": Layer(
+        lambda: adamoe.AdaMoE(D, 12, 4, 2, 3, act="silu", glu=True, normalize="none")
+    ),
     "AdaMoE around a mixture": Layer(null_experts),
     "AdaMoE around a mixture, LoRA": Layer(lambda: null_experts(rank=2)),
     "SMoEDropout": Layer(lambda: smoe_dropout.SMoEDropout(D, 12, 4, k=2)),
     "SMoEDropout, masked": Layer(lambda: smoe_dropout.SMoEDropout(D, 12, 4, k=2, backend="masked")),
-    "SMoEDropout, learned": Layer(
-        lambda: smoe_dropout.SMoEDropout(D, 12, 4, k=2, router="learned", balance=0.1, dropout=0.1)
-    ),
+    "SMoEDropout, learned": Layer(learned_dropout),
     "DenseFFN": Layer(lambda: smoe_dropout.DenseFFN(D, 12, 4, dropout=0.1, expert_drop=0.5)),
     "SparseMoE": Layer(lambda: sparse_moe(top_k=2, normalize=True)),
     "SparseMoE, Switch": Layer(lambda: sparse_moe(balance=0.1, capacity=3)),
@@ -154,22 +169,18 @@ LAYERS = {
     "LowRankSparseLinear, compact": Layer(lambda: low_rank_linear(compact=True)),
     "HoME": Layer(lambda: home.HoME(D, GROUPS), (6, D), norm=True),
     "MaskedExpertLayer": Layer(
-        lambda: home.MaskedExpertLayer(MASK, OWN, d_in=D, widths=(12, 5), norm=False, rank=2), (1, 6, D), rows=1
+        lambda: masked_experts((12, 5), norm=False, rank=2), (1, 6, D), rows=1
     ),
     "MaskedExpertLayer, norm": Layer(
-        lambda: home.MaskedExpertLayer(MASK, OWN, d_in=D, widths=(5,), constant_self=True), (1, 6, D), rows=1, norm=True
+        lambda: masked_experts((5,), constant_self=True), (1, 6, D), rows=1, norm=True
     ),
     "FeatureGate": Layer(lambda: home.FeatureGate(D, 2, 2), (6, D)),
-    "Mowst": Layer(
-        lambda: OnGraph(mowst.Mowst(*MLP_GNN("gcn"), mowst.Confidence("monotone"))), (6, D), norm=True, alone=False
-    ),
+    "Mowst": Layer(mowst_layer, (6, D), norm=True, alone=False),
     "Confidence, features": Layer(lambda: mowst.MonotoneGate(4), (6, 2)),
-    **{
-        f"GNN, {name}": Layer(lambda name=name: OnGraph(MLP_GNN(name)[1]), (6, D), norm=True, alone=False)
-        for name in ("gcn", "sage", "gin", "gat")
-    },
     "DualHead": Layer(lambda: dual_head_kd.DualHead(Student(), CLASSES), (6, D)),
-    "DualHead, mlp": Layer(lambda: dual_head_kd.DualHead(Student(), CLASSES, "mlp"), (6, D), norm=True),
+    "DualHead, mlp": Layer(
+        lambda: dual_head_kd.DualHead(Student(), CLASSES, "mlp"), (6, D), norm=True
+    ),
     "ResNet": Layer(lambda: dual_head_kd.ResNet(8, (4, 4, 4, 4), CLASSES), (2, 3, 8, 8), norm=True),
     "moe_mlp": Layer(MoEMLP, (6, D)),
     "moe_mlp, glu": Layer(lambda: MoEMLP("silu", glu=True, bias=True), (6, D)),
@@ -177,11 +188,12 @@ LAYERS = {
         lambda: language_model(lambda i: btm.MLP(D, 0.1, 2), conv=3), (4, 6), tokens=True
     ),
     "TransformerLM, rope": Layer(
-        lambda: language_model(lambda i: adamoe.AdaMoE(D, 12, 4, 4, 3), positions="rope", causal=False),
-        (4, 6), tokens=True,
+        lambda: language_model(roped, positions="rope", causal=False), (4, 6), tokens=True
     ),
 }  # fmt: skip
-NORMED = [name for name, layer in LAYERS.items() if layer.norm]
+for kind in ("gcn", "sage", "gin", "gat"):
+    make_gnn = partial(lambda kind: OnGraph(mlp_and_gnn(kind)[1]), kind)
+    LAYERS[f"GNN, {kind}"] = Layer(make_gnn, (6, D), norm=True, alone=False)
 
 
 def make(name: str) -> nn.Module:
@@ -212,9 +224,8 @@ def tensors(y: object) -> list[Tensor]:
 def loss_of(module: nn.Module, y: object) -> Tensor:
     """The outputs squared, plus every auxiliary loss that a layer left."""
     losses = [z.double().square().sum() for z in tensors(y)]
-    left = [
-        m.aux_loss for m in module.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)
-    ]
+    left = [getattr(m, "aux_loss", None) for m in module.modules()]
+    left = [loss for loss in left if isinstance(loss, Tensor)]
     return sum(losses + [loss.double() for loss in left])
 
 
@@ -269,10 +280,9 @@ def test_under_autocast_bf16_rounds_and_nothing_else(name):
             assert_near(found[0], expected[0], rtol=0.05, atol=0.05)
 
 
-# layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, or is
-# sparse
+# layer: is it one graph? Not where it looks for NaN (on the CPU), reads a number of rows, is sparse
 COMPILED = {
-    "AdaMoE": False, "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
+    "AdaMoE around a mixture, LoRA": False, "SMoEDropout, learned": False, "SparseMoE": True,
     "LowRankSparseLinear, compact": True, "HoME": True, "MaskedExpertLayer": True, "Mowst": False,
     "DualHead, mlp": True, "moe_mlp, glu": True, "TransformerLM": True,
 }  # fmt: skip
@@ -293,34 +303,30 @@ def test_compiled_is_the_same_step(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_row_is_what_it_is_among_others(name):
-    module, x, dim = make(name).eval(), inputs(name), LAYERS[name].rows
-    one = x.narrow(dim, 0, 1)
-    found = step(module, one)
-    assert_finite(found)
-    if LAYERS[name].alone:
-        with torch.no_grad():
-            whole = module(x)
-        rows = [y.narrow(y.shape.index(x.shape[dim]), 0, 1) for y in tensors(whole)]
-        assert_near(found[0], rows, rtol=1e-4, atol=1e-5)
-    if name not in NORMED:
-        assert_finite(step(module.train(), one))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_no_rows_give_no_rows_and_no_nan(name):
+def test_one_row_is_what_it_is_among_others_and_no_rows_give_none(name):
     """An expert of a data-parallel job, or a domain, may get nothing; its step must not spoil the
     others'.
     """
-    module, x = make(name).eval(), inputs(name, rows=0)
-    expected = tensors(module(inputs(name)))
-    for training in (False, True)[: 1 if name in NORMED else 2]:
-        found = step(module.train(training), x)
-        assert_finite(found)
-        for y, y_rows in zip(tensors(found[0]), expected):
-            assert sorted(y.shape) == sorted(
-                0 if n == LAYERS[name].shape[LAYERS[name].rows] else n for n in y_rows.shape
-            )
+    layer = LAYERS[name]
+    num_rows = layer.shape[layer.rows]
+    module, x = make(name).eval(), inputs(name)
+    with torch.no_grad():
+        whole = tensors(module(x))
+    one = x.narrow(layer.rows, 0, 1)
+    found = step(module, one)
+    assert_finite(found)
+    if layer.alone:
+        rows = [y.narrow(y.shape.index(num_rows), 0, 1) for y in whole]
+        assert_near(found[0], rows, rtol=1e-4, atol=1e-5)
+    found = [step(module, inputs(name, rows=0))]
+    if not layer.norm:
+        module.train()
+        assert_finite(step(module, one))
+        found.append(step(module, inputs(name, rows=0)))
+    for nothing in found:
+        assert_finite(nothing)
+        for y, y_rows in zip(tensors(nothing[0]), whole):
+            assert sorted(y.shape) == sorted(0 if n == num_rows else n for n in y_rows.shape)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -347,10 +353,9 @@ def test_in_float64_gradients_are_right_to_five_digits(name):
     same_step(found, expected, rtol=1e-3, atol=1e-4)
     parameters = {key: p for key, p in module.named_parameters() if key in gradients}
     generator, losses = torch.Generator().manual_seed(3), []
-    direction = {
-        key: torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for key, p in parameters.items()
-    }
+    direction = {}
+    for key, p in parameters.items():
+        direction[key] = torch.randn(p.shape, generator=generator, dtype=p.dtype)
     with torch.no_grad():
         for move in (1e-5, -2e-5):
             for key, p in parameters.items():
@@ -377,8 +382,7 @@ def test_a_copy_and_a_restored_state_compute_the_same(name):
             assert all(torch.equal(a, b) for a, b in zip(tensors(again(x)), expected, strict=True))
 
 
-# --- functions that people paste
-# -------------------------------------------------------------------------------
+# --- functions that people paste ------------------------------------------------------------------
 
 
 def test_ensemble_nll_of_one_block_of_none_and_of_strided_ones():
@@ -387,18 +391,14 @@ def test_ensemble_nll_of_one_block_of_none_and_of_strided_ones():
     nll.sum().backward()
     assert torch.isfinite(logprobs.grad).all() and logprobs.grad.dtype == torch.float32
     one = btm.ensemble_nll(logprobs[:, :1], torch.zeros(3))
-    strided = btm.ensemble_nll(
-        logprobs.transpose(0, 2).contiguous().transpose(0, 2), torch.zeros(3)
-    )
+    assert torch.equal(one[0], nll[:1]) and torch.equal(one[1], weights[:, :1])
+    strided = logprobs.transpose(0, 2).contiguous().transpose(0, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = btm.ensemble_nll(logprobs, torch.zeros(3))
-    assert torch.equal(one[0], nll[:1]) and torch.equal(one[1], weights[:, :1])
-    for found in (strided, under_autocast, btm.ensemble_nll(logprobs.double(), torch.zeros(3))):
-        assert (
-            found[0].dtype == torch.float64
-            and torch.equal(found[0], nll)
-            and torch.equal(found[1], weights)
-        )
+    others = [btm.ensemble_nll(given, torch.zeros(3)) for given in (strided, logprobs.double())]
+    for found in (*others, under_autocast):
+        assert found[0].dtype == torch.float64
+        assert torch.equal(found[0], nll) and torch.equal(found[1], weights)
     for shape in ((3, 0, 6), (3, 4, 0)):
         nll, weights = btm.ensemble_nll(torch.empty(shape), torch.zeros(3))
         assert nll.shape == shape[1:] and weights.shape == shape
@@ -412,11 +412,8 @@ def test_average_parameters_of_any_module(dtype):
     found = btm.average_parameters(states, [0.25, 0.75])
     for name, first in states[0].items():
         expected = 0.25 * first.double() + 0.75 * states[1][name].double()
-        assert found[name].dtype == first.dtype and torch.equal(
-            found[name], expected.to(first.dtype)
-        ), name
-    averaged = copy.deepcopy(modules[0])
-    averaged.load_state_dict({name: value for name, value in found.items() if name != "none"})
+        assert found[name].dtype == first.dtype
+        assert torch.equal(found[name], expected.to(first.dtype)), name
     assert torch.equal(modules[0][0].weight, states[0]["0.weight"])  # inputs stay as they are
 
 

@@ -1,5 +1,6 @@
 """data/pretrained.py, data/targets.py and `mcsmoe.py --full` on tiny models of transformers."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -11,15 +12,17 @@ import common
 import mcsmoe
 from data import pretrained, tasks
 
-WORDS = "a gorgeous film dull and long yes no 1 2 negative positive sst2 sentence : sentence1 sentence2 mrpc premise"
-WORDS += " copa question cause effect multirc paragraph answer winogrande wikiqa the it was _"
+WORDS = (
+    "a gorgeous film dull and long yes no 1 2 negative positive sst2 sentence : sentence1 "
+    "sentence2 mrpc premise copa question cause effect multirc paragraph answer winogrande wikiqa "
+    "the it was _"
+)
 
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip(
-        "transformers", reason="only --full needs transformers (requirements-full.txt)"
-    )
+    why = "only --full needs transformers (requirements-full.txt)"
+    return pytest.importorskip("transformers", reason=why)
 
 
 def a_tokenizer(transformers):
@@ -67,66 +70,67 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def causal(transformers, tmp_path_factory):
     """causal("Mixtral") -> the folder of a tiny one with random weights."""
-    made = {}
 
+    @functools.cache
     def make(family):
-        if family not in made:
-            folder = made[family] = tmp_path_factory.mktemp("model") / f"tiny-{family}"
-            plain, special, size = a_tokenizer(transformers)
-            fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
-            fast.save_pretrained(folder)
-            config = getattr(transformers, f"{family}Config")(
-                vocab_size=size, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-                num_key_value_heads=2, num_experts_per_tok=2, eos_token_id=1, bos_token_id=None,
-                pad_token_id=0, **FAMILIES[family],
-            )  # fmt: skip
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config)
-            for parameter in model.parameters():  # routers and shared gates that matter
-                parameter.data += 0.2 * torch.randn(parameter.shape)
-            model.save_pretrained(folder)
-        return made[family]
+        folder = tmp_path_factory.mktemp("model") / f"tiny-{family}"
+        plain, special, size = a_tokenizer(transformers)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+        fast.save_pretrained(folder)
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=size, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=2, num_experts_per_tok=2, eos_token_id=1, bos_token_id=None,
+            pad_token_id=0, **FAMILIES[family],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # routers and shared gates that matter
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+        model.save_pretrained(folder)
+        return folder
 
     return make
 
 
+SST2 = "a gorgeous film\t1\ndull and long\t0\nthe film was gorgeous and long\t1\nit was dull\t0\n"
+QUESTIONS = [
+    {"question": "the film it was ?", "answers": [{"text": "gorgeous and long"}, {"text": "long"}]},
+    {"question": "it was ?", "answers": [{"text": "dull"}]},
+]
+PAGES = [["Film", ["It was dull.", " It was long."]], ["Other", ["A gorgeous film."]]]
+FACTS = [
+    {"question": "the film it was ?", "answer": "dull", "supporting_facts": [["Film", 0]]},
+    {"question": "it was long ?", "answer": "yes", "supporting_facts": [["Film", 1], ["Other", 0]]},
+]
+FACTS = [asked | {"context": PAGES} for asked in FACTS]
+
+
+def squad(times):
+    paragraph = {"context": "a gorgeous and long film", "qas": QUESTIONS * times}
+    return json.dumps({"data": [{"paragraphs": [paragraph]}]})
+
+
+FILES = {
+    "sst2/SST-2/train.tsv": "sentence\tlabel\n" + SST2 * 12,
+    "sst2/SST-2/dev.tsv": "sentence\tlabel\n" + SST2 * 5,
+    "squad/train-v1.1.json": squad(8),
+    "squad/dev-v1.1.json": squad(3),
+    "hotpotqa/hotpot_train_v1.1.json": json.dumps(FACTS * 8),
+    "hotpotqa/hotpot_dev_distractor_v1.json": json.dumps(FACTS * 3),
+}
+
+
 @pytest.fixture
 def data_dir(tmp_path):
-    folder = tmp_path / "data" / "sst2" / "SST-2"
-    folder.mkdir(parents=True)
-    rows = [
-        "a gorgeous film\t1\n",
-        "dull and long\t0\n",
-        "the film was gorgeous and long\t1\n",
-        "it was dull\t0\n",
-    ]
-    for name, times in (("train.tsv", 12), ("dev.tsv", 5)):
-        (folder / name).write_text("sentence\tlabel\n" + "".join(rows * times))
-    (tmp_path / "data" / "squad").mkdir()
-    qas = [
-        {
-            "question": "the film it was ?",
-            "answers": [{"text": "gorgeous and long"}, {"text": "long"}],
-        }
-    ]
-    qas += [{"question": "it was ?", "answers": [{"text": "dull"}]}]
-    for name, times in (("train-v1.1.json", 8), ("dev-v1.1.json", 3)):
-        document = {
-            "data": [{"paragraphs": [{"context": "a gorgeous and long film", "qas": qas * times}]}]
-        }
-        (tmp_path / "data" / "squad" / name).write_text(json.dumps(document))
-    (tmp_path / "data" / "hotpotqa").mkdir()
-    context = [["Film", ["It was dull.", " It was long."]], ["Other", ["A gorgeous film."]]]
-    asked = [
-        ("the film it was ?", "dull", [["Film", 0]]),
-        ("it was long ?", "yes", [["Film", 1], ["Other", 0]]),
-    ]
-    asked = [
-        {"question": q, "answer": a, "supporting_facts": f, "context": context} for q, a, f in asked
-    ]
-    for name, times in (("hotpot_train_v1.1.json", 8), ("hotpot_dev_distractor_v1.json", 3)):
-        (tmp_path / "data" / "hotpotqa" / name).write_text(json.dumps(asked * times))
+    for name, content in FILES.items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
     return tmp_path / "data"
+
+
+def load_switch(folder):
+    return pretrained.load_switch(folder, mcsmoe.switch_layer)
 
 
 def a_batch():
@@ -139,16 +143,12 @@ def a_batch():
 
 def test_the_patched_model_equals_the_original(transformers, checkpoint):
     """Routing, scores and the capacity of 6 tokens a sequence included."""
-    original = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-        checkpoint
-    ).eval()
-    patched = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    switch = transformers.SwitchTransformersForConditionalGeneration
+    original = switch.from_pretrained(checkpoint).eval()
+    patched = load_switch(checkpoint)
     layers = mcsmoe.moe_layers(patched)
-    assert list(layers) == [
-        f"{part}.block.{i}.layer.{j}.mlp"
-        for part, j in (("encoder", 1), ("decoder", 2))
-        for i in (1, 3)
-    ]
+    names = ["encoder.block.{}.layer.1.mlp", "decoder.block.{}.layer.2.mlp"]
+    assert list(layers) == [name.format(block) for name in names for block in (1, 3)]
     with torch.no_grad():
         ours, theirs = patched(**a_batch()).logits, original(**a_batch()).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -159,7 +159,7 @@ def test_the_patched_model_equals_the_original(transformers, checkpoint):
 
 
 def test_an_export_fills_an_empty_model(checkpoint, tmp_path):
-    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    model = load_switch(checkpoint)
     empty = pretrained.empty_switch(checkpoint, mcsmoe.switch_layer)
     assert all(p.is_meta for p in empty.parameters())
     size = mcsmoe.export_model(model, tmp_path / "model.pt")
@@ -202,18 +202,13 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
     assert arms["full"]["flops"] == pytest.approx(arms["msmoe"]["flops"], rel=0.01)  # capacity
     assert arms["mc"]["flops"] < arms["msmoe"]["flops"]
     assert arms["full"]["parameters"] - arms["msmoe"]["parameters"] == 3 * 2 * (2 * 16 * 24)
-    sizes = mcsmoe.ledger(
-        pretrained.empty_switch(checkpoint, mcsmoe.switch_layer), mcsmoe.Config(**report["config"])
-    )
+    empty = pretrained.empty_switch(checkpoint, mcsmoe.switch_layer)
+    sizes = mcsmoe.ledger(empty, mcsmoe.Config(**report["config"]))
     assert arms["msmoe"]["parameters"] == sizes["M-SMoE"]
     assert arms["mc"]["parameters"] == pytest.approx(sizes["MC-SMoE"], abs=24)  # within a neuron
-    layers = [layer["layer"] for layer in arms["msmoe"]["layers"]]
-    names = [
-        "encoder.block.3.layer.1.mlp",
-        "decoder.block.1.layer.2.mlp",
-        "decoder.block.3.layer.2.mlp",
-    ]
-    assert layers == names
+    merged = [layer["layer"] for layer in arms["msmoe"]["layers"]]
+    names = ["encoder.block.3.layer.1", "decoder.block.1.layer.2", "decoder.block.3.layer.2"]
+    assert merged == [f"{name}.mlp" for name in names]
     assert "points" in report["claims"][1]["measured"]
     out = tmp_path / "runs" / "mcsmoe-full"
     loaded = mcsmoe.load_trained(out / "arms" / "mc-seed0.pt")
@@ -225,28 +220,25 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
 
 @pytest.mark.parametrize("task", ["squad", "hotpotqa"])
 def test_answers_in_words_are_generated_and_scored(
-    command_line, checkpoint, data_dir, tmp_path, monkeypatch, task
+    command_line, transformers, checkpoint, data_dir, tmp_path, monkeypatch, task
 ):
     monkeypatch.setattr(tasks.PromptBatches, "MAX_ANSWER", 4)  # to be quick
-    flags = [
-        "--task",
-        task,
-        "--arms",
-        "mc",
-        "redirect",
-        "--model",
-        checkpoint,
-        "--data-dir",
-        data_dir,
-    ]
-    done = command_line(mcsmoe, *SWITCH, *flags)
+    flags = ["--task", task, "--arms", "mc", "redirect"]
+    done = command_line(mcsmoe, *SWITCH, *flags, "--model", checkpoint, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
     report, arms = report_of(tmp_path)
     assert list(arms) == ["full", "msmoe", "mc", "redirect"]  # and what they go on from
-    assert report["results"]["tables"][0]["header"][3:7] == [
-        "f1 % at once", "f1 %", "exact match % at once", "exact match %",
-    ]  # fmt: skip
+    header = ", ".join(report["results"]["tables"][0]["header"])
+    assert "f1 % at once, f1 %, exact match % at once, exact match %" in header
     assert 0 <= arms["mc"]["exact_match"] <= arms["mc"]["f1"] <= 100
+    # and what it wrote is a model of the library
+    path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
+    mcsmoe.to_transformers(path, tmp_path / "plain")
+    switch = transformers.SwitchTransformersForConditionalGeneration
+    plain = switch.from_pretrained(tmp_path / "plain").eval()
+    with torch.no_grad():
+        ours = mcsmoe.load_trained(path)(**a_batch()).logits
+        torch.testing.assert_close(plain(**a_batch()).logits, ours, atol=1e-5, rtol=1e-5)
 
 
 def written_back(transformers, path, folder, tokens):
@@ -262,32 +254,20 @@ def written_back(transformers, path, folder, tokens):
 def test_causal_models_are_merged_recovered_exported_and_written_back(
     command_line, transformers, causal, tmp_path, family
 ):
-    folder, tokens = (
-        causal(family),
-        torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0)),
-    )
+    folder = causal(family)
+    tokens = torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0))
     original = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    converted = pretrained.load_mixtures(
-        folder, torch.float32, mcsmoe.switch_layer, mcsmoe.from_block
-    )
+    layers = (mcsmoe.switch_layer, mcsmoe.from_block)
+    converted = pretrained.load_mixtures(folder, torch.float32, *layers)
     with torch.no_grad():
-        torch.testing.assert_close(
-            converted(tokens).logits, original(tokens).logits, atol=1e-6, rtol=0
-        )
+        logits = original(tokens).logits
+        torch.testing.assert_close(converted(tokens).logits, logits, atol=1e-6, rtol=0)
     if family == "Qwen2Moe":
         assert all(layer.shared is not None for layer in mcsmoe.moe_layers(converted).values())
 
     (tmp_path / "own.txt").write_text(f"{WORDS} . " * 40)
-    flags = [
-        "--model",
-        folder,
-        "--text",
-        tmp_path / "own.txt",
-        "--context",
-        16,
-        "--eval-sequences",
-        8,
-    ]
+    flags = ["--model", folder, "--text", tmp_path / "own.txt", "--context", 16]
+    flags += ["--eval-sequences", 8]
     arms = ["full", "full@top_k=1", "msmoe", "pruning", "mc"]
     done = command_line(mcsmoe, *FLAGS, *flags, "--arms", *arms)
     assert done.returncode == 0, done.stderr
@@ -296,9 +276,8 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
     assert found["full"]["loss"] != found["full@top_k=1"]["loss"]
     assert found["msmoe"]["loss"] != found["msmoe"]["loss at once"]  # a few steps of recovery
     out = tmp_path / "runs" / "mcsmoe-full" / "arms"
-    assert sorted(path.name for path in out.glob("*.pt")) == [
-        f"{arm}-seed0.pt" for arm in ("mc", "msmoe", "pruning")
-    ]
+    written = {path.name.removesuffix("-seed0.pt") for path in out.glob("*.pt")}
+    assert written == {"mc", "msmoe", "pruning"}
     for arm in ("msmoe", "mc"):
         plain, ours = written_back(transformers, out / f"{arm}-seed0.pt", tmp_path / arm, tokens)
         torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-5)
@@ -308,27 +287,11 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
         mcsmoe.to_transformers(out / "pruning-seed0.pt", tmp_path / "pruned")
 
 
-def test_switch_is_written_back(command_line, transformers, checkpoint, data_dir, tmp_path):
-    flags = ["--model", checkpoint, "--data-dir", data_dir, "--arms", "msmoe"]
-    assert command_line(mcsmoe, *SWITCH, *flags).returncode == 0
-    path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
-    mcsmoe.to_transformers(path, tmp_path / "plain")
-    plain = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
-        tmp_path / "plain"
-    )
-    with torch.no_grad():
-        ours = mcsmoe.load_trained(path)(**a_batch()).logits
-        torch.testing.assert_close(plain.eval()(**a_batch()).logits, ours, atol=1e-5, rtol=1e-5)
-
-
 def test_letters_of_a_causal_model(command_line, causal, tmp_path, monkeypatch):
     """Accuracy is over the letters, padding counts nowhere, and the picture of a task is in points."""
     example = tasks.Example(text="film", label=1, choices=("dull", "long"))
-    monkeypatch.setattr(
-        tasks,
-        "load_task",
-        lambda *_: ([example] * 12, [example._replace(text="the film it was")] * 5),
-    )
+    longer = example._replace(text="the film it was")
+    monkeypatch.setattr(tasks, "load_task", lambda *_: ([example] * 12, [longer] * 5))
     monkeypatch.setattr(tasks, "task_files", lambda *_: (causal("Mixtral") / "config.json",))
     monkeypatch.setattr(pretrained, "answer_ids", lambda *_: [5, 7])
     flags = ["--model", causal("Mixtral"), "--task", "arc-e", "--arms", "msmoe", "full"]
@@ -353,10 +316,7 @@ def prompts(checkpoint, data_dir, tmp_path, name, **options):
 @torch.no_grad()
 def outspoken(checkpoint):
     """A model whose answers differ."""
-    model, generator = (
-        pretrained.load_switch(checkpoint, mcsmoe.switch_layer),
-        torch.Generator().manual_seed(3),
-    )
+    model, generator = load_switch(checkpoint), torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
@@ -367,48 +327,39 @@ def test_generation_is_greedy_and_sees_no_label(checkpoint, data_dir, tmp_path):
     with torch.no_grad():
         batch = a_batch()
         ids = torch.zeros(5, 1, dtype=torch.long)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         for _ in range(6):
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            ids = torch.cat(
-                [ids, model(**inputs, decoder_input_ids=ids).logits[:, -1:].argmax(-1)], dim=1
-            )
+            logits = model(**inputs, decoder_input_ids=ids).logits[:, -1:]
+            ids = torch.cat([ids, logits.argmax(-1)], dim=1)
         found = pretrained.generate(model, batch, 6)
     ended = (ids[:, 1:] == 1).cumsum(1).cumsum(1) > 1  # after the first end of text
-    assert (
-        torch.equal(found, ids[:, 1:].masked_fill(ended, 0)[:, : found.shape[1]])
-        and len(found.unique(dim=0)) > 1
-    )
+    assert torch.equal(found, ids[:, 1:].masked_fill(ended, 0)[:, : found.shape[1]])
+    assert len(found.unique(dim=0)) > 1
 
 
 def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
     task, job = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
     batch, tokenizer = task.validation[0], pretrained.load_tokenizer(checkpoint)
-    assert tokenizer.batch_decode(batch["labels"].clamp(min=0)[:2]) == [
-        "gorgeous and long </s>",
-        "dull </s> <pad> <pad>",
-    ]
+    words = tokenizer.batch_decode(batch["labels"].clamp(min=0)[:2])
+    assert words == ["gorgeous and long </s>", "dull </s> <pad> <pad>"]
     assert batch["labels"][1].tolist()[1:] == [1, -100, -100]
-    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    model = load_switch(checkpoint)
     seen = mcsmoe.calibrate(model, task)
     answers = sum(int((batch["labels"] >= 0).sum()) for batch in task.calibration)
     assert len(seen["decoder.block.1.layer.2.mlp"]) == answers < 8 * 4  # without padding
     with torch.no_grad():
         logits, labels = task.outputs(model, batch)
-        own = model(
-            **{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        ).logits
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        own = model(**inputs).logits
         torch.testing.assert_close(logits, own)  # as the library shifts labels, start token first
-        changed = {
-            **batch,
-            "labels": torch.where(labels < 0, 5, labels),
-        }  # padding is seen by no answer before it
-        torch.testing.assert_close(
-            task.outputs(model, changed)[0][labels >= 0], logits[labels >= 0]
-        )
+        given = labels >= 0
+        # padding is seen by no answer before it
+        other_padding = batch | {"labels": torch.where(given, labels, 5)}
+        changed, _ = task.outputs(model, other_padding)
+        torch.testing.assert_close(changed[given], logits[given])
         log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        loss = -torch.stack(
-            [row[label >= 0].mean() for row, label in zip(log_probs, labels)]
-        ).mean()
+        means = [row[kept].mean() for row, kept in zip(log_probs, given)]
+        loss = -torch.stack(means).mean()
     assert mcsmoe.evaluate(model, task, job.run)["loss"] == pytest.approx(float(loss), rel=1e-5)
     task.dev = task.dev[:2]
     found = task.scores(["Gorgeous, and long!", "the dull film"])
@@ -421,14 +372,12 @@ def test_answers_come_from_the_model_alone(checkpoint, data_dir, tmp_path):
     batch = data.encode(data.dev[:2])
     logits = torch.zeros(2, 4, 40)  # of the right answer, token by token: not to be looked at
     with torch.no_grad():
-        expected = data.tokenizer.batch_decode(
-            pretrained.generate(model, batch, 64), skip_special_tokens=True
-        )
+        generated = pretrained.generate(model, batch, 64)
+    expected = data.tokenizer.batch_decode(generated, skip_special_tokens=True)
     assert data.answers(model, batch, logits) == expected and any(expected)
     long = data.encode([data.dev[0]._replace(answers=("long " * 99,))])["labels"]
-    assert (
-        long.shape == (1, 64) and long[0, -1] == 1
-    )  # what fits a decoder's experts, the end included
+    # what fits a decoder's experts, the end included
+    assert long.shape == (1, 64) and long[0, -1] == 1
     words = pretrained.TextToText("sst2", data_dir, checkpoint, 64, "cpu")
     for first, expected in ((words.words[1], 1), (words.words[0], 0), (3, None)):
         logits = torch.zeros(1, 2, 40)
@@ -438,12 +387,11 @@ def test_answers_come_from_the_model_alone(checkpoint, data_dir, tmp_path):
 
 def test_distillation_leaves_padding_out(checkpoint, data_dir, tmp_path):
     task, job = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
-    model, teacher = (pretrained.load_switch(checkpoint, mcsmoe.switch_layer) for _ in range(2))
+    model, teacher = (load_switch(checkpoint) for _ in range(2))
     with torch.no_grad():
         teacher.shared.weight.mul_(1.5)
-        (ours, labels), (wanted, _) = (
-            task.outputs(m, task.train_batch(0)) for m in (model, teacher)
-        )
+        ours, labels = task.outputs(model, task.train_batch(0))
+        wanted, _ = task.outputs(teacher, task.train_batch(0))
         expected = mcsmoe.distillation_loss(ours[labels >= 0], wanted[labels >= 0], 2.0)
         assert (labels < 0).any() and expected > 1e-4
     mcsmoe.tune(job, model, task, 1, 1e-3, teacher)
@@ -453,19 +401,17 @@ def test_distillation_leaves_padding_out(checkpoint, data_dir, tmp_path):
 
 def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_dir, tmp_path):
     task, _ = prompts(checkpoint, data_dir, tmp_path, "sst2", batch_size=10, calibration=20)
-    rows = torch.cat(
-        [F_pad(task.train_batch(step)["input_ids"]) for step in range(24)]
-    )  # five epochs of 48
+    # five epochs of 48 rows
+    batches = [task.train_batch(step)["input_ids"] for step in range(24)]
+    padded = [torch.nn.functional.pad(ids, (0, 20 - ids.shape[1])) for ids in batches]
+    rows = torch.cat(padded)
     _, counts = rows.unique(dim=0, return_counts=True)
     assert counts.tolist() == [60] * 4
-    model = pretrained.load_switch(checkpoint, mcsmoe.switch_layer)
+    model = load_switch(checkpoint)
     seen = mcsmoe.calibrate(model, task)
     valid = sum(int(batch["attention_mask"].sum()) for batch in task.calibration)
-    assert (
-        len(seen["encoder.block.1.layer.1.mlp"])
-        == valid
-        < 20 * task.calibration[0]["input_ids"].shape[1]
-    )
+    width = task.calibration[0]["input_ids"].shape[1]
+    assert len(seen["encoder.block.1.layer.1.mlp"]) == valid < 20 * width
     assert len(seen["decoder.block.1.layer.2.mlp"]) == 20 * 2
     batch = task.validation[0]
     assert batch["labels"][:, 1].unique().tolist() == [1]  # the answer, then the end
@@ -473,33 +419,24 @@ def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_di
     assert set(tokenizer.convert_ids_to_tokens(batch["labels"][:, 0])) == {"positive", "negative"}
 
 
-def F_pad(ids):
-    return torch.nn.functional.pad(ids, (0, 20 - ids.shape[1]))
-
-
 def test_mistakes_are_one_line(command_line, checkpoint, data_dir, tmp_path, monkeypatch):
     def refused(*flags, expected, code=2):
         done = command_line(mcsmoe, "--full", "--data-dir", data_dir, *flags)
-        assert (
-            done.returncode == code and expected in done.stderr and done.stderr.count("\n") == 1
-        ), done.stderr
+        assert done.returncode == code and expected in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
 
     broken = tmp_path / "broken"
     broken.mkdir()
     refused("--model", "no/such/folder/here", expected="no such folder")
-    refused(
-        "--model",
-        broken,
-        expected="lacks config.json, tokenizer.json, model.safetensors or pytorch_model.bin",
-    )
+    lacking = "lacks config.json, tokenizer.json, model.safetensors or pytorch_model.bin"
+    refused("--model", broken, expected=lacking)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((checkpoint / name).read_bytes())
-    (broken / "model.safetensors").write_bytes(
-        (checkpoint / "model.safetensors").read_bytes()[:5000]
-    )
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:5000])
     refused("--model", broken, expected="holds no readable weights")
     config = json.loads((checkpoint / "config.json").read_text())
-    (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    (broken / "model.safetensors").write_bytes(weights)
     (broken / "config.json").write_text(json.dumps({**config, "num_experts": 5}))
     refused("--model", broken, expected="weights missing or of another shape")
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
@@ -523,10 +460,8 @@ def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(
         raise ConnectionError("nobody there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(
-        FileNotFoundError,
-        match="put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x",
-    ):
+    told = "put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x"
+    with pytest.raises(FileNotFoundError, match=told):
         pretrained.locate("google/x", tmp_path)
 
 
@@ -534,11 +469,10 @@ def test_answers_must_be_one_token(checkpoint):
     tokenizer = pretrained.load_tokenizer(checkpoint)
     for prompt in filter(lambda prompt: prompt.words, tasks.PROMPTS.values()):
         assert len(set(tasks.word_ids(tokenizer, prompt.words))) == 2
-    for words, expected in {
-        ("yes", "unheard"): "'unheard' is not one token",
-        ("yes no",): "not one token",
-    }.items():
+    for words, expected in (
+        (("yes", "unheard"), "'unheard' is not one token"),
+        (("yes no",), "not one token"),
+        (("yes", "yes"), "the same token"),
+    ):
         with pytest.raises(ValueError, match=expected):
             tasks.word_ids(tokenizer, words)
-    with pytest.raises(ValueError, match="the same token"):
-        tasks.word_ids(tokenizer, ("yes", "yes"))

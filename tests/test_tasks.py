@@ -33,18 +33,9 @@ def write(tmp_path):
 def test_sst2_with_and_without_glue_header(write):
     expected = [Example("a gorgeous film", 1), Example("no 'fun' \"at\" all", 0)]
     rows = "a gorgeous film \t1\nno 'fun' \"at\" all\t0\n"
-    assert tasks.read_sst2(write(rows)) == expected
-    assert tasks.read_sst2(write("sentence\tlabel\n" + rows)) == expected
     windows = b"\xef\xbb\xbfsentence\tlabel\r\n" + rows.replace("\n", "\r\n").encode()
-    assert tasks.read_sst2(write(windows)) == expected
-    assert tasks.read_sst2(write(rows + "\n")) == expected  # an empty last line is no example
-
-
-def test_csqa(write):
-    path = write(json.dumps(QUESTION) + "\n" + json.dumps({**QUESTION, "answerKey": "E"}) + "\n")
-    first, second = tasks.read_csqa(path)
-    assert first == Example("Where do fish live?", 2, choices=WORDS)
-    assert second.label == 4
+    for content in (rows, "sentence\tlabel\n" + rows, windows, rows + "\n"):
+        assert tasks.read_sst2(write(content)) == expected
 
 
 def test_math(write):
@@ -121,30 +112,44 @@ def lines(*items):
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
-def test_two_sentences(write):
+def test_published_formats_of_examples(write):
     ids = write("9\t10\n", "mrpc_dev_ids.tsv")
     corpus = write("\ufeff" + MRPC, "msr_paraphrase_train.txt")
     assert tasks.read_mrpc(corpus) == [Example('He said "no" .', 1, "He refused .")]
     assert tasks.read_mrpc(ids) == [Example("One .", 0, "Two .")]
     first = Example("how are glacier caves formed?", 1, "Ice melts .")
     assert tasks.read_wikiqa(write(WIKIQA)) == [first, Example("how ?", 0, "No .")]
-
-
-def test_objects(write):
+    fish = Example("Where do fish live?", 2, choices=WORDS)
+    questions = lines(QUESTION, {**QUESTION, "answerKey": "E"})
+    assert tasks.read_csqa(write(questions)) == [fish, fish._replace(label=4)]
     fell = Example("I fell.", 0, "cause", ("It was wet.", "It was dry."))
     assert tasks.read_copa(write(lines(COPA))) == [fell]
-    gap = Example(GAP["sentence"], 1, choices=("Ann", "Eve"))
-    assert tasks.read_winogrande(write(lines(GAP))) == [gap]
+    thanked = Example(GAP["sentence"], 1, choices=("Ann", "Eve"))
+    assert tasks.read_winogrande(write(lines(GAP))) == [thanked]
     fox = Example("A fox ran.", 1, "Who ran? a fox")
     dog = Example("A fox ran.", 0, "Who ran? a dog")
     assert tasks.read_multirc(write(lines(PASSAGE))) == [fox, dog]
     assert [e.question for e in tasks.read_multirc(write(lines(PASSAGE, PASSAGE)))] == [0, 0, 1, 1]
-
-
-def test_choices(write):
     assert tasks.read_arc(write(lines(ARC))) == [Example("why ?", 1, choices=("so", "not"))]
-    expected = Example("Which ending follows?", 3, choices=("a", "b", "c", "d"), context="He")
-    assert tasks.read_hellaswag(write(lines(ENDINGS))) == [expected]
+    ends = Example("Which ending follows?", 3, choices=("a", "b", "c", "d"), context="He")
+    assert tasks.read_hellaswag(write(lines(ENDINGS))) == [ends]
+
+
+def test_labels_in_a_file_of_their_own(write):
+    siqa, piqa = write(lines(SIQA, SIQA), "siqa.jsonl"), write(lines(PIQA), "piqa.jsonl")
+    write("3\n1\n", "siqa-labels.lst")
+    write("1\n", "piqa-labels.lst")
+    first = Example("Why?", 2, choices=("a", "b", "c"), context="Ann ran.")
+    assert tasks.read_siqa(siqa) == [first, first._replace(label=0)]
+    assert tasks.read_piqa(piqa) == [Example("open", 1, choices=("push", "pull"))]
+    for labels, message in (
+        ("3\n4\n", "siqa-labels.lst, line 2: label '4'"),
+        ("3\n", "has 2 lines.*has 1"),
+        ("1\n2\n3\n", "has 2 lines.*has 3"),
+    ):
+        write(labels, "siqa-labels.lst")
+        with pytest.raises(ValueError, match=message):
+            tasks.read_siqa(siqa)
 
 
 FOX = {"context": "A fox ran. It was red.", "qas": [
@@ -154,12 +159,8 @@ FOX = {"context": "A fox ran. It was red.", "qas": [
 ]}  # fmt: skip
 PAGES = [{"title": "Fox", "paragraphs": [FOX]}, {"title": "Empty", "paragraphs": []}]
 SQUAD = {"version": "1.1", "data": PAGES}
-HOTPOTQA = {
-    "_id": "5a",
-    "type": "bridge",
-    "question": "Which colour was what ran?",
-    "answer": "red",
-}
+HOTPOTQA = {"_id": "5a", "type": "bridge", "question": "Which colour was what ran?"}
+HOTPOTQA["answer"] = "red"
 HOTPOTQA["supporting_facts"] = [["Fox", 0], ["Colour", 1], ["Fox", 2], ["Colour", 9]]
 HOTPOTQA["context"] = [["Dog", ["It slept."]], ["Fox", ["A fox ran.", " Sat.", " It was old."]]]
 HOTPOTQA["context"] += [["Colour", ["x", " Red."]]]
@@ -199,40 +200,28 @@ ENDINGS = {"ctx": "He", "endings": ["a", "b", "c", "d"], "label": 3}
 SIQA = {"context": "Ann ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c"}
 PIQA = {"goal": "open", "sol1": "push", "sol2": "pull"}
 QAS = ("data", 0, "paragraphs", 0, "qas", 1)
-DEEP = "[" * 100_000
 
 # Short names for the table below.
 sst2, csqa, arc, swag = tasks.read_sst2, tasks.read_csqa, tasks.read_arc, tasks.read_hellaswag
-math_, wikiqa, copa, gap = (
-    tasks.read_math,
-    tasks.read_wikiqa,
-    tasks.read_copa,
-    tasks.read_winogrande,
-)
+math_, wikiqa = tasks.read_math, tasks.read_wikiqa
+copa, gap = tasks.read_copa, tasks.read_winogrande
 multirc, squad, hotpot = tasks.read_multirc, tasks.read_squad, tasks.read_hotpotqa
 CUT_SHORT = "Question,Numbers,Equation,Answer\nhow many ?,1 2,+ number0 number1,12"
 FACT = (0, "supporting_facts", 0)
+CORPUS, IDS = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"  # read by read_mrpc
 
 REFUSED = [
     (sst2, "good\t1\nbad\t2\n", "line 2: label '2' is not one of 0, 1"),
     (sst2, "good\t1\nbad\n", "line 2: 1 tab-separated columns, not 2"),
-    (sst2, "good\t1\nbad\t0\textra\n", "line 2: 3 tab-separated"),
-    (sst2, "good\t1\n\nbad\t0\n", "line 2: empty"),
     (sst2, "good\t1\n \t0\n", "line 2: the sentence is empty"),
     (sst2, "index\tsentence\n0\tgood\n", "line 1: GLUE's test file hides the labels"),
     (sst2, "good\t1\nsentence\tlabel\n", "line 2: label 'label'"),
-    (sst2, b"good\t1\nb\xe9d\t0\n", "line 2: not UTF-8"),
-    (sst2, "", "is empty"),
     (sst2, "sentence\tlabel\n", "no examples"),
-    (csqa, lines(QUESTION) + "not json", "line 2: is damaged .*Expecting value"),
-    (csqa, lines(QUESTION, [1]), "line 2: needs an object"),
-    (csqa, lines(QUESTION) + DEEP, "line 2: is damaged .*RecursionError"),
     (csqa, lines(QUESTION, without(QUESTION, "answerKey")), "line 2: has no answerKey"),
     (csqa, lines({**QUESTION, "answerKey": "F"}), "answerKey 'F' is not one of A, B"),
     (csqa, changed(QUESTION, "question", "choices", to=CHOICES[:4]), "needs five choices"),
     (csqa, changed(QUESTION, "question", "choices", to=CHOICES[::-1]), "five choices"),
     (csqa, changed(QUESTION, "question", "stem", to=5), "stem is no text: 5"),
-    (csqa, changed(QUESTION, "question", "stem", to="\ud800"), "surrogates not allowed"),
     (csqa, changed(QUESTION, "question", to=None), "needs an object .*None"),
     (arc, lines(ARC, {**ARC, "answerKey": "C"}), "line 2: answerKey 'C'"),
     (arc, changed(ARC, "question", "choices", 0, "label", to="2"), "stands at two choices"),
@@ -240,38 +229,31 @@ REFUSED = [
     (swag, lines({**ENDINGS, "label": True}), "line 1: label True"),
     (swag, lines({**ENDINGS, "endings": ["a", "b"]}), "needs four endings, not 2"),
     (math_, with_math(",Answer", ",Result"), "line 1: the header lacks Answer"),
-    (math_, with_math(",Type", ",Answer"), "line 1: the header has a column twice"),
     (math_, with_math("7.0,Addition", "seven,Addition"), "line 2: Answer 'seven' is not"),
-    (math_, with_math("7.0", "1_0"), "line 2: Answer '1_0' is not numeric"),
     (math_, with_math("9 2 3", "9 two 3"), "line 3: .*'two' is not numeric"),
     (math_, with_math("9 2 3", "9 2"), "line 3: equation .* cannot apply 'number2'"),
     (math_, with_math("+ number0 number1", "number0 number1"), "line 2: .* 2 values"),
     (math_, with_math("+ number0 number1", "+ number0"), "line 2: .* cannot apply '\\+'"),
     (math_, with_math("+ number0", "__import__"), "line 2: .* cannot apply '__import__'"),
-    (math_, with_math(",Addition", ""), "line 2: 4 columns, not 5"),
-    (math_, with_math(",Mixed", ",Mixed,more"), "line 3: 6 columns, not 5"),
     (math_, with_math("7.0", "nan"), "line 2: .* not finite"),
-    (math_, with_math('days ?"', 'days ?"x'), "line 3: "),
     (math_, with_math('days ?"', "days ?"), "line 3: .*unexpected end"),
     (math_, CUT_SHORT, "cut"),
     (wikiqa, WIKIQA.replace("Label", "Answer"), "line 1: the header lacks Label"),
-    (wikiqa, WIKIQA.replace("QuestionID", "Label"), "line 1: .*a column twice"),
-    (wikiqa, WIKIQA + "Q1\tx\n", "line 4: 2 columns, not 7"),
     (wikiqa, WIKIQA + "Q1\t\tD\tT\tS\tyes\t1\n", "line 4: the question is empty"),
+    (CORPUS, MRPC.split("\n", 1)[1], "line 1: the header lacks Quality"),
+    (CORPUS, MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
+    (CORPUS, MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
+    (IDS, "9 10\n", "line 1: 1 tab-separated columns, not 2"),
+    (IDS, "9\t10\n9\t11\n", "lacks: .*'9', '11'"),  # a development set cut short
     (copa, lines(COPA, {**COPA, "label": 2}), "line 2: label 2 is not one of 0, 1"),
     (copa, lines({**COPA, "label": 1.0}), "label 1.0 is not one of 0, 1"),
     (copa, lines({**COPA, "question": "why"}), "question 'why' is not one of cause"),
     (copa, lines({**COPA, "choice2": " "}), "choice2 is empty"),
-    (copa, '{"label": 0, "label": 1}\n', "line 1: .*a key is there twice"),
-    (copa, "[]\n", "line 1: needs an object"),
     (gap, lines({**GAP, "sentence": "no gap"}), "line 1: the sentence has no gap"),
     (gap, lines({**GAP, "answer": ""}), "line 1: answer is empty"),
     (multirc, lines({"passage": {"text": "x"}}), "line 1: .*'questions' is missing"),
     (multirc, lines({"passage": {"text": "x", "questions": {}}}), "a list is needed"),
     (multirc, lines({"passage": {"text": "x", "questions": []}}), "no examples"),
-    (squad, "{", "is damaged"),
-    (squad, b"\xff{}", "is damaged"),
-    (squad, DEEP, "RecursionError"),
     (squad, json.dumps([SQUAD]), "needs an object with data"),
     (squad, changed(SQUAD, *QAS, "answers", to=[]), "question 2: .* version 2.0"),
     (squad, changed(SQUAD, *QAS, "question", to=" "), "question 2: question is empty"),
@@ -289,52 +271,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("read, content, expected", REFUSED)
 def test_what_is_not_understood_is_refused_by_file_and_place(write, read, content, expected):
-    path = write(content)
-    with pytest.raises(ValueError, match=expected) as caught:
-        read(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-CORPUS, IDS = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"
-
-
-@pytest.mark.parametrize(
-    "name, content, expected",
-    [
-        (CORPUS, MRPC.split("\n", 1)[1], "line 1: the header lacks Quality"),
-        (CORPUS, MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
-        (CORPUS, MRPC + "1\t1\t2\ta\n", "line 4: 4 columns, not 5"),
-        (CORPUS, MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
-        (IDS, "9 10\n", "line 1: 1 tab-separated columns, not 2"),
-        (IDS, "9\t10\n9\t11\n", "lacks: .*'9', '11'"),  # a development set cut short
-    ],
-)
-def test_mrpc_refuses(write, name, content, expected):
-    write(MRPC, "msr_paraphrase_train.txt")
-    write("9\t10\n", "mrpc_dev_ids.tsv")
+    write(MRPC, CORPUS)
+    write("9\t10\n", IDS)
+    name = read if read in (CORPUS, IDS) else "file.txt"
     path = write(content, name)
     with pytest.raises(ValueError, match=expected) as caught:
-        tasks.read_mrpc(path)
+        (tasks.read_mrpc if path.name in (CORPUS, IDS) else read)(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_labels_in_a_file_of_their_own(write):
-    siqa = write(lines(SIQA, SIQA), "siqa.jsonl")
-    write("3\n1\n", "siqa-labels.lst")
-    first = Example("Why?", 2, choices=("a", "b", "c"), context="Ann ran.")
-    assert tasks.read_siqa(siqa) == [first, first._replace(label=0)]
-    piqa = write(lines(PIQA), "piqa.jsonl")
-    write("1\n", "piqa-labels.lst")
-    assert tasks.read_piqa(piqa) == [Example("open", 1, choices=("push", "pull"))]
-    write("3\n4\n", "siqa-labels.lst")
-    with pytest.raises(ValueError, match="siqa-labels.lst, line 2: label '4'"):
-        tasks.read_siqa(siqa)
-    write("3\n", "siqa-labels.lst")
-    with pytest.raises(ValueError, match="has 2 lines.*has 1"):
-        tasks.read_siqa(siqa)
-    write("1\n0\n", "piqa-labels.lst")
-    with pytest.raises(ValueError, match="has 1 lines.*has 2"):
-        tasks.read_piqa(piqa)
 
 
 def test_keys_and_columns_that_are_not_used_are_printed(write, capsys):
@@ -399,14 +342,17 @@ def test_prompts_show_all_parts_of_an_example(tmp_path):
             asked = prompt.write(Question("who?", "a context", ("x",)))
             assert asked == f"{name} question: who? context: a context"
             continue
-        text = prompt.write(example)
-        parts = ["first part"] + ([] if name in ("sst2", "winogrande") else ["second part"])
-        parts += ["left choice", "right choice"] if name in ("copa", "winogrande") else []
-        assert text.startswith(name) and len(prompt.words) == 2
-        assert all(part in text for part in parts)
+        parts = ["first part"]
+        if name not in ("sst2", "winogrande"):
+            parts.append("second part")
+        if name in ("copa", "winogrande"):
+            parts += ["left choice", "right choice"]
+        written = prompt.write(example)
+        assert written.startswith(name) and len(prompt.words) == 2
+        assert all(part in written for part in parts)
     (tmp_path / "mrpc").mkdir()
-    (tmp_path / "mrpc" / "msr_paraphrase_train.txt").write_text(MRPC)
-    (tmp_path / "mrpc" / "mrpc_dev_ids.tsv").write_text("9\t10\n")
+    (tmp_path / "mrpc" / CORPUS).write_text(MRPC)
+    (tmp_path / "mrpc" / IDS).write_text("9\t10\n")
     train, dev = tasks.load_prompts("mrpc", tmp_path)
     assert (len(train), len(dev)) == (1, 1) and dev == [Example("One .", 0, "Two .")]
     with pytest.raises(ValueError, match="task is 'svamp'; as text to text there are sst2"):
