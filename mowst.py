@@ -906,16 +906,9 @@ def make_task(graph: graphs.Graph, config: Config, seed: int, device: str) -> Ta
     return Task(x, adjacency, y, *parts, class_weights=weights)
 
 
-def build(method: str, config: Config, sizes: Sequence[int], dropout: float) -> nn.Module:
-    """An expert or a mixture, from initial weights. sizes: numbers of features and of classes."""
+def build_expert(method: str, config: Config, sizes: Sequence[int], dropout: float) -> nn.Module:
+    """From initial weights. sizes: numbers of features and of classes."""
     num_features, num_classes = sizes
-    if method in MIXTURES:
-        weak, strong = (build(name, config, sizes, dropout) for name in MIXTURES[method])
-        sees_features = config.gate == "features" or config.gate_input == "dx"
-        hidden = 16 if config.gate == "monotone" else config.hidden
-        gate_features = num_features if sees_features else 0
-        confidence = Confidence(config.gate, gate_features, hidden, config.layers, dropout)
-        return Mowst(weak, strong, confidence, config.detach_confidence)
     shape = (num_features, config.hidden, num_classes, config.layers, dropout)
     if method == "mlp":
         return MLP(*shape)
@@ -925,74 +918,41 @@ def build(method: str, config: Config, sizes: Sequence[int], dropout: float) -> 
     return Skip(gnn, MLP(*shape)) if config.backbone.endswith("-skip") else gnn
 
 
-class Keeper:
-    """Trains the turns of a job by `fit`, and keeps each: after an interruption, finished ones are
-    read back.
-
-    Not by common.train: an epoch is one step on the whole graph, a validation loss ends a turn
-    early, and its best state comes back.
-    """
-
-    def __init__(self, job: Job):
-        self.job, self.path = job, job.path(".ckpt")
-        self.turns = common.load(self.path, job.run.device) if self.path.exists() else []
-        self.next = 0  # number of a turn
-
-    def fit(self, stage: str, module: nn.Module, *goals: object, **adamw: float) -> float:
-        if self.next == len(self.turns):
-            self.turns.append(self.train(stage, module, *goals, **adamw))
-            common.save(self.path, self.turns)
-        turn = self.turns[self.next]
-        self.next += 1
-        common.load_state(module, turn["state"], self.path)
-        torch.set_rng_state(turn["random"].cpu())
-        module.eval()
-        return turn["score"]
-
-    def train(self, stage: str, module: nn.Module, *goals: object, **adamw: float) -> dict:
-        log = []
-        bar = tqdm(desc=f"{self.job.label}, {stage}", unit="epoch", leave=False, disable=None)
-
-        def on_epoch(epoch: int, loss: float, score: float) -> None:
-            about = {"arm": self.job.label, "stage": stage}
-            log.append({**about, "step": epoch, "loss": loss, "val": score})
-            bar.update()
-
-        try:
-            with bar:
-                score = fit(stage, module, *goals, on_epoch=on_epoch, **adamw)
-        except FloatingPointError as error:
-            good = self.path if self.path.exists() else "none yet"
-            message = f"{self.job.label}: {error}; last good checkpoint: {good}; lower --lr"
-            raise common.NonFiniteLoss(message) from None
-        random = torch.get_rng_state()
-        return {"score": score, "state": copy_state(module), "random": random, "log": log}
-
-    def end(self, model: nn.Module, sizes: Sequence[int]) -> None:
-        """Leave the log, and the weights that load_trained reads."""
-        with common.atomic_file(self.job.path(".jsonl"), "w") as file:
-            for turn in self.turns:
-                file.writelines(json.dumps(line) + "\n" for line in turn["log"])
-        common.save(self.job.path(".pt"), {"sizes": list(sizes), "model": model.state_dict()})
+def build(method: str, config: Config, sizes: Sequence[int]) -> nn.Module:
+    if method in EXPERTS:
+        return build_expert(method, config, sizes, config.dropout)
+    dropout = config.dropout_gate
+    weak, strong = (build_expert(name, config, sizes, dropout) for name in MIXTURES[method])
+    sees_features = config.gate == "features" or config.gate_input == "dx"
+    num_features = sizes[0] if sees_features else 0
+    hidden = 16 if config.gate == "monotone" else config.hidden
+    confidence = Confidence(config.gate, num_features, hidden, config.layers, dropout)
+    return Mowst(weak, strong, confidence, config.detach_confidence)
 
 
 def train_arm(job: Job) -> dict:
     config = settle(job.config)
     graph = load_graph(config, job.seed, job.run)
     task = make_task(graph, config, job.seed, job.run.device)
-    sizes = (graph.x.shape[1], graph.num_classes)
+    sizes = [graph.x.shape[1], graph.num_classes]
     torch.manual_seed(10_000 * job.seed + (job.method == "gnn_again"))
-    if job.method in EXPERTS:
-        expert = train_expert(job, config, task, sizes)
-        with torch.no_grad():
-            logits = ask(expert, task.x, task.adjacency)
-        return evaluate(logits.log_softmax(dim=-1), task, graph.kind)
-    if job.method in TRAINED:
-        model = train_mixture(job, config, task, sizes)
-        with torch.no_grad():
-            confidence, weak, strong = model(task.x, task.adjacency)
-    else:
-        confidence, weak, strong = put_together(job, task, graph.kind)
+    model = build(job.method, config, sizes).to(job.run.device)
+    if job.method in MIXTURES:
+        start_from_experts(model, job, config)
+    if job.method in (*EXPERTS, *TRAINED):
+        train(model, job, config, task)
+        common.save(job.path(".pt"), {"sizes": sizes, "model": model.state_dict()})
+    with torch.no_grad():
+        if job.method in EXPERTS:
+            logits = ask(model.eval(), task.x, task.adjacency)
+            return evaluate(logits.log_softmax(dim=-1), task, graph.kind)
+        confidence, weak, strong = model.eval()(task.x, task.adjacency)
+    if job.method == "ensemble":
+        confidence = torch.full_like(confidence, 0.5)
+    elif job.method == "posthoc":
+        confidence = dispersion(weak)
+    elif job.method == "oracle":
+        confidence = graph.kind.to(confidence)
     found = evaluate(mixture_log_probs(confidence, weak, strong), task, graph.kind)
     if job.method in (*TRAINED, "posthoc"):
         found |= evaluate_sampled(confidence, weak, strong, task, graph.kind)
@@ -1001,55 +961,55 @@ def train_arm(job: Job) -> dict:
     return found
 
 
-def train_expert(job: Job, config: Config, task: Task, sizes: Sequence[int]) -> nn.Module:
-    expert = build(job.method, config, sizes, config.dropout).to(job.run.device)
-    keeper = Keeper(job)
-    adamw = {"lr": config.lr, "weight_decay": config.weight_decay}
-    train_alone(expert, task, config.epochs, config.patience, keeper.fit, **adamw)
-    keeper.end(expert, sizes)
-    return expert
-
-
-def train_mixture(job: Job, config: Config, task: Task, sizes: Sequence[int]) -> Mowst:
-    model = build(job.method, config, sizes, config.dropout_gate).to(job.run.device)
+def start_from_experts(model: Mowst, job: Job, config: Config) -> None:
+    """Those that were trained alone, as far as `pretrain` says so."""
+    pretrain = config.pretrain if job.method in TRAINED else "both"
     weak, strong = experts_of(job.arm)
-    if config.pretrain in ("mlp", "both"):
-        model.weak.load_state_dict(common.load(job.other(weak).path(".pt"))["model"])
-    if config.pretrain in ("gnn", "both"):
-        model.strong.load_state_dict(common.load(job.other(strong).path(".pt"))["model"])
-    keeper = Keeper(job)
-    adamw = {"lr": config.lr_gate, "weight_decay": config.weight_decay}
-    if job.method == "mowst_star":
-        budget = (config.star_epochs, config.star_patience)
-        train_jointly(model, task, *budget, keeper.fit, **adamw)
-    else:
-        budget = (config.turn_epochs, config.turn_patience, config.rounds, config.round_patience)
-        train_by_turns(model, task, *budget, keeper.fit, **adamw)
-    keeper.end(model, sizes)
-    return model
+    for half, arm, name in ((model.weak, weak, "mlp"), (model.strong, strong, "gnn")):
+        if pretrain in (name, "both"):
+            half.load_state_dict(common.load(job.other(arm).path(".pt"))["model"])
 
 
-@torch.no_grad()
-def put_together(job: Job, task: Task, kind: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(C, weak logits, strong logits) of experts as they are."""
-    logits = []
-    for arm in experts_of(job.arm):
-        other = job.other(arm)
-        expert = rebuild(other, common.load(other.path(".pt"))).to(job.run.device).eval()
-        logits.append(ask(expert, task.x, task.adjacency))
-    weak, strong = logits
-    if job.method == "posthoc":
-        confidence = dispersion(weak)
-    elif job.method == "oracle":
-        confidence = kind.to(weak)
-    else:
-        confidence = torch.full_like(weak[:, 0], 0.5)
-    return confidence, weak, strong
+def train(model: nn.Module, job: Job, config: Config, task: Task) -> None:
+    """By `fit`, which tells a log. An interrupted arm begins again.
+
+    Not by common.train: an epoch is one step on the whole graph, a validation loss ends a turn
+    early, and its best state comes back.
+    """
+    log = []
+
+    def logged_fit(stage: str, *goals: object, **adamw: float) -> float:
+        bar = tqdm(desc=f"{job.label}, {stage}", unit="epoch", leave=False, disable=None)
+
+        def on_epoch(epoch: int, loss: float, score: float) -> None:
+            about = {"arm": job.label, "stage": stage}
+            log.append({**about, "step": epoch, "loss": loss, "val": score})
+            bar.update()
+
+        with bar:
+            return fit(stage, *goals, on_epoch=on_epoch, **adamw)
+
+    adamw = {"lr": config.lr, "weight_decay": config.weight_decay}
+    mixed = {**adamw, "lr": config.lr_gate}
+    try:
+        if job.method in EXPERTS:
+            train_alone(model, task, config.epochs, config.patience, logged_fit, **adamw)
+        elif job.method == "mowst_star":
+            budget = (config.star_epochs, config.star_patience)
+            train_jointly(model, task, *budget, logged_fit, **mixed)
+        else:
+            budget = (config.turn_epochs, config.turn_patience)
+            budget += (config.rounds, config.round_patience)
+            train_by_turns(model, task, *budget, logged_fit, **mixed)
+    except FloatingPointError as error:
+        message = f"{job.label}: {error}; last good checkpoint: none; lower --lr"
+        raise common.NonFiniteLoss(message) from None
+    with common.atomic_file(job.path(".jsonl"), "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in log)
 
 
 def rebuild(job: Job, left: dict) -> nn.Module:
-    config = settle(job.config)
-    model = build(job.method, config, left["sizes"], config.dropout)
+    model = build(job.method, settle(job.config), left["sizes"])
     common.load_state(model, left["model"], f"{job.label}.pt")
     return model
 
@@ -1348,9 +1308,9 @@ def plan(config: Config, run: Run, arms: Sequence[str]) -> None:
     gnns = nn.ModuleList()
     for arm in arms:
         if method_of(arm) == "gnn":
-            settings = settle(common.arm_config(config, arm))
-            sizes = (graph.x.shape[1], graph.num_classes)
-            gnns.append(build("gnn", settings, sizes, settings.dropout).to(run.device))
+            settled = settle(common.arm_config(config, arm))
+            gnns.append(build("gnn", settled, [graph.x.shape[1], graph.num_classes]))
+    gnns.to(run.device)
 
     def epoch_of_each() -> None:
         for gnn in gnns:
@@ -1363,11 +1323,11 @@ def plan(config: Config, run: Run, arms: Sequence[str]) -> None:
         common.say(f"{graph.name}: {graph.note}")
     shape = f"{len(task.x):,} nodes, {task.adjacency.edge_index.shape[1]:,} edges"
     text = f"{graph.name} {graph.digest}: {shape}, {graph.num_classes} classes"
+    text += f"; a step: an epoch of each of {len(gnns)} GNNs"
     steps = count_epochs(config, arms) * len(run.seeds) / max(1, len(gnns))
     is_here = config.dataset == "generated" or graphs.is_here(config.dataset, run.data_dir)
     download = 0 if is_here else graphs.download_size(config.dataset)
-    run.plan(f"{text}; a step: an epoch of each of {len(gnns)} GNNs", gnns, epoch_of_each, steps,
-             download)  # fmt: skip
+    run.plan(text, gnns, epoch_of_each, steps, download)
 
 
 def main(config: Config, run: Run) -> Results:
