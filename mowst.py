@@ -38,7 +38,7 @@ Found    (seeds 0-7) Sampled as in its code, Mowst beats the MLP by 25.1 ± 1.1 
          it (-0.5 ± 0.3), and GIN with an MLP beside it gains nothing. C tells the kinds of nodes
          apart. Most is the gate: C = D on the experts as they are, mixed, is level with it (-0.3 ±
          0.6); training makes C sharp, so that sampling is safe (5.3 ± 0.6 over that gate, sampled).
-         Nothing is saved on a whole graph: 2.50 ± 0.45 times the time of one GNN. On four public
+         Nothing is saved on a whole graph: 2.31 ± 0.05 times the time of one GNN. On four public
          graphs it is nowhere above the better of its experts (results/README.md).
 Differences from the paper, whose text could not be read in full, and from its code
 1. G is monotone by construction; the official one is a free MLP (gate=free) or comes from a
