@@ -46,8 +46,7 @@ Differences from the paper, whose text could not be read in full, and from its c
 2. The MLP learns through C; the official code cuts that gradient (detach_confidence=true).
 3. A frozen expert is in evaluation mode, asked once a turn. The official code leaves its dropout
    and batch statistics running, and forgets G when it restores the best state.
-4. The best state is chosen by the mixture's validation loss, there by the accuracy of 50 draws. Its
-   exact mean as the score changes ours by 0.1 ± 0.3 sampled, -0.9 ± 0.2 mixed (seeds 100-107).
+4. The best state is chosen by the mixture's validation loss, there by the accuracy of 50 draws.
 5. An expert alone stops by the validation loss; the official code reads the training mask there.
 6. Mowst* mixes probabilities in training as in answers; the official code mixes logits in training.
 7. lr_gate holds in turns, too. Its two strong experts are our arm strong_strong.
@@ -1324,7 +1323,7 @@ def plan(config: Config, run: Run, arms: Sequence[str]) -> None:
         common.say(f"{graph.name}: {graph.note}")
     shape = f"{len(task.x):,} nodes, {task.adjacency.edge_index.shape[1]:,} edges"
     text = f"{graph.name} {graph.digest}: {shape}, {graph.num_classes} classes"
-    text += f"; a step: an epoch of each of {len(gnns)} GNNs"
+    text += f"; a step is an epoch of {len(gnns)} GNN(s)"
     steps = count_epochs(config, arms) * len(run.seeds) / max(1, len(gnns))
     is_here = config.dataset == "generated" or graphs.is_here(config.dataset, run.data_dir)
     download = 0 if is_here else graphs.download_size(config.dataset)

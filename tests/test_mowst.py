@@ -751,7 +751,7 @@ def test_a_dry_run_counts_every_gnn_and_needs_no_data(command_line, tmp_path):
     done = command_line(mowst, *flags)
     assert done.returncode == 0 and "58,924" in done.stdout, done.stderr  # bytes to download
     assert "random graph of the size of chameleon_filtered" in done.stdout
-    assert "an epoch of each of 4 GNNs" in done.stdout
+    assert "a step is an epoch of 4 GNN(s)" in done.stdout
     # A GNN alone: 3 x 100 epochs. Mowst: 20 rounds of two turns, one of them a GNN's. Mowst*: all.
     assert f"dry run: {300 + 20 * 300 + 20_000:,} training steps" in done.stdout
     assert not list(tmp_path.iterdir())
