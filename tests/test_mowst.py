@@ -674,6 +674,9 @@ def test_script_end_to_end_with_every_arm_and_picture(command_line, tmp_path):
     for arm in (*mowst.TRAINED, "posthoc", "mowst_star@gate=features"):
         assert 0 < arms[arm][0]["sampled"] <= 100
     assert "sampled" not in arms["ensemble"][0] and "gnn@homophily_poor=0.2" in arms
+    for half, expert in (("rich", "mlp"), ("poor", "gnn")):  # mixtures start from trained experts
+        key = f"accuracy, {half}"
+        assert arms["oracle"][0][key] == arms[expert][0][key]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"alone", "jointly", "round 0 weak", "round 0 strong"} == {x["stage"] for x in lines}
 
