@@ -61,8 +61,8 @@ PAPERS = {
         "Mowst (Zeng et al. 2024)",
         "a weak MLP answers what it is sure of, a strong GNN the rest",
         "It helps where a GNN blurs what the node itself knows (GCN, GIN); SAGE, which does not,"
-        " loses by it ({beats_strong:1} points); on four public graphs it is nowhere above the better"
-        " of its experts. On a whole graph nothing is saved.",
+        " loses by it ({beats_strong:1} points); on four public graphs it is nowhere above the"
+        " better of its experts. On a whole graph nothing is saved.",
     ),
 }
 
