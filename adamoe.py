@@ -13,7 +13,8 @@ and raises top_k. Picks that fall on nulls are work saved, so true experts vary 
     y             = sum of gates * Expert(x)
 
 The balance loss (eqs. 3-6) keeps the average in hand. With f_i the share of tokens that pick expert
-i and P_i its mean probability, nulls enter with their average: which null is picked is all one.
+i and P_i its mean in the softmax over all, nulls enter with their average: which one is picked
+makes no difference. When all are picked equally often, the loss is top_k * alpha.
 
     aux_loss = alpha * (num_experts + num_null) * sum_i f~_i P_i,  f~_i: f_i, or the nulls' mean f
 
@@ -26,10 +27,10 @@ One token, 3 true and 2 null experts, top_k = 3, in numbers:
     f~                  1.00      1.00      0.00      0.50      0.50
     P                   0.46      0.17      0.06      0.28      0.02       aux_loss = 3.93 alpha
 
-Balanced, all are picked equally often, so the predicted load is top_k * num_experts / (num_experts
-+ num_null) true experts a token: a budget is chosen before training, `--load 1.5`. Null logits
-cancel out of the gates, so the task's loss has exactly zero gradient on them, and with one true
-pick (top_k=1 always) none on the router: its gate is 1. Nothing rewards "hard token, more experts".
+Balanced, the predicted load is top_k * num_experts / (num_experts + num_null) true experts a token:
+a budget is chosen before training, `--load 1.5`. Null logits do not enter the gates, so the task's
+loss gives them no gradient; with one true pick (top_k=1 always) the gate is 1, and the router gets
+none either. Nothing rewards "hard token, more experts".
 
 Run      python adamoe.py              one to two minutes on two cores, no download
          python adamoe.py --ablate     every arm; --seeds 8 for verdicts
@@ -40,10 +41,9 @@ You see  a byte model pre-trained on Python's library with top-2, then fine-tune
          top-1, top-2 and AdaMoE: loss, load, FLOPs and time of each, and a text with its counts.
 Found    (seeds 0-7) The budget is met (1.494 of 1.5 experts), a quarter of top-2's expert work is
          saved, and the loss lies 0.009 ± 0.003 nats/byte under the line from top-1 to top-2: the
-         same counts dealt out at random lose 0.12. But AdaMoE does not beat top-2 (-0.030; on 60 KB
-         of text only at a rate where all overfit), and an honest rival needs no null expert: top-p
-         routing, put on the trained top-2 model, is 0.022 better at the same load. --full has been
-         run on tiny models of each family only.
+         same counts dealt out at random lose 0.12. But AdaMoE does not beat top-2 (-0.030), and
+         an honest rival needs no null expert: top-p routing, put on the trained top-2 model, is
+         0.022 better at the same load. --full has been run on tiny models of each family only.
 Differences from the paper and its code
 1. Equation 6 as written: the released Mixtral code averages an empty slice, so balances each null.
 2. The loss is per layer, then averaged; pooled, as released, two collapsed layers cancel.
@@ -472,7 +472,7 @@ class AdaMoE(nn.Module):
 
 
 def is_backward_running() -> bool:
-    """Then a forward is activation checkpointing's, which computes again what it did not keep."""
+    """Whether backward is running: a forward in it is activation checkpointing computing again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

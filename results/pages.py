@@ -223,7 +223,7 @@ def claims_table(report: dict) -> str:
 
 
 def page(title: str, body: str) -> str:
-    links = "".join(f'<a href="{name}.html">{name}</a>' for name in (*METHODS, *SHARED))
+    links = " ".join(f'<a href="{name}.html">{name}</a>' for name in (*METHODS, *SHARED))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -22,9 +22,9 @@ PAPERS = {
     "adamoe": (
         "AdaMoE (Zeng et al. 2024)",
         "null experts let every token use a different number of true ones",
-        "The load follows the formula, and null experts beat a mix of top-1 and top-2; but top-p"
-        " routing put on the trained top-2 model, without any null expert, beats them at the same"
-        " load by {-beats_top_p:4} nats/byte, and top-2 itself by {-beats_top_k:4}.",
+        "The load follows the formula, and null experts beat a mix of top-1 and top-2. But they are"
+        " {-beats_top_k:4} nats/byte behind top-2, and at the same load {-beats_top_p:4} behind"
+        " top-p routing put on the trained top-2 model, which needs no null expert.",
     ),
     "smoe_dropout": (
         "SMoE-Dropout (Chen et al. 2023)",
@@ -54,8 +54,8 @@ PAPERS = {
     "dual_head_kd": (
         "Dual-Head Knowledge Distillation (Yang et al. 2024)",
         "a second classification head for the logit-level loss",
-        "The loss on logits helps ({beats_ce:1} points over cross-entropy); the second head does"
-        " not: one head for both losses is as good ({two_heads_recover:1}).",
+        "The loss on logits helps ({beats_ce:1} points over cross-entropy); that a second head"
+        " does is not seen: two heads against one make {two_heads_recover:1} points.",
     ),
     "mowst": (
         "Mowst (Zeng et al. 2024)",
