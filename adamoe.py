@@ -1284,7 +1284,7 @@ def with_counts(words: Sequence[str], counts: Sequence[int], width: int = 96) ->
 
 def draw(results: Results, config: Config, run: Run) -> None:
     adamoe = results["adamoe"]
-    arms = [arm for arm in results if "@" not in arm and arm != "original"]
+    arms = [arm for arm in DEFAULT[run.scale][1:] if arm in results]
     is_text = "loss" in adamoe[0]
     measure, unit = ("loss", "nats/byte") if is_text else ("accuracy", "right answers, %")
 

@@ -1321,6 +1321,8 @@ def plan(config: Config, run: Run, arms: Sequence[str]) -> None:
 
     if graph.note:
         common.say(f"{graph.name}: {graph.note}")
+    if run.scale == "full" and run.device == "cpu":
+        common.say("first an epoch of every GNN is measured: on a CPU that takes minutes")
     shape = f"{len(task.x):,} nodes, {task.adjacency.edge_index.shape[1]:,} edges"
     text = f"{graph.name} {graph.digest}: {shape}, {graph.num_classes} classes"
     text += f"; a step is an epoch of {len(gnns)} GNN(s)"
