@@ -1282,7 +1282,7 @@ def draw(results: Results, config: Config, run: Run) -> None:
     if len(swept) > 1:
         halves = {"": "all nodes", ", rich": "feature-rich half", ", poor": "structure-rich half"}
         panels += [partial(by_homophily, nodes=nodes, title=halves[nodes]) for nodes in halves]
-    run.plot(panels, width=3.6)
+    run.plot(panels)
 
 
 def count_epochs(config: Config, arms: Sequence[str]) -> int:
