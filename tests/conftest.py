@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from forked import ROOT, ForkServer
+from forked import PATIENCE, ROOT, ForkServer
 
 import common
 
@@ -61,7 +61,7 @@ def script(tmp_path):
         path = ROOT / name if not Path(name).is_absolute() else name
         command = [sys.executable, str(path), *map(str, flags)]
         given = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
-        return subprocess.run(command, check=False, **{"timeout": 120, **given, **options})
+        return subprocess.run(command, check=False, **{"timeout": PATIENCE, **given, **options})
 
     return run
 

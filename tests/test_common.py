@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -198,14 +197,6 @@ def test_impossible_models_are_refused():
         make_model()(torch.zeros(1, 13, dtype=torch.long))
 
 
-def test_lm_loss_of_a_uniform_model_is_log_vocabulary():
-    model = make_model()
-    nn.init.zeros_(model.head.weight)
-    loss = common.lm_loss(model, torch.randint(11, (3, 9)))
-    assert loss.shape == (3, 8)
-    torch.testing.assert_close(loss, torch.full((3, 8), math.log(11)))
-
-
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -311,11 +302,6 @@ def test_flops_are_counted_from_what_ran_forward_and_backward():
     model, x = nn.Linear(4, 6), torch.randn(10, 4, requires_grad=True)
     assert common.count_flops(lambda: model(x))["Linear"] == 2 * 10 * 4 * 6
     assert common.count_flops(lambda: model(x).sum().backward())["Global"] == 3 * 2 * 10 * 4 * 6
-
-
-def test_the_cost_of_a_step_is_measured_not_guessed():
-    assert common.median_seconds(lambda: time.sleep(0.01), "cpu") >= 0.01
-    assert common.peak_memory("cpu") > 2**20
 
 
 def test_active_parameters_count_only_the_experts_a_token_meets():
@@ -554,6 +540,13 @@ def test_a_scripts_own_actions_take_the_place_of_a_run(command_line, tmp_path, m
     assert "did you mean --say?" in command_line(toy, "--sya", "hello").stderr
 
 
+def test_a_picture_needs_matplotlib_or_says_what_to_install(command_line, monkeypatch):
+    """With it, test_house.py looks for the picture of every script."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = command_line(toy, "--plot", "--workers", 1, "--steps", 3)
+    assert done.returncode == 2 and "requirements-full.txt" in done.stderr
+
+
 def test_dry_run_and_list_claims_write_nothing(command_line, tmp_path):
     done = command_line(toy, "--dry-run")
     assert done.returncode == 0 and "parameters" in done.stdout and "FLOPs" in done.stdout
@@ -590,18 +583,20 @@ def both_log(folder):
 
 def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, command_line, tmp_path):
     """The others are trained to their end, also those that had not begun; the rest resumes."""
-    flags = ("--steps", 40, "--seeds", 2, "--out", "cut", "--workers", 2, "--pause", 0.02)
+    folder, hold = tmp_path / "cut", tmp_path / "hold"
+    hold.touch()
+    flags = ("--seeds", 2, "--out", "cut", "--workers", 2, "--hold", hold)
     process = fork(TOY, *flags, folder=tmp_path)
-    folder = tmp_path / "cut"
     wait_until(lambda: both_log(folder), process)
     os.kill(int((folder / "arms" / "one-seed0.pid").read_text()), signal.SIGKILL)
+    hold.unlink()
     done = finished(process)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "one-seed0 was killed (out of memory?); go on with --resume" in done.stderr
     left = {path.stem for path in folder.glob("arms/*-seed*.json")}
     assert left == {"one-seed1", "two-seed0", "two-seed1"}
     assert finished(fork(TOY, *flags, "--resume", folder=tmp_path)).returncode == 0
-    flags = ("--steps", 40, "--seeds", 2, "--out", "whole", "--workers", 1)
+    flags = ("--seeds", 2, "--out", "whole", "--workers", 1)
     assert command_line(toy, *flags).returncode == 0
     assert report(folder)["results"] == report(tmp_path / "whole")["results"]
     logs = [tmp_path / name / "metrics.jsonl" for name in ("cut", "whole")]
@@ -609,8 +604,8 @@ def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, command_line, tm
 
 
 def test_an_interrupt_starts_no_further_job_and_a_killed_run_leaves_none(fork, tmp_path):
-    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--steps", 2000, "--pause", 0.05)
-    flags += ("--out", ".")
+    (tmp_path / "hold").touch()
+    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--hold", tmp_path / "hold", "--out", ".")
     folders = {number: tmp_path / str(number) for number in (signal.SIGINT, signal.SIGKILL)}
     processes = {number: fork(TOY, *flags, folder=folder) for number, folder in folders.items()}
     for number, folder in folders.items():
@@ -618,10 +613,7 @@ def test_an_interrupt_starts_no_further_job_and_a_killed_run_leaves_none(fork, t
         os.kill(processes[number].pid, number)
         assert ended(processes[number]) in (130, -signal.SIGKILL)
         workers = [int(path.read_text()) for path in folder.glob("arms/*.pid")]
-        deadline = time.monotonic() + 60
-        while any(map(is_running, workers)):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda workers=workers: not any(map(is_running, workers)))
         assert len(workers) == 2 and not list(folder.glob("arms/*-seed*.json"))
 
 
@@ -646,19 +638,6 @@ def test_a_reader_that_leaves_early_loses_no_result(fork, tmp_path):
     done = finished(fork(TOY, *flags, folder=tmp_path, prepare=(lose_the_reader,)))
     assert done.returncode == 0 and "Broken" not in done.stderr, done
     assert (tmp_path / "run" / "results.json").exists()
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-def test_plot_draws_a_picture_or_says_what_to_install(command_line, tmp_path):
-    has_matplotlib = common.importlib.util.find_spec("matplotlib") is not None
-    done = command_line(toy, "--plot", "--workers", 1, "--steps", 3)
-    if has_matplotlib:
-        assert done.returncode == 0
-        assert (tmp_path / "runs/toy-small/toy.png").read_bytes().startswith(b"\x89PNG")
-    else:
-        assert done.returncode == 2 and "requirements-full.txt" in done.stderr
 
 
 def import_scripts():

@@ -31,7 +31,7 @@ import tiny
 import torch
 import toy
 from conftest import ROOT
-from forked import ended, wait_until
+from forked import PATIENCE, ended, wait_until
 from test_images import write_cifar100
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -193,7 +193,7 @@ def hold(folder, held, release):
     """Another run in this folder: what common.Run does before it trains."""
     common.Run("toy", "small", "cpu", torch.float32, [0], folder, resume=True).keep_others_out()
     held.set()
-    release.wait(120)
+    release.wait(PATIENCE)
 
 
 def ascii_only():
@@ -300,14 +300,10 @@ def test_ctrl_c_while_processes_start_is_one_line(tmp_path):
     command = [sys.executable, ROOT / TOY, "--workers", "2", "--out", "out", "--pause", "0.05"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 60
-    mark = tmp_path / "out" / "run.json"
-    while not mark.exists():  # the next thing that it does: start the fork server
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    time.sleep(0.1)
+    wait_until((tmp_path / "out" / "run.json").exists)
+    time.sleep(0.1)  # the next thing that it does: start the fork server
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the run
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
 
 
@@ -322,14 +318,15 @@ VOLLEYS = [  # signal, workers, how many, seconds apart
 @pytest.mark.parametrize("number, workers, times, apart", VOLLEYS)
 def test_signals_in_a_volley_end_a_run_in_order(fork, tmp_path, number, workers, times, apart):
     """`timeout` sends two, impatient people more: one line, the first one's exit code, all kept."""
-    flags = ("--steps", "400", "--pause", "0.02", "--out", "cut")
-    process = fork(TOY, "--workers", workers, *flags, folder=tmp_path)
+    (tmp_path / "hold").touch()
+    flags = ("--hold", tmp_path / "hold", "--out", "cut", "--workers", workers)
+    process = fork(TOY, *flags, folder=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == workers, process)
     for _ in range(times):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
         time.sleep(apart)
-    assert ended(process, within=60) == 128 + number, (tmp_path / "err").read_text()
+    assert ended(process) == 128 + number, (tmp_path / "err").read_text()
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said and said.count("--resume") == 1
     assert list(tmp_path.glob("cut/arms/*.ckpt"))
@@ -397,8 +394,8 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
     shutil.copytree(out, tmp_path / "kept")
     names = ["run.json", "arms/one-seed0.json", "arms/two-seed0.jsonl", "arms/two-seed0.ckpt"]
     codes = []
-    with no_longer_than(100):
-        for name in names * 15:
+    with no_longer_than(int(PATIENCE)):
+        for name in names * 8:
             shutil.rmtree(out)
             shutil.copytree(tmp_path / "kept", out)
             (out / name).write_bytes(mangled((out / name).read_bytes(), random))
@@ -471,7 +468,7 @@ def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
     common.save(path, state)
     content, random = path.read_bytes(), np.random.default_rng(0)
     noticed = 0
-    with no_longer_than(60):
+    with no_longer_than(int(PATIENCE)):
         for _ in range(200):
             path.write_bytes(mangled(content, random))
             try:
@@ -526,24 +523,19 @@ REFUSED = [  # what a script alone can know; what common.run refuses stands in t
     ("home", "--batch-size 1", "batch-size is 1; it must be at least 2"),
     ("home", "--rows 3000 --batch-size 2500", "batch_size is 2500; there are 2400 rows"),
     ("home", "--rows 40 --batch-size 2", "cannot be learnt"),
-    ("home", "--data kuairec", "allowed: synthetic, kuairand-1k"),
     ("home", "--data census --rows 9", "--rows does nothing here; it belongs to data synth"),
     ("home", "--full --hash-bits 40", "hash_bits is 40"),
     ("home", "--data census --data-dir .", "line 1: 2 columns, 42 are expected"),
-    ("dual_head_kd", "--teacher resnet9", "allowed: resnet8, resnet14"),
     ("dual_head_kd", "--batch-size 1", "--batch-size is 1; it must be at least 2"),
     ("dual_head_kd", "--batch-size 5000", "less than one batch"),
     ("dual_head_kd", "--milestones 0.5,2", "above 0 and below 1"),
     ("dual_head_kd", "--full --data nowhere", "nowhere holds neither train.bin"),
     ("dual_head_kd", "--full --data photos --val-per-class 4", "smallest class has 4"),
-    ("dual_head_kd", "--teacher-file none.pt", "none.pt"),
     ("dual_head_kd", "--teacher-file photos/train.bin", "is not a readable file of tensors"),
     ("dual_head_kd", "--teacher-file nested.pt", "nested.pt: there is no weight 'model' here"),
     ("mcsmoe", "--kept 17", "kept is 17; the model has 16"),
     ("mcsmoe", "--skip 4", "skip is 4; the model has 4"),
-    ("mcsmoe", "--rank 65", "rank is 65"),
     ("mcsmoe", "--c-rank 9", "c_rank is 9"),
-    ("mcsmoe", "--density 0", "density is 0"),
     ("mcsmoe", "--compress-steps 1 --warmup-share 0.9", "warmup 1"),
     ("mcsmoe", "--target novels", "target is novels"),
     ("mcsmoe", "--batch-size 2", "batch-size is 2"),
@@ -557,8 +549,6 @@ REFUSED = [  # what a script alone can know; what common.run refuses stands in t
     ("smoe_dropout", "--task sst2", "dense@task=sst2; for all: --tasks sst2"),
     ("smoe_dropout", "--tasks glue", "--tasks is glue; allowed: sst2"),
     ("smoe_dropout", "--tasks sst2 --data-dir .", "line 2: label '7'"),
-    ("smoe_dropout", "--dropout 1", "dropout is 1; it must be at least 0 and below 1"),
-    ("smoe_dropout", "--text no/such/file", "no such file"),
     ("smoe_dropout", "--text short", "text 'short' is too short"),
     ("adamoe", "--top-k 17", "top_k 17"),
     ("adamoe", "--load 1 --num-null 3", "give --load or --num-null"),
@@ -566,9 +556,7 @@ REFUSED = [  # what a script alone can know; what common.run refuses stands in t
     ("adamoe", "--num-experts 1", "the top-2 model needs 2"),
     ("adamoe", "--text no/such/file", "no such file"),
     ("adamoe", "--text short", "too short"),
-    ("adamoe", "--model x", "--model does nothing here; it belongs to --full"),
     ("adamoe", "--full --text x", "--text does nothing here; it belongs to scale small"),
-    ("adamoe", "--d-model 30 --num-heads 4", "num_heads 4"),
 ]
 
 

@@ -1,6 +1,5 @@
 """HoME: numbers worked out by hand, and the properties that the method promises. In float64."""
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -58,18 +57,6 @@ def test_one_norm_over_all_experts_is_a_norm_for_each():
     z, together = torch.randn(20, 3, 4, dtype=F64), nn.BatchNorm1d(12).double()
     apart = [home.expert_norm_swish(z[:, e], nn.BatchNorm1d(4).double()) for e in range(3)]
     torch.testing.assert_close(home.expert_norm_swish(z, together), torch.stack(apart, dim=1))
-
-
-def test_in_evaluation_rows_do_not_see_each_other_and_one_row_is_enough():
-    model, v = core(), torch.randn(12, 6, dtype=F64)
-    for _ in range(3):
-        model(torch.randn(30, 6, dtype=F64))
-    model.eval()
-    torch.testing.assert_close(torch.cat([model(row[None]) for row in v]), model(v))
-    model.train()
-    assert not torch.allclose(model(v)[:6], model(v[:6]))
-    with pytest.raises(ValueError, match="batch of 1 row"):
-        model(v[:1])
 
 
 # --- gates --------------------------------------------------------------------------------------
@@ -291,22 +278,6 @@ def test_pasted_layers_follow_torch_manual_seed():
     assert not any(same(first[0], first[1]))
 
 
-def test_gradients():
-    """Of everything at once, against finite differences."""
-    model = core()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.feature_gate.b.normal_(std=0.5)
-    v = torch.randn(4, 6, dtype=F64, requires_grad=True)
-    names = ["layers.0.feature_gate.a", "layers.1.self_weight", "layers.0.gate_weight"]
-    weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
-
-    def run(v, *weights):
-        return torch.func.functional_call(model, dict(zip(names, weights)), (v,))
-
-    assert torch.autograd.gradcheck(run, (v, *weights), fast_mode=True)
-
-
 def test_loss_worked_example():
     logits, labels = numbers([0, 2], [1, -1]), numbers([1, 0], [0, 1])
     total, each = home.multitask_loss(logits, labels)
@@ -335,8 +306,8 @@ def test_missing_labels_are_refused_or_masked(missing):
 
 
 @pytest.mark.parametrize("arm", home.ARMS)
-def test_every_arm_learns_gets_gradients_and_survives_deepcopy_and_autocast(arm):
-    model = copy.deepcopy(core(arm).float())
+def test_every_arm_learns_and_all_of_it_gets_gradients(arm):
+    model = core(arm).float()
     v, labels = torch.randn(64, 6), (torch.rand(64, 5) < 0.3).float()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
@@ -347,9 +318,6 @@ def test_every_arm_learns_gets_gradients_and_survives_deepcopy_and_autocast(arm)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and all(p.grad is not None for p in trained)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = home.multitask_loss(model(v), labels)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(losses[-1], rel=0.1)
 
 
 def test_bad_groups_and_sizes_name_the_culprit():
@@ -362,6 +330,7 @@ def test_bad_groups_and_sizes_name_the_culprit():
         (lambda: home.masks("home", {"a": ["shared"]}), "task 'shared' has the name of a group"),
         (lambda: home.masks("home", {"a": ["b"], "b": ["c"]}), "task 'b' has the name of a group"),
         (lambda: home.masks("mmoe2", GROUPS), "no model 'mmoe2'; there are mmoe, cgc"),
+        (lambda: core()(torch.zeros(1, 6, dtype=F64)), "batch of 1 row"),  # in training
         (lambda: home.FeatureGate(4, 0, 2), "rank is 0, num_gates 2"),
         (lambda: home.FeatureGate(4, 2, 0), "rank is 2, num_gates 0"),
         (lambda: layer(closed, d_in=2, widths=(2,)), "row 1 of the mask allows no expert"),
@@ -506,12 +475,6 @@ WORSE = {  # claim: changes, each of which alone makes it fail
 
 def test_every_claim_can_hold_and_can_fail():
     check_claims(home, TINY, GOOD, WORSE)
-
-
-def test_where_the_lead_comes_from():
-    header, rows = home.lead_table(common.Results({arm: [GOOD[arm]] * 3 for arm in GOOD}))
-    assert header[1:] == ["AUC gained", "of the lead", "it is above 0"]
-    assert [row[2] for row in rows] == ["33 %", "33 %", "17 %", "17 %", "100 %"]
 
 
 # --- the script ---------------------------------------------------------------------------------

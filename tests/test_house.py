@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 
 import pytest
 import tiny
+from conftest import ROOT
 
 import common
 
@@ -72,10 +74,18 @@ def test_claims_are_sentences_with_the_papers_number(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trained_weights_can_be_loaded(method):
-    load = importlib.import_module(method).load_trained
-    assert f"runs/{method}-small/" in load.__doc__ and "Raises" in load.__doc__
-    assert next(iter(inspect.signature(load).parameters)) == "path"
+def test_committed_claims_follow_from_what_the_committed_arms_found(method):
+    module = importlib.import_module(method)
+    found = json.loads((ROOT / "results" / "cpu-2-cores" / f"{method}.json").read_text())
+    settings = {}
+    for name, value in found["config"].items():
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    results, config = common.Results(found["results"]["arms"]), module.Config(**settings)
+    committed = {claim["id"]: claim for claim in found["claims"]}
+    for claim in common.claims_of(module.main):
+        claim.judge(results, config)
+        assert claim.verdict == committed[claim.id]["verdict"], claim.id
+        assert claim.margins == pytest.approx(committed[claim.id]["margins"]), claim.id
 
 
 @pytest.mark.parametrize("method", METHODS)

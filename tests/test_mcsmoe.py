@@ -280,16 +280,10 @@ def test_a_token_goes_to_the_group_of_its_expert_with_the_score_of_its_expert(to
             y[t] += probs[t, e] * kept.at(int(remap[e])).forward(x[t : t + 1])[0]
     torch.testing.assert_close(merged(x), y, atol=1e-12, rtol=0)
     assert not merged.router.weight.requires_grad
+    normal = SparseMoE(layer.router.weight, layer.experts, top_k=top_k, normalize=True)
+    torch.testing.assert_close(normal(x) * probs.topk(top_k).values.sum(-1)[:, None], layer(x))
     before, after = common.count_parameters(layer), common.count_parameters(merged) - 30
     assert before - after == (5 - 3) * 2 * 5 * 7
-
-
-def test_scores_can_be_normalised_over_the_picks():
-    plain, x = a_layer(4, top_k=2), random(9, 5)
-    normal = SparseMoE(plain.router.weight, plain.experts, top_k=2, normalize=True)
-    total = plain.router(x).softmax(-1).topk(2).values.sum(-1, keepdim=True)
-    torch.testing.assert_close(normal(x) * total, plain(x))
-    assert normal.with_experts(plain.experts, plain.remap).normalize
 
 
 def test_balance_loss_by_hand():
@@ -343,15 +337,12 @@ def test_distillation_loss_worked_example():
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
-def test_decomposition_worked_example():
+@KINDS
+def test_a_decomposed_layer_starts_as_the_same_function(kind):
     linear = LowRankSparseLinear(matrix([3, 0], [0, 1]), rank=1)
     close((linear.u @ linear.v)[0], matrix([3, 0], [0, 0]))
     close(linear.s[0].detach(), matrix([0, 0], [0, 1]))
     assert abs(linear.u[0, 0, 0].item()) == pytest.approx(math.sqrt(3))
-
-
-@KINDS
-def test_a_decomposed_layer_starts_as_the_same_function(kind):
     layer, x = a_layer(3, act="silu", **kind), random(20, 5, seed=3)
     before = layer(x)
     layer.experts = LowRankExperts(layer.experts, rank=2)

@@ -67,17 +67,6 @@ def test_the_example_of_the_docstring():
         assert shown == pytest.approx([*weight.tolist(), float(weight @ experts)], abs=0.005)
 
 
-def test_gate_worked_example():
-    for k, expected in {
-        1: {1: 1.0},
-        2: {1: 0.7310585786, 2: 0.2689414214},
-        3: {1: 0.6652409558, 2: 0.2447284711, 0: 0.0900305732},
-        4: {0: 0.0871443187, 1: 0.6439142599, 2: 0.2368828181, 3: 0.0320586033},
-    }.items():
-        index, gates = smoe.topk_gate(tensor([1, 3, 2, 0]), k)
-        assert dict(zip(index[0].tolist(), gates[0].tolist())) == pytest.approx(expected, abs=1e-10)
-
-
 def test_gates_are_a_mean_and_the_choice_only_grows_with_k():
     logits, previous = torch.randn(50, 8, dtype=F64), set()
     for k in range(1, 9):
@@ -160,14 +149,9 @@ def test_what_cannot_be_cut_built_or_routed_is_refused():
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("case", ["even", "idle expert", "one token", "strided"])
+@pytest.mark.parametrize("case", ["even", "idle expert"])
 def test_both_forms_equal_a_loop_forward_and_backward(k, case):
-    x = torch.randn(37, 6, dtype=F64)
-    if case == "one token":
-        x = x[:1]
-    if case == "strided":
-        x = torch.randn(6, 37, dtype=F64).T
-    found = []
+    x, found = torch.randn(37, 6, dtype=F64), []
     for backend in ("masked", "torch", None):
         module = layer(k=k, router="learned", scale=3.0, backend=backend)
         if case == "idle expert":
@@ -196,19 +180,6 @@ def test_every_activation_is_the_same_in_both_forms(act):
         torch.testing.assert_close(smoe.ACTIVATIONS[act](z), wanted)
 
 
-def test_low_precision_stays_near():
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        module, x = layer(k=2), torch.randn(40, 6, dtype=F64)
-        reference = by_hand(module, x).detach()
-        module = module.float()
-        for backend in ("masked", "torch"):
-            module.backend = backend
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                y = module(x.float())
-            assert y.dtype == dtype
-            assert (y.double() - reference).abs().max() < tolerance * reference.abs().max()
-
-
 def test_the_gradient_passes_the_frozen_router():
     """The two sums of the docstring: through the experts, and through the gate into x."""
     x = torch.randn(1, 6, dtype=F64, requires_grad=True)
@@ -224,7 +195,15 @@ def test_the_gradient_passes_the_frozen_router():
             second = second + gate * (outputs[expert, 0, 0] - y) * module.router.weight[expert]
         torch.testing.assert_close(wanted, first + second)
         assert bool(second.abs().max() > 1e-6) is (k > 1)
-    assert torch.autograd.gradcheck(layer(k=2), torch.randn(5, 6, dtype=F64).requires_grad_())
+
+
+@pytest.mark.parametrize("backend", ["masked", "torch"])
+def test_dropout_acts_in_training_only(backend):
+    module, x = layer(dropout=0.5, backend=backend), torch.ones(400, 6, dtype=F64)
+    zeros = (module(x) == 0).double().mean()
+    assert 0.4 < zeros < 0.6 and not torch.equal(module(x), module(x))
+    module.eval()
+    torch.testing.assert_close(module(x), layer()(x))
 
 
 @pytest.mark.parametrize("router", ["frozen", "learned"])
@@ -242,18 +221,6 @@ def test_only_a_learned_router_is_trained(router):
     assert torch.equal(fresh(x), module(x)) and torch.equal(fresh.expert_index, module.expert_index)
 
 
-def test_dropout_acts_in_training_only_and_on_both_forms():
-    x = torch.ones(400, 6, dtype=F64)
-    for backend in ("masked", "torch"):
-        module = layer(dropout=0.5, backend=backend)
-        torch.manual_seed(0)
-        noisy, again = module(x), module(x)
-        assert not torch.equal(noisy, again) and 0.4 < (noisy == 0).double().mean() < 0.6
-        module.eval()
-        assert torch.equal(module(x), module(x))
-        torch.testing.assert_close(noisy.mean(0), module(x)[0], atol=1.5, rtol=0.3)
-
-
 # --- k --------------------------------------------------------------------------------------------
 
 
@@ -266,6 +233,8 @@ def test_linear_schedule_numbers():
     assert mean == pytest.approx(12.0, abs=1e-4)
     short = "".join(str(smoe.k_at(step, 16, 4, 8)) for step in range(16))
     assert short == "4445556666677788"
+    drawn = Counter(smoe.k_at(step, 1, 4, 8, "random") for step in range(5000))
+    assert set(drawn) == {4, 5, 6, 7, 8} and min(drawn.values()) > 850
 
 
 def official_k(step, steps, low, high, schedule):
@@ -291,12 +260,6 @@ def test_schedules_beside_the_official_ones(schedule, differ):
         assert ks == sorted(ks) and set(ks) <= set(range(3, 9))
     middle = {"linear": 12, "cosine": 10, "exponential": 14}
     assert smoe.k_at(200_000, 400_000, 8, 16, schedule) == middle[schedule]
-
-
-def test_a_random_schedule_visits_every_k():
-    drawn = Counter(smoe.k_at(step, 1, 4, 8, "random") for step in range(5000))
-    assert set(drawn) == {4, 5, 6, 7, 8} and min(drawn.values()) > 850
-    assert smoe.k_at(17, 1, 4, 8, "random") == smoe.k_at(17, 99, 4, 8, "random")
 
 
 def test_k_is_any_whole_number_in_range():

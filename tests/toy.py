@@ -28,6 +28,7 @@ class Config(common.Settings):
     nan_at: int = -1  # step with a NaN in the data
     crash_at: int = -1  # step with a mistake in the program
     pause: Annotated[float, common.Range(0)] = 0.0  # seconds a step
+    hold: str = ""  # a file: as long as it is there, nothing goes on after the third step
     pages: Annotated[Count, Only(scale="full")] = 7  # of a book that only the full scale reads
 
 
@@ -55,6 +56,8 @@ def train_arm(job: Job) -> dict:
 
     def on_step(step: int) -> None:
         time.sleep(config.pause)
+        while step >= 2 and config.hold and os.path.exists(config.hold):
+            time.sleep(0.005)
 
     last = job.train(model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step)
     common.save(job.path(".pt"), model.state_dict())
