@@ -116,15 +116,7 @@ def test_without_nulls_it_is_vanilla_top_k():
     torch.testing.assert_close(loss, 0.3 * 5 * (f * probs.mean(0)).sum())
 
 
-def test_counts_stay_within_their_bounds():
-    for num_experts, num_null, top_k in [(4, 5, 4), (8, 8, 3), (3, 1, 4), (2, 6, 5)]:
-        index, _ = adamoe.route(torch.randn(500, num_experts + num_null), num_experts, top_k)
-        counts = (index >= 0).sum(-1)
-        assert counts.min() >= max(0, top_k - num_null) and counts.max() <= min(top_k, num_experts)
-
-
 # --- balance loss ---------------------------------------------------------------------------------
-
 
 EXAMPLE = [[2, 0, 1.5, -1], [0, 1, 2, -0.5], [1, 0.5, 3, 0]]
 
@@ -435,8 +427,3 @@ def test_a_setting_in_the_name_of_an_arm(command_line, tmp_path):
     assert command_line(adamoe, *flags).returncode == 0
     found = report(tmp_path / "runs" / "adamoe-small")["results"]["arms"]
     assert [found[arm][0]["predicted"] for arm in arms] == pytest.approx([1.5, 4 / 3])
-
-
-def test_a_text_with_its_numbers():
-    shown = adamoe.with_counts(["a", "b", "\n", "word"], [1, 2, 3, 12], width=6)
-    assert shown == "ab·\n123\nword\n12  "

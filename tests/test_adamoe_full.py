@@ -21,7 +21,6 @@ import common
 from data import arrays, mixtures, pretrained, tasks
 
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-full.txt")
-
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
@@ -33,8 +32,6 @@ SIZES = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "decoder_sparse_step": 1,
 }  # fmt: skip
-
-
 MORE = {
     "qwen3_next": {"layer_types": ["full_attention", "linear_attention"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -322,34 +323,30 @@ def test_every_arm_learns_and_all_of_it_gets_gradients(arm):
 
 def test_bad_groups_and_sizes_name_the_culprit():
     ones, model = torch.ones(1, 2, dtype=torch.bool), home.Ranker([3, 5], GROUPS).eval()
-    closed = torch.cat([ones, ~ones])
-    layer = home.MaskedExpertLayer
-    for call, told in [
-        (lambda: home.masks("home", {"watch": ["view"], "inter": []}), "'inter' has no task"),
-        (lambda: home.masks("home", {"a": ["view"], "b": ["view"]}), "task 'view' is in 2 groups"),
-        (lambda: home.masks("home", {"a": ["shared"]}), "task 'shared' has the name of a group"),
-        (lambda: home.masks("home", {"a": ["b"], "b": ["c"]}), "task 'b' has the name of a group"),
-        (lambda: home.masks("mmoe2", GROUPS), "no model 'mmoe2'; there are mmoe, cgc"),
-        (lambda: core()(torch.zeros(1, 6, dtype=F64)), "batch of 1 row"),  # in training
-        (lambda: home.FeatureGate(4, 0, 2), "rank is 0, num_gates 2"),
-        (lambda: home.FeatureGate(4, 2, 0), "rank is 2, num_gates 0"),
-        (lambda: layer(closed, d_in=2, widths=(2,)), "row 1 of the mask allows no expert"),
-        (lambda: layer(ones, ones.T, d_in=2, widths=(2,)), r"mask is \[1, 2\], self_mask \[2, 1\]"),
-        (lambda: model(torch.tensor([[3, 4]])), "field 0 has id 3 in row 0; its table has 3 rows"),
-        (lambda: model(torch.tensor([[2, 4], [0, 5]])), "field 1 has id 5 in row 1"),
-        (lambda: model(torch.tensor([[2, -1]])), "field 1 has id -1 in row 0"),
+    layer = partial(home.MaskedExpertLayer, d_in=2, widths=(2,))
+    for function, *arguments, told in [
+        (home.masks, "home", {"watch": ["view"], "inter": []}, "'inter' has no task"),
+        (home.masks, "home", {"a": ["view"], "b": ["view"]}, "task 'view' is in 2 groups"),
+        (home.masks, "home", {"a": ["shared"]}, "task 'shared' has the name of a group"),
+        (home.masks, "home", {"a": ["b"], "b": ["c"]}, "task 'b' has the name of a group"),
+        (home.masks, "mmoe2", GROUPS, "no model 'mmoe2'; there are mmoe, cgc"),
+        (core(), torch.zeros(1, 6, dtype=F64), "batch of 1 row"),  # in training
+        (home.FeatureGate, 4, 0, 2, "rank is 0, num_gates 2"),
+        (home.FeatureGate, 4, 2, 0, "rank is 2, num_gates 0"),
+        (layer, torch.cat([ones, ~ones]), "row 1 of the mask allows no expert"),
+        (layer, ones, ones.T, r"mask is \[1, 2\], self_mask \[2, 1\]"),
+        (model, torch.tensor([[3, 4]]), "field 0 has id 3 in row 0; its table has 3 rows"),
+        (model, torch.tensor([[2, 4], [0, 5]]), "field 1 has id 5 in row 1"),
+        (model, torch.tensor([[2, -1]]), "field 1 has id -1 in row 0"),
     ]:
         with pytest.raises(ValueError, match=told):
-            call()
+            function(*arguments)
     assert model(torch.tensor([[2, 4], [0, 1]])).shape == (2, 5)
 
 
 # --- the experiment -----------------------------------------------------------------------------
 
-
 SIZES = {"users": 60, "items": 80, "hidden": 8, "width": 8, "tower": 4, "experts": 3}
-
-
 TINY = replace(home.SMALL, rows=2000, batch_size=64, **SIZES)
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,25 +83,6 @@ def test_gates_are_a_mean_and_the_choice_only_grows_with_k():
 # --- the layer ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["masked", "torch"])
-def test_layer_worked_example(backend):
-    module = smoe.SMoEDropout(2, 2, 2, k=1, backend=backend).double()
-    with torch.no_grad():
-        module.router.weight.copy_(tensor([0.2, -0.1], [0.1, 0.3]).T)
-        module.w1.copy_(tensor([1, -1], [0.5, 1]).T[:, :, None])
-        module.b1.copy_(tensor([0.1], [-0.2]))
-        module.w2.copy_(tensor([2, 0], [-1, 1])[:, None])
-        module.b2.copy_(tensor([0.3, 0], [0, -0.4]))
-    x = tensor([1, -1], [0.5, 2])
-    torch.testing.assert_close(module.router(x), tensor([0.1, -0.4], [0.3, 0.55]))
-    torch.testing.assert_close(module(x), tensor([1.5, 0], [-1.3, 0.9]))
-    module.set_k(2)
-    expected = tensor([0.9336889968, -0.1510162676], [0.8015527957, 0.5059588508])
-    torch.testing.assert_close(module(x), expected, atol=1e-9, rtol=0)
-    dense = module.expert_outputs(x).sum(0) + module.b2.sum(0)
-    torch.testing.assert_close(dense, tensor([1.5, -0.4], [2.2, 0.9]))
-
-
 def dense_of(d_model=6, d_ff=8):
     generator = torch.Generator().manual_seed(0)
     shapes = ((d_model, d_ff), (d_ff,), (d_ff, d_model), (d_model,))
@@ -128,24 +110,24 @@ def test_what_cannot_be_cut_built_or_routed_is_refused():
     w1, b1, w2, b2 = dense_of()
     transposed = r"w1 is \[8, 6\], w2 \[6, 8\]; \[6, 8\] .* transposed"
     not_finite = r"router_logits \[1, 3\] hold NaN or infinity"
-    for call, told in [
-        (lambda: smoe.split_dense(w1, b1, w2, b2, 3), "d_ff is 8, num_experts 3"),
-        (lambda: layer(3), "d_ff is 8, num_experts 3"),
-        (lambda: smoe.DenseFFN(6, 8, 3), "d_ff is 8, num_experts 3"),
-        (lambda: layer().load_dense(w1.T, b1, w2.T, b2), transposed),
-        (lambda: layer(act="mish"), "act is 'mish'; allowed: relu, .*gelu_new"),
-        (lambda: layer(router="random"), "router is 'random'"),
-        (lambda: layer()(torch.zeros(2, 5, dtype=F64)), "width 5.*d_model = 6"),
-        (lambda: layer()(torch.full((2, 6), math.nan, dtype=F64)), "NaN"),
-        (lambda: smoe.topk_gate(tensor([math.nan, 0, 0]), 2), not_finite),
-        (lambda: smoe.topk_gate(tensor([math.inf, 0, 0]), 2), not_finite),
-        (lambda: smoe.k_at(0, 10, 9, 8), "k_min is"),
-        (lambda: smoe.k_at(0, 10, 0, 8), "k_min is"),
-        (lambda: smoe.k_at(0, 0, 4, 8), "k_min is"),
-        (lambda: smoe.k_at(0, 10, 4, 8, "stairs"), "schedule is 'stairs'"),
+    for function, *arguments, told in [
+        (smoe.split_dense, w1, b1, w2, b2, 3, "d_ff is 8, num_experts 3"),
+        (layer, 3, "d_ff is 8, num_experts 3"),
+        (smoe.DenseFFN, 6, 8, 3, "d_ff is 8, num_experts 3"),
+        (layer().load_dense, w1.T, b1, w2.T, b2, transposed),
+        (partial(layer, act="mish"), "act is 'mish'; allowed: relu, .*gelu_new"),
+        (partial(layer, router="random"), "router is 'random'"),
+        (layer(), torch.zeros(2, 5, dtype=F64), "width 5.*d_model = 6"),
+        (layer(), torch.full((2, 6), math.nan, dtype=F64), "NaN"),
+        (smoe.topk_gate, tensor([math.nan, 0, 0]), 2, not_finite),
+        (smoe.topk_gate, tensor([math.inf, 0, 0]), 2, not_finite),
+        (smoe.k_at, 0, 10, 9, 8, "k_min is"),
+        (smoe.k_at, 0, 10, 0, 8, "k_min is"),
+        (smoe.k_at, 0, 0, 4, 8, "k_min is"),
+        (smoe.k_at, 0, 10, 4, 8, "stairs", "schedule is 'stairs'"),
     ]:
         with pytest.raises(ValueError, match=told):
-            call()
+            function(*arguments)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -167,17 +149,6 @@ def test_both_forms_equal_a_loop_forward_and_backward(k, case):
     for masked, dispatched, reference in zip(*found):
         torch.testing.assert_close(masked, reference, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(dispatched, reference, atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("act", smoe.ACTIVATIONS)
-def test_every_activation_is_the_same_in_both_forms(act):
-    x = torch.randn(20, 6, dtype=F64)
-    masked, dispatched = (layer(k=2, act=act, backend=backend)(x) for backend in ("masked", "auto"))
-    torch.testing.assert_close(masked, dispatched, atol=1e-12, rtol=0)
-    if act == "gelu_new":  # as GPT-2 defines it
-        z = torch.linspace(-3, 3, 50, dtype=F64)
-        wanted = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-        torch.testing.assert_close(smoe.ACTIVATIONS[act](z), wanted)
 
 
 def test_the_gradient_passes_the_frozen_router():
@@ -227,10 +198,6 @@ def test_only_a_learned_router_is_trained(router):
 def test_linear_schedule_numbers():
     steps = (0, 25_000, 25_001, 74_999, 75_000, 200_000, 374_999, 375_000)
     assert [smoe.k_at(step, 400_000, 8, 16) for step in steps] == [8, 8, 9, 9, 10, 12, 15, 16]
-    counts = Counter(smoe.k_at(step, 400_000, 8, 16) for step in range(400_000))
-    assert counts[8] == 25_001 and counts[16] == 25_000
-    mean = sum(k * count for k, count in counts.items()) / 400_000
-    assert mean == pytest.approx(12.0, abs=1e-4)
     short = "".join(str(smoe.k_at(step, 16, 4, 8)) for step in range(16))
     assert short == "4445556666677788"
     drawn = Counter(smoe.k_at(step, 1, 4, 8, "random") for step in range(5000))
@@ -462,13 +429,8 @@ def test_enwik8_is_split_as_published(tmp_path, monkeypatch):
 
 # --- fine-tuning ----------------------------------------------------------------------------------
 
-
 PROBLEM = "ann has number0 pens and {} number1 . how many ?,{} {},{} number0 number1,{}.0\n"
-
-
 THINGS = dict(zip("ABCDE", ("tree", "sky", "sea", "car", "hat")))
-
-
 CHOICES = [{"label": label, "text": text} for label, text in THINGS.items()]
 
 
@@ -501,19 +463,16 @@ def test_fine_tuning_starts_from_the_arm_keeps_k_and_the_router_and_learns(tmp_p
     source = job_in(tmp_path, "smoe_dropout@d_ff=32", config, data_dir=task_folder)
     smoe.train_arm(source)
     base = common.load(source.path(".pt"))
-    started = smoe.finetuning_task(source.other("smoe_dropout@d_ff=32,task=svamp,task_k=2"))
+    job = source.other("smoe_dropout@d_ff=32,task=svamp,task_k=3")
+    started = smoe.finetuning_task(job)
     body = started.model.body.state_dict()
     assert all(torch.equal(value, base[name]) for name, value in body.items())
-    assert started.k == (2, 2)
-    for k in (2, 4):
-        job = source.other(f"smoe_dropout@d_ff=32,task=svamp,task_k={k}")
-        found = smoe.train_arm(job)
-        assert found == {"accuracy": pytest.approx(100, abs=10), "examples": 40}
-        model = smoe.rebuild(job, common.load(job.path(".pt")))
-        (ffn,) = model.body.ffns()
-        assert torch.equal(ffn.router.weight, base["blocks.0.ffn.router.weight"])
-        assert not torch.equal(ffn.w1, base["blocks.0.ffn.w1"])
-        assert {line["k"] for line in job.log()} == {k} == {ffn.k}
+    found = smoe.train_arm(job)
+    assert found == {"accuracy": pytest.approx(100, abs=10), "examples": 40}
+    (ffn,) = smoe.rebuild(job, common.load(job.path(".pt"))).body.ffns()
+    assert torch.equal(ffn.router.weight, base["blocks.0.ffn.router.weight"])
+    assert not torch.equal(ffn.w1, base["blocks.0.ffn.w1"])
+    assert {line["k"] for line in job.log()} == {3} == {ffn.k} and started.k == (3, 3)
 
 
 def test_a_seed_sees_a_fold_of_its_own(tmp_path, task_folder):
@@ -644,7 +603,7 @@ def test_full_scale_runs_on_a_file_and_is_fine_tuned_on_tasks(command_line, tmp_
 # --- in other people's code -----------------------------------------------------------------------
 
 
-def test_the_page_cuts_a_gpt2_and_a_bert_is_cut_likewise():
+def test_the_page_cuts_a_gpt2():
     transformers = pytest.importorskip("transformers")
     page = (ROOT / "docs" / "smoe_dropout.md").read_text()
     (snippet,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
@@ -661,13 +620,3 @@ def test_the_page_cuts_a_gpt2_and_a_bert_is_cut_likewise():
     torch.testing.assert_close(gpt2(tokens).logits, before, atol=2e-3, rtol=0)
     smoe.set_k(gpt2, 4)
     assert (gpt2(tokens).logits - before).abs().max() > 1e-2
-
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256}
-    config = transformers.BertConfig(**sizes, num_hidden_layers=1, vocab_size=100)
-    first = transformers.BertModel(config).eval().encoder.layer[0]
-    options = {"scale": 8.0, "router_init": 0.0, "act": config.hidden_act}
-    cut = smoe.SMoEDropout(64, 256, num_experts=8, **options)
-    wide, narrow = first.intermediate.dense, first.output.dense
-    cut.load_dense(wide.weight.T, wide.bias, narrow.weight.T, narrow.bias)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(cut(x), narrow(first.intermediate(x)), atol=1e-6, rtol=0)
