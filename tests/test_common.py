@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -585,7 +586,7 @@ def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, command_line, tm
     """The others are trained to their end, also those that had not begun; the rest resumes."""
     folder, hold = tmp_path / "cut", tmp_path / "hold"
     hold.touch()
-    flags = ("--seeds", 2, "--out", "cut", "--workers", 2, "--hold", hold)
+    flags = ("--steps", 400, "--seeds", 2, "--out", "cut", "--workers", 2, "--hold", hold)
     process = fork(TOY, *flags, folder=tmp_path)
     wait_until(lambda: both_log(folder), process)
     os.kill(int((folder / "arms" / "one-seed0.pid").read_text()), signal.SIGKILL)
@@ -596,7 +597,7 @@ def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, command_line, tm
     left = {path.stem for path in folder.glob("arms/*-seed*.json")}
     assert left == {"one-seed1", "two-seed0", "two-seed1"}
     assert finished(fork(TOY, *flags, "--resume", folder=tmp_path)).returncode == 0
-    flags = ("--seeds", 2, "--out", "whole", "--workers", 1)
+    flags = ("--steps", 400, "--seeds", 2, "--out", "whole", "--workers", 1)
     assert command_line(toy, *flags).returncode == 0
     assert report(folder)["results"] == report(tmp_path / "whole")["results"]
     logs = [tmp_path / name / "metrics.jsonl" for name in ("cut", "whole")]
@@ -605,7 +606,8 @@ def test_a_killed_job_is_one_line_and_nobody_waits_for_it(fork, command_line, tm
 
 def test_an_interrupt_starts_no_further_job_and_a_killed_run_leaves_none(fork, tmp_path):
     (tmp_path / "hold").touch()
-    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--hold", tmp_path / "hold", "--out", ".")
+    flags = ("--ablate", "--seeds", 3, "--workers", 2, "--out", ".")
+    flags += ("--steps", 400, "--hold", tmp_path / "hold")
     folders = {number: tmp_path / str(number) for number in (signal.SIGINT, signal.SIGKILL)}
     processes = {number: fork(TOY, *flags, folder=folder) for number, folder in folders.items()}
     for number, folder in folders.items():
@@ -618,12 +620,13 @@ def test_an_interrupt_starts_no_further_job_and_a_killed_run_leaves_none(fork, t
 
 
 def is_running(pid):
+    has_proc = os.path.exists("/proc/self/stat")  # not everywhere
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text() if has_proc else "(python) R"
+    except (ProcessLookupError, FileNotFoundError):  # it may end at any moment
         return False
-    stat = f"/proc/{pid}/stat"
-    return not (os.path.exists(stat) and open(stat).read().rsplit(")", 1)[1].split()[0] == "Z")
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie
 
 
 def lose_the_reader():

@@ -55,9 +55,10 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
     hold = tmp_path / "hold"
     hold.touch()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [*TORCHRUN, str(ROOT / TOY), "--out", "cut", "--hold", str(hold)]
+    flags = ["--steps", "400", "--hold", str(hold), "--out"]
+    command = [*TORCHRUN, str(ROOT / TOY), *flags, "cut"]
     cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
-    whole = fork.two(TOY, "--out", tmp_path / "whole", "--seeds", 1, folder=tmp_path / "a")
+    whole = fork.two(TOY, "--steps", 400, "--out", tmp_path / "whole", folder=tmp_path / "a")
     assert [ended(process) for process in whole] == [0, 0]
     first = tmp_path / "cut" / "arms" / "one-seed0.jsonl"
     wait_until(first.exists)
@@ -65,8 +66,7 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
     _, err = cut.communicate(timeout=PATIENCE)
     assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists(), err
     hold.unlink()
-    flags = ("--out", tmp_path / "cut", "--hold", hold, "--resume")
-    again = fork.two(TOY, *flags, folder=tmp_path / "b")
+    again = fork.two(TOY, *flags, tmp_path / "cut", "--resume", folder=tmp_path / "b")
     done = [finished(process) for process in again]
     assert [process.returncode for process in done] == [0, 0], done
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -319,7 +319,7 @@ VOLLEYS = [  # signal, workers, how many, seconds apart
 def test_signals_in_a_volley_end_a_run_in_order(fork, tmp_path, number, workers, times, apart):
     """`timeout` sends two, impatient people more: one line, the first one's exit code, all kept."""
     (tmp_path / "hold").touch()
-    flags = ("--hold", tmp_path / "hold", "--out", "cut", "--workers", workers)
+    flags = ("--steps", 400, "--hold", tmp_path / "hold", "--out", "cut", "--workers", workers)
     process = fork(TOY, *flags, folder=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == workers, process)
     for _ in range(times):
