@@ -146,6 +146,13 @@ def test_half_precision_logits_are_computed_in_fp32():
         torch.testing.assert_close(loss(s, t), loss(s.float(), t.float()))
 
 
+def test_mse_is_binary_kl_norm_for_small_differences():
+    s, t = random_logits()
+    s = t + 0.01 * s
+    norm = dhkd.binary_kl_norm_loss(s, t, 2.0)
+    torch.testing.assert_close(dhkd.mse_loss(s, t), norm, rtol=1e-3, atol=0)
+
+
 def test_bad_logits_temperatures_and_labels_are_refused():
     s, t = random_logits()
     for name, loss in LOSSES.items():
