@@ -243,7 +243,9 @@ def checkpoint(tmp_path_factory):
     def make(family):
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
+            transformers.utils.logging.disable_progress_bar()
             tiny(family).save_pretrained(made[family])
+            transformers.utils.logging.enable_progress_bar()
             words = {word: i for i, word in enumerate(WORDS)}
             tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
