@@ -230,6 +230,9 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
     padded = module.aux_loss
     module(x[mask])
     torch.testing.assert_close(padded, module.aux_loss)
+    module.token_mask = mask  # as add_null_experts hands it on
+    module(x)
+    torch.testing.assert_close(padded, module.aux_loss)
 
 
 def test_causal_and_independent_of_the_order_of_tokens():
