@@ -10,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
 import torch
 import toy
-from conftest import ROOT
-from forked import ended, finished
+from conftest import ROOT, report
+from forked import PATIENCE, ended, finished, wait_until
 
 import common
 
@@ -32,10 +31,6 @@ TOY = "tests/toy.py"
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {(line["arm"], line["step"]): line["loss"] for line in lines}
-
-
-def report(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", tiny.DATA_PARALLEL)
@@ -55,26 +50,23 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path, fork, name):
     assert [claim["id"] for claim in reports[0]] == [claim["id"] for claim in reports[1]]
 
 
-def do_not_sleep():
-    time.sleep = lambda seconds: None
-
-
 def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_path, fork):
     """Interrupted under torchrun, which hands the signal on."""
+    hold = tmp_path / "hold"
+    hold.touch()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [*TORCHRUN, str(ROOT / TOY), "--out", "cut", "--pause", "0.1"]
+    flags = ["--steps", "400", "--hold", str(hold), "--out"]
+    command = [*TORCHRUN, str(ROOT / TOY), *flags, "cut"]
     cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
-    whole = fork.two(TOY, "--out", tmp_path / "whole", "--seeds", 1, folder=tmp_path / "a")
+    whole = fork.two(TOY, "--steps", 400, "--out", tmp_path / "whole", folder=tmp_path / "a")
     assert [ended(process) for process in whole] == [0, 0]
     first = tmp_path / "cut" / "arms" / "one-seed0.jsonl"
-    deadline = time.monotonic() + 60
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(first.exists)
     cut.send_signal(signal.SIGTERM)
-    _, err = cut.communicate(timeout=60)
+    _, err = cut.communicate(timeout=PATIENCE)
     assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists(), err
-    flags = ("--out", tmp_path / "cut", "--pause", 0.1, "--resume")
-    again = fork.two(TOY, *flags, folder=tmp_path / "b", prepare=(do_not_sleep,))
+    hold.unlink()
+    again = fork.two(TOY, *flags, tmp_path / "cut", "--resume", folder=tmp_path / "b")
     done = [finished(process) for process in again]
     assert [process.returncode for process in done] == [0, 0], done
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

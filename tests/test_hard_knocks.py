@@ -31,7 +31,7 @@ import tiny
 import torch
 import toy
 from conftest import ROOT
-from forked import ended, wait_until
+from forked import PATIENCE, ended, wait_until
 from test_images import write_cifar100
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -73,10 +73,11 @@ def poison(after):
     register_optimizer_step_post_hook(hook)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool():
-    with ThreadPoolExecutor(common.num_cores()) as executor:
-        yield executor
+    executor = ThreadPoolExecutor(common.num_cores())
+    yield executor
+    executor.shutdown(cancel_futures=True)
 
 
 def numbers(folder):
@@ -129,13 +130,7 @@ def mishaps(fork, name, folder, whole):
     return told
 
 
-def names_of(request, test):
-    """The scripts for which this test is going to run."""
-    chosen = [item for item in request.session.items if getattr(item, "originalname", "") == test]
-    return [item.callspec.params["name"] for item in chosen]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(fork, pool, tmp_path_factory):
     """name -> a run that nothing happened to, made when first asked for."""
     found, lock = {}, threading.Lock()
@@ -158,23 +153,9 @@ def whole(fork, pool, tmp_path_factory):
     return ask
 
 
-def after_whole_runs(what, names, fork, pool, whole, tmp_path_factory):
-    """what(fork, name, folder, its whole run), side by side: {name: (folder, future)}."""
-    runs = {name: whole(name) for name in names}
-    later = lambda name, folder: what(fork, name, folder, runs[name].result())
-    folders = {name: tmp_path_factory.mktemp(what.__name__) for name in names}
-    return {name: (folders[name], pool.submit(later, name, folders[name])) for name in names}
-
-
-@pytest.fixture(scope="module")
-def cut(request, fork, pool, whole, tmp_path_factory):
-    test = "test_after_any_mishap_a_run_goes_on_to_the_same_numbers"
-    return after_whole_runs(mishaps, names_of(request, test), fork, pool, whole, tmp_path_factory)
-
-
 @pytest.mark.parametrize("name", FLAGS)
-def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, cut, whole):
-    folder, told = cut[name][0], cut[name][1].result()
+def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, beside, whole):
+    folder, told = beside(mishaps, name).result()
     left = whole(name).result().folder
     print(*told, sep="\n")
     for mishap, code, err in told:
@@ -212,7 +193,7 @@ def hold(folder, held, release):
     """Another run in this folder: what common.Run does before it trains."""
     common.Run("toy", "small", "cpu", torch.float32, [0], folder, resume=True).keep_others_out()
     held.set()
-    release.wait(120)
+    release.wait(PATIENCE)
 
 
 def ascii_only():
@@ -251,21 +232,46 @@ def refusals(fork, name, folder, whole):
     return told
 
 
-@pytest.fixture(scope="module")
-def refused(request, fork, pool, whole, tmp_path_factory):
-    test = "test_a_folder_that_is_held_or_read_only_is_refused_in_one_line"
-    return after_whole_runs(refusals, names_of(request, test), fork, pool, whole, tmp_path_factory)
+@pytest.fixture(scope="session")
+def beside(fork, pool, whole, tmp_path_factory):
+    """beside(mishaps, name) -> a future of (folder, what was told), begun when first asked for."""
+    begun = {}
+
+    def go(what, name, folder):
+        return folder, what(fork, name, folder, whole(name).result())
+
+    def begin(what, name):
+        if (what, name) not in begun:
+            whole(name)
+            folder = tmp_path_factory.mktemp(what.__name__)
+            begun[what, name] = pool.submit(go, what, name, folder)
+        return begun[what, name]
+
+    return begin
+
+
+def test_the_long_runs_begin(request, beside):
+    """They go on beside all other tests: conftest.py puts this one first, those that look last."""
+    if hasattr(request.config, "workerinput"):
+        return  # of pytest-xdist, which deals the tests out itself
+    looked_at = {
+        "test_after_any_mishap_a_run_goes_on_to_the_same_numbers": mishaps,
+        "test_a_folder_that_is_held_or_read_only_is_refused_in_one_line": refusals,
+    }
+    for item in request.session.items:
+        if getattr(item, "originalname", "") in looked_at:
+            beside(looked_at[item.originalname], item.callspec.params["name"])
 
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_a_folder_that_is_held_or_read_only_is_refused_in_one_line(name, refused):
+def test_a_folder_that_is_held_or_read_only_is_refused_in_one_line(name, beside):
     expected = {
         "held": "is in use by another run (process ",
         "other threads": "held was run with threads = 1, not 2",
         "below a file": "--out file/out cannot be written: Not a directory",
         "read-only": "--out closed/out cannot be written: Permission denied",
     }
-    told = refused[name][1].result()
+    _, told = beside(refusals, name).result()
     for case, code, err in told:
         if case == "ascii":
             assert code == 0, err
@@ -294,14 +300,10 @@ def test_ctrl_c_while_processes_start_is_one_line(tmp_path):
     command = [sys.executable, ROOT / TOY, "--workers", "2", "--out", "out", "--pause", "0.05"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 60
-    mark = tmp_path / "out" / "run.json"
-    while not mark.exists():  # the next thing that it does: start the fork server
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    time.sleep(0.1)
+    wait_until((tmp_path / "out" / "run.json").exists)
+    time.sleep(0.1)  # the next thing that it does: start the fork server
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the run
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
 
 
@@ -316,14 +318,15 @@ VOLLEYS = [  # signal, workers, how many, seconds apart
 @pytest.mark.parametrize("number, workers, times, apart", VOLLEYS)
 def test_signals_in_a_volley_end_a_run_in_order(fork, tmp_path, number, workers, times, apart):
     """`timeout` sends two, impatient people more: one line, the first one's exit code, all kept."""
-    flags = ("--steps", "400", "--pause", "0.02", "--out", "cut")
-    process = fork(TOY, "--workers", workers, *flags, folder=tmp_path)
+    (tmp_path / "hold").touch()
+    flags = ("--steps", 400, "--hold", tmp_path / "hold", "--out", "cut", "--workers", workers)
+    process = fork(TOY, *flags, folder=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("cut/arms/*.jsonl"))) == workers, process)
     for _ in range(times):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
         time.sleep(apart)
-    assert ended(process, within=60) == 128 + number, (tmp_path / "err").read_text()
+    assert ended(process) == 128 + number, (tmp_path / "err").read_text()
     said = (tmp_path / "err").read_text()
     assert "Traceback" not in said and said.count("--resume") == 1
     assert list(tmp_path.glob("cut/arms/*.ckpt"))
@@ -391,8 +394,8 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
     shutil.copytree(out, tmp_path / "kept")
     names = ["run.json", "arms/one-seed0.json", "arms/two-seed0.jsonl", "arms/two-seed0.ckpt"]
     codes = []
-    with no_longer_than(100):
-        for name in names * 15:
+    with no_longer_than(int(PATIENCE)):
+        for name in names * 8:
             shutil.rmtree(out)
             shutil.copytree(tmp_path / "kept", out)
             (out / name).write_bytes(mangled((out / name).read_bytes(), random))
@@ -407,7 +410,7 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
                 assert done.returncode == 2 and last.startswith("toy.py: "), done.stderr
                 assert "Traceback" not in done.stderr
                 assert Path(name).name in last or "--resume: out was run with" in last, last
-    assert {0, 2} == set(codes)
+    assert 2 in codes  # some was noticed
 
 
 MOMENTS = {"step": torch.tensor(2.0), "exp_avg": torch.ones(7, 7), "exp_avg_sq": torch.ones(7, 7)}
@@ -465,7 +468,7 @@ def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
     common.save(path, state)
     content, random = path.read_bytes(), np.random.default_rng(0)
     noticed = 0
-    with no_longer_than(60):
+    with no_longer_than(int(PATIENCE)):
         for _ in range(200):
             path.write_bytes(mangled(content, random))
             try:
@@ -520,27 +523,54 @@ REFUSED = [  # what a script alone can know; what common.run refuses stands in t
     ("home", "--batch-size 1", "batch-size is 1; it must be at least 2"),
     ("home", "--rows 3000 --batch-size 2500", "batch_size is 2500; there are 2400 rows"),
     ("home", "--rows 40 --batch-size 2", "cannot be learnt"),
-    ("home", "--data kuairec", "allowed: synthetic, kuairand-1k"),
     ("home", "--data census --rows 9", "--rows does nothing here; it belongs to data synth"),
     ("home", "--full --hash-bits 40", "hash_bits is 40"),
     ("home", "--data census --data-dir .", "line 1: 2 columns, 42 are expected"),
-    ("dual_head_kd", "--teacher resnet9", "allowed: resnet8, resnet14"),
     ("dual_head_kd", "--batch-size 1", "--batch-size is 1; it must be at least 2"),
     ("dual_head_kd", "--batch-size 5000", "less than one batch"),
     ("dual_head_kd", "--milestones 0.5,2", "above 0 and below 1"),
     ("dual_head_kd", "--full --data nowhere", "nowhere holds neither train.bin"),
     ("dual_head_kd", "--full --data photos --val-per-class 4", "smallest class has 4"),
-    ("dual_head_kd", "--teacher-file none.pt", "none.pt"),
     ("dual_head_kd", "--teacher-file photos/train.bin", "is not a readable file of tensors"),
     ("dual_head_kd", "--teacher-file nested.pt", "nested.pt: there is no weight 'model' here"),
+    ("mcsmoe", "--kept 17", "kept is 17; the model has 16"),
+    ("mcsmoe", "--skip 4", "skip is 4; the model has 4"),
+    ("mcsmoe", "--c-rank 9", "c_rank is 9"),
+    ("mcsmoe", "--compress-steps 1 --warmup-share 0.9", "warmup 1"),
+    ("mcsmoe", "--target novels", "target is novels"),
+    ("mcsmoe", "--batch-size 2", "batch-size is 2"),
+    ("mcsmoe", "--task squad", "it belongs to --full"),
+    ("mcsmoe", "--arms msmoe@skip=9", "skip is 9"),
+    ("mcsmoe", "--arms msmoe@lr=0.1", "arm msmoe@lr=0.1: lr=0.1 belongs to full"),
+    ("smoe_dropout", "--num-experts 3", "--num-experts is 3; it must be at least 4"),
+    ("smoe_dropout", "--num-experts 5", "d_ff is 1024, num_experts 5"),
+    ("smoe_dropout", "--k-min 9", "k_min is 9, k_max 8"),
+    ("smoe_dropout", "--arms dense@task=sst2,task_k=9", "k is 9; a whole number from 1 to num_exp"),
+    ("smoe_dropout", "--task sst2", "dense@task=sst2; for all: --tasks sst2"),
+    ("smoe_dropout", "--tasks glue", "--tasks is glue; allowed: sst2"),
+    ("smoe_dropout", "--tasks sst2 --data-dir .", "line 2: label '7'"),
+    ("smoe_dropout", "--text short", "text 'short' is too short"),
+    ("adamoe", "--top-k 17", "top_k 17"),
+    ("adamoe", "--load 1 --num-null 3", "give --load or --num-null"),
+    ("adamoe", "--load 9", "load is 9"),
+    ("adamoe", "--num-experts 1", "the top-2 model needs 2"),
+    ("adamoe", "--text no/such/file", "no such file"),
+    ("adamoe", "--text short", "too short"),
+    ("adamoe", "--full --text x", "--text does nothing here; it belongs to scale small"),
 ]
 
 
 @pytest.mark.parametrize("name, flags, expected", REFUSED)
 def test_what_a_script_refuses_is_one_line(command_line, tmp_path, name, flags, expected):
     write_cifar100(tmp_path / "photos")
-    (tmp_path / "census").mkdir()
-    (tmp_path / "census" / "census-income.data").write_text("1, 2\n")
+    for path, text in {
+        "census/census-income.data": "1, 2\n",
+        "sst2/SST-2/train.tsv": "good\t1\nbad\t7\n",
+        "sst2/SST-2/dev.tsv": "good\t1\nbad\t7\n",
+        "short": "hello world\n" * 9,
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
     torch.save({"model": {}}, tmp_path / "nested.pt")
     before = files(tmp_path)
     done = command_line(importlib.import_module(name), *flags.split(), "--workers", 1)
@@ -550,9 +580,14 @@ def test_what_a_script_refuses_is_one_line(command_line, tmp_path, name, flags, 
         assert files(tmp_path) == before
 
 
-PLANS = [  # flags, what is said of the data
-    ("home", "--hash-bits 6 --batch-size 32", "kuairand-1k is not here yet"),
-    ("dual_head_kd", "--teacher resnet8 --student resnet8", "168,513,733"),
+PLANS = [  # flags, what is said of the data and of the work
+    ("home", "--hash-bits 6 --batch-size 32", ["kuairand-1k is not here yet"]),
+    ("dual_head_kd", "--teacher resnet8 --student resnet8", ["168,513,733"]),
+    (
+        "smoe_dropout",
+        " ".join(tiny.SMOE_DROPOUT),  # 3 arms, 4 windows at a time, 6 times
+        ["36,445,475", "dry run: 72 training steps", "in steps of one window"],
+    ),
 ]
 
 
@@ -561,8 +596,9 @@ def test_a_dry_run_of_the_full_scale_needs_no_data(command_line, tmp_path, name,
     """The small scale's stands in test_a_folder_that_is_held_...: "ascii"."""
     flags = f"--full {flags} --data-dir nowhere --threads 1 --dry-run"
     done = command_line(importlib.import_module(name), *flags.split())
-    assert done.returncode == 0 and expected in done.stdout, done.stderr
-    assert "parameters" in done.stdout and not list(tmp_path.iterdir())
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in ("parameters", *expected)), done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 # --- downloads ------------------------------------------------------------------------------------

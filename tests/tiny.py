@@ -2,6 +2,8 @@
 nothing.
 """
 
+from pathlib import Path
+
 ADAMOE = (
     "--num-layers 1 --d-model 16 --d-ff 16 --num-heads 2 --context 32 --batch-size 4 --pretrain-steps 6 --steps 6"
 ).split()
@@ -35,3 +37,13 @@ SCRIPTS = {
     "smoe_dropout.py": SMOE_DROPOUT,
 }
 DATA_PARALLEL = ("adamoe.py", "smoe_dropout.py")  # those that torchrun spreads over processes
+README = Path(__file__).resolve().parent.parent / "README.md"
+EVERY_ARM = {  # what else the one run takes whose arms several tests look at (conftest.tiny_run)
+    "adamoe": ["--text", README, "--load", 1.2, "--ablate"],
+    "btm": [],
+    "dual_head_kd": ["--ablate"],
+    "home": ["--ablate"],
+    "mcsmoe": ["--ablate"],
+    "mowst": [],
+    "smoe_dropout": ["--ablate"],
+}

@@ -28,6 +28,7 @@ class Config(common.Settings):
     nan_at: int = -1  # step with a NaN in the data
     crash_at: int = -1  # step with a mistake in the program
     pause: Annotated[float, common.Range(0)] = 0.0  # seconds a step
+    hold: str = ""  # a file: as long as it is there, steps after the tenth take 0.2 s
     pages: Annotated[Count, Only(scale="full")] = 7  # of a book that only the full scale reads
 
 
@@ -54,7 +55,8 @@ def train_arm(job: Job) -> dict:
         return loss, {"half": loss.detach() / 2}
 
     def on_step(step: int) -> None:
-        time.sleep(config.pause)
+        is_held = step >= 10 and config.hold and os.path.exists(config.hold)
+        time.sleep(0.2 if is_held else config.pause)
 
     last = job.train(model, loss_fn, config.steps, batches=batches, lr=config.lr, on_step=on_step)
     common.save(job.path(".pt"), model.state_dict())
