@@ -310,7 +310,7 @@ class Config(common.Settings):
     novel: tuple[str, ...] = ALSO_HERE  # each gets an expert in a later round, alone
     num_domains: Whole = 0  # of `domains`, the first ones; 0: all
     steps: Count = 600  # updates of seed and expert together, and of the dense model; paper 80,000
-    seed_share: Annotated[float, common.Range(0, 1)] = 0.75  # of the updates; released scripts 0.5
+    seed_share: Share = 0.75  # of the updates; released scripts 0.5
     blocks_per_domain: Count = 4  # sequences an update, of an expert; full: released scripts
     micro_batch: Count = 1024  # sequences a forward pass; gradients are accumulated over them
     context: Count = 64  # tokens; paper 1,024
@@ -340,7 +340,7 @@ class Config(common.Settings):
             raise ValueError(f"{listed}; two or more are needed, none of them twice")
         if self.num_domains > len(self.domains):
             raise ValueError(f"num_domains is {self.num_domains} of {len(self.domains)} domains")
-        if self.seed_steps == self.steps or (self.seed_share and not self.seed_steps):
+        if not 0 < self.seed_steps < self.steps:
             share = f"seed_share {self.seed_share:g} of {self.steps} updates"
             raise ValueError(f"{share} leaves nothing to the seed or to the experts")
         if self.d_model % self.num_heads:
@@ -688,9 +688,8 @@ def branch(job: Job, forest: Forest) -> Start:
         steps = config.branch_steps
         return Start(model, config.branch_lr, range(steps), steps, parents)
     first, last = config.seed_steps, config.steps
-    if job.method == "seed" or first == 0:
-        model = make_model(config, f"{job.seed} {domain or 'seed'}")
-        return Start(model, config.lr, range(first or last), last, {})
+    if job.method == "seed":
+        return Start(make_model(config, f"{job.seed} seed"), config.lr, range(first), last, {})
     if not forest.file("seed").exists():
         raise UsageError(f"{forest.path} has no seed yet; --stage seed comes first")
     return Start(forest.model("seed"), config.lr, range(first, last), last, {"seed": 1.0})
@@ -876,13 +875,17 @@ def split(values: np.ndarray, where: str, config: Config) -> np.ndarray:
     return values[:, :k] if where == "in" else values[:, k:]
 
 
-def gains(results: Results, config: Config, rule: str, where: str, system: str = "btm"):
+def gains(
+    results: Results, config: Config, rule: str, where: str, system: str = "btm"
+) -> np.ndarray:
     """[seeds, domains]: bits by which a system is below the dense LM."""
     dense = split(results.of("dense", "bits"), where, config)
     return dense - split(results.of(system, rule), where, config)
 
 
-def mean_gain(results: Results, config: Config, rule: str, where: str, system: str = "btm"):
+def mean_gain(
+    results: Results, config: Config, rule: str, where: str, system: str = "btm"
+) -> np.ndarray:
     return gains(results, config, rule, where, system).mean(axis=1)  # [seeds]
 
 
@@ -890,8 +893,17 @@ def weakest(margins: dict[Any, np.ndarray]) -> Any:
     """Of {name: margin [seeds]} the name whose 90 % interval has the lowest end."""
     ends = {}
     for name, margin in margins.items():
-        ends[name] = np.mean(margin) - (common.half_width(margin) if len(margin) > 2 else 0)
+        half = common.half_width(margin) if len(margin) > 2 else 0.0
+        ends[name] = np.mean(margin) - half
     return min(ends, key=ends.get)
+
+
+def worst_domain(results: Results, config: Config, rule: str, where: str) -> tuple[np.ndarray, str]:
+    """(gain [seeds], what to say of it) of the domain on which a rule gains least."""
+    names = config.own if where == "in" else config.novel
+    by_domain = dict(zip(names, gains(results, config, rule, where).T))
+    worst = weakest(by_domain)
+    return by_domain[worst], f"{show(by_domain[worst])} bits/byte on {worst}, the weakest"
 
 
 def listed(margins: dict[Any, np.ndarray]) -> str:
@@ -906,24 +918,22 @@ def perplexity(bits_by_domain: np.ndarray) -> str:
 @claim("at equal cost the forest beats the dense LM on every training domain", paper=PPL,
        required=True)  # fmt: skip
 def in_domain(results: Results, config: Config) -> Margin:
-    by_domain = dict(zip(config.own, gains(results, config, "eq2", "in").T))
-    worst, mean = weakest(by_domain), mean_gain(results, config, "eq2", "in")
-    text = f"{show(by_domain[worst])} bits/byte on {worst}, the weakest; mean {show(mean)}"
+    worst, text = worst_domain(results, config, "eq2", "in")
+    mean = mean_gain(results, config, "eq2", "in")
     forest = perplexity(split(results.of("btm", "eq2"), "in", config))
     dense = perplexity(split(results.of("dense", "bits"), "in", config))
-    text += f", perplexity {forest} against {dense}"
-    return Margin(by_domain[worst], text, {"mean": mean})
+    text += f"; mean {show(mean)}, perplexity {forest} against {dense}"
+    return Margin(worst, text, {"mean": mean})
 
 
 @claim("... and, in the mean, on domains that no expert was trained on", paper=PPL, required=True)
 def out_of_domain(results: Results, config: Config) -> Margin:
     """The mean over domains is what the paper's tables have; the weakest domain is named."""
-    by_domain = dict(zip(config.novel, gains(results, config, "eq2", "novel").T))
-    worst = weakest(by_domain)
-    means = {RULES[rule]: mean_gain(results, config, rule, "novel") for rule in RULES}
-    shown = {label: means[label] for label in list(means)[:3]}
-    text = f"{listed(shown)}; the weakest domain is {worst}: {show(by_domain[worst])}"
-    return Margin(means[RULES["eq2"]], f"bits/byte gained: {text}", means)
+    means = {}
+    for rule in ("eq2", "last", "released"):
+        means[RULES[rule]] = mean_gain(results, config, rule, "novel")
+    _, text = worst_domain(results, config, "eq2", "novel")
+    return Margin(means[RULES["eq2"]], f"{text}; mean of the {listed(means)}", means)
 
 
 @claim("random splits of the data do not do: their ensemble loses to the dense LM on training "
@@ -943,13 +953,11 @@ def random_split(results: Results, config: Config) -> Margin:
 @claim("averaged by posterior into one LM it still beats the dense LM on every training domain",
        required=True)  # fmt: skip
 def posterior_average(results: Results, config: Config) -> Margin:
-    by_domain = dict(zip(config.own, gains(results, config, "posterior", "in").T))
-    worst = weakest(by_domain)
+    worst, text = worst_domain(results, config, "posterior", "in")
     means = {}
     for where in ("in", "novel"):
         means[where] = mean_gain(results, config, "posterior", where)
-    text = f"{show(by_domain[worst])} bits/byte on {worst}, the weakest; mean {listed(means)}"
-    return Margin(by_domain[worst], text, means)
+    return Margin(worst, f"{text}; mean {listed(means)}", means)
 
 
 @claim("the gain is robust to the initialisation: a seed of a quarter, a half, three quarters of "
@@ -958,7 +966,7 @@ def robust_to_seed(results: Results, config: Config) -> Margin:
     """The share with the smallest gain over the dense LM, mean of the training domains."""
     found = gains_by_share(results, config, "eq2")
     text = f"bits/byte gained, by share of the seed: {listed(found)}"
-    return Margin(found[weakest(found)], text, as_numbers(found))
+    return Margin(found[weakest(found)], text, found)
 
 
 @claim("the gain over the dense LM grows with the number of domains", required=True)
@@ -971,7 +979,7 @@ def more_domains(results: Results, config: Config) -> Margin:
         raise common.Missing("more than two domains")
     on = " and ".join(config.own[: min(found)])
     text = f"bits/byte gained on {on}, by number of domains: {listed(found)}"
-    return Margin(steps[weakest(steps)], text, as_numbers(found))
+    return Margin(steps[weakest(steps)], text, found)
 
 
 @claim("an added or removed expert changes its own domain only: others by less than a tenth",
@@ -1006,10 +1014,6 @@ def cost_matched(results: Results, config: Config) -> Check:
         spent[system] = sum(results[arm][0]["tokens"] for arm in models_of(system, config))
     text = f"{seed + spent['btm']:,} of {seed + dense:,} tokens, {seed:,} of them in the seed"
     return Check(spent == {"btm": dense, "random": dense}, text)
-
-
-def as_numbers(found: dict[float, np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"{x:g}": values for x, values in found.items()}
 
 
 def gains_by_share(results: Results, config: Config, rule: str) -> dict[float, np.ndarray]:
@@ -1234,14 +1238,11 @@ def evaluate(config: Config, run: Run) -> None:
     """--stage eval: whoever loads, one model at a time, on every domain whose text is here."""
     forest = open_forest(config, run)
     metas = forest.sound(run.actions.get("without", ""))
-    rows = []
     for name, meta in metas.items():
-        rows.append([name, lineage(meta), meta.get("updates", "?")])
-    run.table(f"lineage of {forest.path}", ["", "branched from", "updates"], rows)
-
+        say(f"{name}: from {lineage(meta)}")
     config, texts = run.config, []
-    named = config.domain or config.own[0]
-    for name in dict.fromkeys([*config.own, *config.novel, *forest.names(), named]):
+    asked = [config.domain] if config.domain else []
+    for name in dict.fromkeys([*config.own, *config.novel, *forest.names(), *asked]):
         try:
             read_domain(name, run)
             texts.append(name)
@@ -1373,8 +1374,7 @@ def rounds(systems: Sequence[str], config: Config) -> list[list[str]]:
     """Who must be there before whom: seeds, models of the first round, of later rounds."""
     seeds, first, later = {}, {}, {}  # used as ordered sets
     for system in systems:
-        if common.arm_config(config, system).seed_steps:
-            seeds[sister(system, "seed")] = True
+        seeds[sister(system, "seed")] = True
         if system.partition("@")[0] == "grow":
             later |= dict.fromkeys(models_of(system, config))
             system = sister(system, "btm")
@@ -1408,19 +1408,23 @@ def main(config: Config, run: Run) -> Results | None:
     if config.domain:
         raise UsageError("--domain goes with one of --stage, --average, --prepare")
     run.config = config = check_texts(config, scored("btm", config), run)
-    systems = run.choose(SYSTEMS, default=[*SYSTEMS, *curves(config)], more=[])
+    all_systems = [*SYSTEMS, *curves(config)]
+    default = SYSTEMS if run.scale == "full" else all_systems  # there the curves double the cost
+    systems = run.choose(SYSTEMS, default, more=all_systems)
     waves = rounds(systems, config)
     plan(waves, config, run)
     run.begin()
-    for path in [] if run.resume else run.out.glob("forest-seed*"):
-        shutil.rmtree(path)
+    if not run.resume:
+        for path in run.out.glob("forest-seed*"):
+            shutil.rmtree(path)
     keep_texts(run)
 
     results = Results()
     for wave in waves:
         results |= run.train_arms(train_arm, wave)
-    merged = [system for system in systems if system.partition("@")[0] != "dense"]
-    results |= run.train_arms(merge, merged)
+    forests = [system for system in systems if system.partition("@")[0] != "dense"]
+    results |= run.train_arms(merge, forests)
+    shutil.rmtree(run.out / "texts")
     print_tables(results, config, run)
     draw(results, config, run)
     say(f"\nthe forest is in {run.out / f'forest-seed{run.seed}'}; --sample 'def ' writes with it")
