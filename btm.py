@@ -27,18 +27,16 @@ each gave to three true tokens, in numbers:
     p(1 | x_<t)      1/2     2/3     1/2
     p(x_t | x_<t)    0.375   0.333   0.3125     their product is (0.0625 + 0.015625) / 2
 
-Run      python btm.py             seed, experts, their rivals, later rounds; no download
-         python btm.py --ablate    curves over the seed's share and the domains; --seeds 8, --plot
-         python btm.py --full      the paper's 125M model on the public parts of the Pile
-     One part a command, on any machines, with nothing in common but a folder F:
+Run      python btm.py                    seed, experts, their rivals, later rounds; no download
+         python btm.py --seeds 8 --plot   the evidence
+         python btm.py --full             the paper's 125M model on the public parts of the Pile
+     One part a command, on any machines, with nothing in common but a folder F (docs/btm.md):
          python btm.py --stage seed --forest F
          python btm.py --stage expert --forest F --domain-index 2      or --domain docs, or all
          python btm.py --stage eval --forest F --without unicode
-     A stopped command goes on when given again. Your own domain, one model of all, a text:
-         python btm.py --prepare ~/notes --domain notes
-         python btm.py --stage expert --forest F --domain notes --branch-steps 300
-         python btm.py --average posterior --forest F --domain notes
-         python btm.py --sample "def " --model F/averages/notes.npz    or --forest F
+         python btm.py --average posterior --forest F --domain docs
+         python btm.py --sample "def " --forest F
+     A stopped command goes on when given again. --prepare makes a domain of your own text.
 You see  bits/byte and perplexity by domain and method, whom the posterior believes, the claims.
 Found    (seeds 0-7, bits/byte) At equal cost the forest is 0.115 below the dense LM on its domains,
          0.050 on the weakest; averaged by posterior, one LM keeps 0.105 of it. On novel domains
@@ -53,10 +51,9 @@ Differences from the paper and its code (its tables could not be read)
    a moving average, 0.3 on the new, over last positions of 101 batches of 2, each under the
    prior so far; it forgets all but the last dozen: `released_prior`.
 3. Experts read the very bytes that the dense LM reads of their domain at the same update, so that
-   cost and data are equal by construction; the paper draws afresh after the branch.
-4. In later rounds Adam starts afresh with its own warm-up: there are several parents.
-5. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half).
-6. To remove an expert removes what it learnt alone: the seed has read its domain, too.
+   cost and data are equal; the paper draws afresh. In later rounds Adam starts afresh.
+4. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half).
+5. To remove an expert removes what it learnt alone: the seed has read its domain, too.
 
 Break it yourself (seeds 0-2: as it is 2.465 bits/byte in domain, 3.187 on novel ones): pad the
 other side in log_posterior (2.415, 3.055: the target leaks); mix log-probabilities in ensemble_nll,
@@ -542,10 +539,18 @@ def rebuild(job: Job, state: dict) -> nn.Module:
 
 
 # --------------------------------------------------------------------------------------------------
-# The experiment: systems that cost the same. Each of their models is trained as an arm of its own.
+# The experiment: systems that cost the same, each a seed and the models that branch from it
+#
+# Every model is an arm of its own: seed, dense, expert@domain=python, shard@domain=python. It
+# leaves what it says of every text, and from that its system is put together: no second training.
 # --------------------------------------------------------------------------------------------------
 
-SYSTEMS = ("dense", "btm", "random", "grow")  # all branch from the arm "seed"; grow: from btm's
+SYSTEMS = {
+    "dense": "the rival: the seed's own run goes on, on all domains",
+    "btm": "the forest: an expert a domain",
+    "random": "the control: as many experts, each on a random shard of all domains",
+    "grow": "the forest and one expert more, of a novel domain; each of them alone",
+}
 SHARES = (0.25, 0.5)  # of the seed, beside the config's
 COUNTS = (2, 4)  # of domains, beside all
 
@@ -583,10 +588,10 @@ def models_of(system: str, config: Config) -> list[str]:
     if method == "dense":
         return [system]
     kind = "shard" if method == "random" else "expert"
-    config, found = common.arm_config(config, system), []
-    for name in config.novel if method == "grow" else config.own:
-        found.append(f"{kind}@{changes}{',' * bool(changes)}domain={name}")
-    return found
+    before = f"{kind}@{changes}," if changes else f"{kind}@"
+    config = common.arm_config(config, system)
+    names = config.novel if method == "grow" else config.own
+    return [f"{before}domain={name}" for name in names]
 
 
 def scored(arm: str, config: Config) -> tuple[str, ...]:
@@ -791,7 +796,7 @@ def mixtures(dev: Tensor, test: Tensor, config: Config) -> dict[str, float]:
     }
 
 
-def judge(
+def all_rules(
     forest: Forest, experts: Sequence[str], name: str, dev: Tensor, test: Tensor, run: Run
 ) -> dict[str, Any]:
     """A forest on one domain: its mixtures, its averages, and whom eq. 2 believes: weights [E]."""
@@ -835,7 +840,7 @@ def merge(job: Job) -> dict:
         if job.method == "random":
             on_this = mixtures(dev, test, config)
         else:
-            on_this = judge(forest_of(job), config.own, name, dev, test, job.run)
+            on_this = all_rules(forest_of(job), config.own, name, dev, test, job.run)
         for key, value in on_this.items():
             found.setdefault(key, []).append(value)
     if job.method == "btm":
@@ -866,6 +871,7 @@ def bits_of(said: dict[str, Tensor], names: Sequence[str], config: Config) -> li
 # Claims. The paper's tables could not be read; its abstract, and a few numbers, could.
 # --------------------------------------------------------------------------------------------------
 
+WHERE = {"in": "in domain", "novel": "on novel domains"}
 PPL = "perplexity 19.8 against 22.5 (125M, mean of all 16 domains)"
 
 
@@ -907,7 +913,7 @@ def worst_domain(results: Results, config: Config, rule: str, where: str) -> tup
 
 
 def listed(margins: dict[Any, np.ndarray]) -> str:
-    return ", ".join(f"{name} {show(margin)}" for name, margin in margins.items())
+    return ", ".join(f"{name}: {show(margin)}" for name, margin in margins.items())
 
 
 def perplexity(bits_by_domain: np.ndarray) -> str:
@@ -931,9 +937,9 @@ def out_of_domain(results: Results, config: Config) -> Margin:
     """The mean over domains is what the paper's tables have; the weakest domain is named."""
     means = {}
     for rule in ("eq2", "last", "released"):
-        means[RULES[rule]] = mean_gain(results, config, rule, "novel")
+        means[rule] = mean_gain(results, config, rule, "novel")
     _, text = worst_domain(results, config, "eq2", "novel")
-    return Margin(means[RULES["eq2"]], f"{text}; mean of the {listed(means)}", means)
+    return Margin(means["eq2"], f"{text}; means: {listed(means)}", means)
 
 
 @claim("random splits of the data do not do: their ensemble loses to the dense LM on training "
@@ -942,12 +948,13 @@ def random_split(results: Results, config: Config) -> Margin:
     """The weakest of its defeats, whether the whole past counts or the last token."""
     leads = {}
     for rule in ("eq2", "last"):
-        for where in ("in", "novel"):
+        for where in WHERE:
             gain = mean_gain(results, config, rule, where, "random")
-            leads[f"forest, {rule}, {where}"] = mean_gain(results, config, rule, where) - gain
+            forest = mean_gain(results, config, rule, where)
+            leads[f"forest {WHERE[where]} ({rule})"] = forest - gain
             if where == "in":
-                leads[f"dense, {rule}"] = -gain
-    return Margin(leads[weakest(leads)], f"bits/byte behind the {listed(leads)}", leads)
+                leads[f"dense LM ({rule})"] = -gain
+    return Margin(leads[weakest(leads)], f"bits/byte behind: {listed(leads)}", leads)
 
 
 @claim("averaged by posterior into one LM it still beats the dense LM on every training domain",
@@ -955,8 +962,8 @@ def random_split(results: Results, config: Config) -> Margin:
 def posterior_average(results: Results, config: Config) -> Margin:
     worst, text = worst_domain(results, config, "posterior", "in")
     means = {}
-    for where in ("in", "novel"):
-        means[where] = mean_gain(results, config, "posterior", where)
+    for where in WHERE:
+        means[WHERE[where]] = mean_gain(results, config, "posterior", where)
     return Margin(worst, f"{text}; mean {listed(means)}", means)
 
 
@@ -965,7 +972,7 @@ def posterior_average(results: Results, config: Config) -> Margin:
 def robust_to_seed(results: Results, config: Config) -> Margin:
     """The share with the smallest gain over the dense LM, mean of the training domains."""
     found = gains_by_share(results, config, "eq2")
-    text = f"bits/byte gained, by share of the seed: {listed(found)}"
+    text = f"bits/byte gained by share of the seed: {listed(found)}"
     return Margin(found[weakest(found)], text, found)
 
 
@@ -978,7 +985,7 @@ def more_domains(results: Results, config: Config) -> Margin:
     if not steps:
         raise common.Missing("more than two domains")
     on = " and ".join(config.own[: min(found)])
-    text = f"bits/byte gained on {on}, by number of domains: {listed(found)}"
+    text = f"bits/byte gained on {on} by number of domains: {listed(found)}"
     return Margin(steps[weakest(steps)], text, found)
 
 
@@ -1000,9 +1007,9 @@ def add_remove(results: Results, config: Config) -> Margin:
 def plain_prior(results: Results, config: Config) -> Margin:
     """The weaker of training and novel domains."""
     leads = {}
-    for where in ("in", "novel"):
+    for where in WHERE:
         plain = mean_gain(results, config, "eq2", where)
-        leads[where] = plain - mean_gain(results, config, "moving", where)
+        leads[WHERE[where]] = plain - mean_gain(results, config, "moving", where)
     return Margin(leads[weakest(leads)], f"bits/byte better: {listed(leads)}", leads)
 
 
@@ -1079,7 +1086,7 @@ def print_tables(results: Results, config: Config, run: Run) -> None:
     rows = []
     for label, by_domain in found.items():
         row = [label]
-        for where in ("in", "novel"):
+        for where in WHERE:
             group = split(by_domain, where, config)
             row += [show(group.mean(axis=1), 3), perplexity(group)]
         rows.append(row + [f"{value:.3f}" for value in by_domain.mean(axis=0)])
@@ -1257,7 +1264,7 @@ def evaluate(config: Config, run: Run) -> None:
     rows, believed = [], []
     for name in texts:
         dev, test = torch.stack(said[f"dev {name}"]), torch.stack(said[f"test {name}"])
-        found = judge(forest, list(metas), name, dev, test, run)
+        found = all_rules(forest, list(metas), name, dev, test, run)
         rows.append([name, f"{2 ** found['eq2']:.2f}", *(f"{found[rule]:.3f}" for rule in RULES)])
         believed.append(found["weights"])
     header = ["", "perplexity", "eq. 2", "last token", "released", "moving", "best expert",
@@ -1372,14 +1379,14 @@ def check_texts(config: Config, names: Sequence[str], run: Run) -> Config:
 
 def rounds(systems: Sequence[str], config: Config) -> list[list[str]]:
     """Who must be there before whom: seeds, models of the first round, of later rounds."""
-    seeds, first, later = {}, {}, {}  # used as ordered sets
+    seeds, first, later = [], [], []
     for system in systems:
-        seeds[sister(system, "seed")] = True
+        seeds.append(sister(system, "seed"))
         if system.partition("@")[0] == "grow":
-            later |= dict.fromkeys(models_of(system, config))
+            later += models_of(system, config)
             system = sister(system, "btm")
-        first |= dict.fromkeys(models_of(system, config))
-    return [list(seeds), list(first), list(later)]
+        first += models_of(system, config)
+    return [list(dict.fromkeys(wave)) for wave in (seeds, first, later)]
 
 
 def sequences(arm: str, config: Config) -> int:
@@ -1409,7 +1416,7 @@ def main(config: Config, run: Run) -> Results | None:
         raise UsageError("--domain goes with one of --stage, --average, --prepare")
     run.config = config = check_texts(config, scored("btm", config), run)
     all_systems = [*SYSTEMS, *curves(config)]
-    default = SYSTEMS if run.scale == "full" else all_systems  # there the curves double the cost
+    default = [*SYSTEMS] if run.scale == "full" else all_systems  # there curves double the cost
     systems = run.choose(SYSTEMS, default, more=all_systems)
     waves = rounds(systems, config)
     plan(waves, config, run)
@@ -1424,7 +1431,7 @@ def main(config: Config, run: Run) -> Results | None:
         results |= run.train_arms(train_arm, wave)
     forests = [system for system in systems if system.partition("@")[0] != "dense"]
     results |= run.train_arms(merge, forests)
-    shutil.rmtree(run.out / "texts")
+    shutil.rmtree(run.out / "texts", ignore_errors=True)  # none where all texts are folders
     print_tables(results, config, run)
     draw(results, config, run)
     say(f"\nthe forest is in {run.out / f'forest-seed{run.seed}'}; --sample 'def ' writes with it")
