@@ -799,16 +799,15 @@ def mixtures(dev: Tensor, test: Tensor, config: Config) -> dict[str, float]:
 def all_rules(
     forest: Forest, experts: Sequence[str], name: str, dev: Tensor, test: Tensor, run: Run
 ) -> dict[str, Any]:
-    """A forest on one domain: its mixtures, its averages, and whom eq. 2 believes: weights [E]."""
-    config = run.config
-    prior = cached_prior(dev, blocks=config.dev_blocks)
-    found: dict[str, Any] = mixtures(dev, test, config)
-    for rule, shares in (("posterior", prior), ("uniform", torch.ones_like(prior) / len(prior))):
-        average = forest.average(experts, shares)
-        found[rule] = bits(-score(average, "test", name, config, run))
+    """A forest on one domain: its mixtures, its average, and whom eq. 2 believes: weights [E]."""
+    prior = cached_prior(dev, blocks=run.config.dev_blocks)
+    average = forest.average(experts, prior)
     _, weights = ensemble_nll(test, prior.log())
-    found["weights"] = weights.mean(dim=(1, 2)).tolist()
-    return found
+    return {
+        **mixtures(dev, test, run.config),
+        "posterior": bits(-score(average, "test", name, run.config, run)),
+        "weights": weights.mean(dim=(1, 2)).tolist(),
+    }
 
 
 def train_arm(job: Job) -> dict:
@@ -843,13 +842,22 @@ def merge(job: Job) -> dict:
             on_this = all_rules(forest_of(job), config.own, name, dev, test, job.run)
         for key, value in on_this.items():
             found.setdefault(key, []).append(value)
-    if job.method == "btm":
-        found["without"] = []  # [removed, domains]
-        for removed in range(len(config.own)):
-            others = [expert for expert in range(len(config.own)) if expert != removed]
-            kept = {key: values[others] for key, values in said.items()}
-            found["without"].append(bits_of(kept, names, config))
-    return found
+    return found if job.method == "random" else found | uniform_and_removed(job, said, names)
+
+
+def uniform_and_removed(job: Job, said: dict[str, Tensor], names: Sequence[str]) -> dict:
+    """What asks for no domain: the average with equal weights, and the forest less one expert."""
+    config, experts = job.config, len(job.config.own)
+    equal = torch.full((experts,), 1 / experts, dtype=torch.float64)
+    average, uniform = forest_of(job).average(config.own, equal), []
+    for name in names:
+        uniform.append(bits(-score(average, "test", name, config, job.run)))
+    without = []  # [removed, domains]
+    for removed in range(experts):
+        others = [expert for expert in range(experts) if expert != removed]
+        kept = {key: values[others] for key, values in said.items()}
+        without.append(bits_of(kept, names, config))
+    return {"uniform": uniform, "without": without}
 
 
 def bits_with(job: Job, new: str) -> list[float]:
@@ -1265,10 +1273,11 @@ def evaluate(config: Config, run: Run) -> None:
     for name in texts:
         dev, test = torch.stack(said[f"dev {name}"]), torch.stack(said[f"test {name}"])
         found = all_rules(forest, list(metas), name, dev, test, run)
-        rows.append([name, f"{2 ** found['eq2']:.2f}", *(f"{found[rule]:.3f}" for rule in RULES)])
+        shown = [f"{found[rule]:.3f}" for rule in RULES if rule in found]
+        rows.append([name, f"{2 ** found['eq2']:.2f}", *shown])
         believed.append(found["weights"])
     header = ["", "perplexity", "eq. 2", "last token", "released", "moving", "best expert",
-              "average", "uniform"]  # fmt: skip
+              "average"]  # fmt: skip
     run.table("bits/byte on test text; perplexity is that of eq. 2", header, rows)
     run.table(*posterior_table(texts, list(metas), believed))
 
