@@ -1322,10 +1322,9 @@ def prepare(config: Config, run: Run) -> None:
     """--prepare: a domain of one's own, or those of the Pile by their labels."""
     root = run.data_dir / "btm"
     sizes, labels = text_data.prepare(run.actions["prepare"], root, config.domain)
-    rows = []
     for name, parts in sizes.items():
-        rows.append([name, *(f"{parts[part]:,}" for part in text_data.PARTS)])
-    run.table(f"bytes written to {root}", ["domain", *text_data.PARTS], rows)
+        shown = ", ".join(f"{size:,} bytes of {part}" for part, size in parts.items())
+        say(f"{root / name}: {shown}")
     lacking = [label for label, name in text_data.PILE.items() if name not in sizes]
     if labels and lacking:
         say(f"too little of {', '.join(lacking)}; labels found: {', '.join(map(repr, labels))}")
