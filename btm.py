@@ -527,6 +527,8 @@ def load_trained(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     if path.suffix == ".npz":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
         forest = Forest(path.parent if path.stem == "seed" else path.parent.parent)
         return forest.filled(forest.load(path)[0])
     return common.load_trained(path, Config, rebuild)
@@ -1300,6 +1302,9 @@ def save_average(config: Config, run: Run) -> None:
 def write(config: Config, run: Run) -> None:
     """--sample: go on with a text; at its end, whom the ensemble believes."""
     if "model" in run.actions:
+        idle = (FOREST | {"without"}) & set(run.given) - {"seed"}
+        if idle:
+            raise UsageError(f"{common.flag(min(idle))} does nothing with --model")
         names, models = ["model"], [load_trained(run.actions["model"])]
     else:
         forest = open_forest(config, run)
