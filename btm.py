@@ -47,7 +47,7 @@ Differences from the paper and its code (its tables could not be read)
 1. The text defines eq. 2 over the whole prefix. The released scorer (DEMix) looks at the token
    before only, and gives all experts equal weights at the first token of a block: `released_nll`.
 2. Our prior is a plain mean over 100 development blocks. The released one is a moving average, 0.3
-   on the new, over last positions of 101 batches of 2: it forgets all but a dozen, `released_prior`.
+   on the new, over last positions of 101 batches of 2; the last dozen count: `released_prior`.
 3. Experts read the very bytes that the dense LM reads of their domain at the same update, so that
    cost and data are equal; the paper draws afresh. In later rounds Adam starts afresh.
 4. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half).
