@@ -319,9 +319,15 @@ class AdaMoE(nn.Module):
     ):
         check_sizes(num_experts, num_null, top_k)
         super().__init__()
-        self.d_model, self.act, self.glu = d_model, act, glu
-        self.num_experts, self.num_null, self.top_k = num_experts, num_null, top_k
-        self.alpha, self.normalize, self.average_nulls = alpha, normalize, average_nulls
+        self.d_model = d_model
+        self.act = act
+        self.glu = glu
+        self.num_experts = num_experts
+        self.num_null = num_null
+        self.top_k = top_k
+        self.alpha = alpha
+        self.normalize = normalize
+        self.average_nulls = average_nulls
         self.backend = backend
 
         def normal(*shape: int, fan_in: int) -> Tensor:
@@ -372,7 +378,9 @@ class AdaMoE(nn.Module):
         sizes = (mixture.d_model, mixture.d_ff, mixture.num_experts, num_null, top_k)
         with torch.device("meta"):  # sizes alone: no memory for weights that are replaced below
             layer = cls(*sizes, act=mixture.act, glu=True, **options)
-        layer.w1, layer.w2, layer.out_in = mixture.gate_up_proj, mixture.down_proj, True
+        layer.w1 = mixture.gate_up_proj
+        layer.w2 = mixture.down_proj
+        layer.out_in = True
         layer.scoring, layer.scale = mixture.scoring, mixture.scale
         layer.shared, layer.shared_gate = mixture.shared, mixture.shared_gate
 
@@ -691,7 +699,10 @@ class ByteText:
     unit = "nats/byte"
 
     def __init__(self, corpus: text_data.Corpus, config: Config, device: str, stream: int):
-        self.corpus, self.config, self.device, self.stream = corpus, config, device, stream
+        self.corpus = corpus
+        self.config = config
+        self.device = device
+        self.stream = stream
         windows = text_data.all_windows(corpus.val, config.context).to(device)
         self.eval_batches = windows.split(max(1, 4096 // config.context))
 
@@ -842,7 +853,9 @@ def patch_sizes(job: Job) -> dict:
 
 def start_full(job: Job) -> nn.Module:
     """A pre-trained model, patched as the arm wants it; under torchrun spread over processes."""
-    arm, config, run = ARMS[job.method], job.config, job.run
+    arm = ARMS[job.method]
+    config = job.config
+    run = job.run
     options = {"average_nulls": arm.average_nulls, "copy_rows": arm.copy_rows}
     options["generator"] = torch.Generator().manual_seed(job.seed)
 
@@ -975,7 +988,9 @@ def evaluate(model: nn.Module, task, dictate: Callable[[Tensor], Tensor] | None 
              in every layer, and once more with the dictated ones
     """
     model.eval()
-    layers, scores, counts = null_layers(model), [], []
+    layers = null_layers(model)
+    scores = []
+    counts = []
     for batch in task.eval_batches:
         score = task.scores(model, batch)
         if dictate is not None:
@@ -1251,7 +1266,9 @@ def print_tables(results: Results, config: Config, run: Run) -> None:
 
 def with_counts(words: Sequence[str], counts: Sequence[int], width: int = 96) -> str:
     """A text, and under every token its number."""
-    lines, text, numbers = [], "", ""
+    lines = []
+    text = ""
+    numbers = ""
     for word, count in zip(words, counts):
         shown = word if word.isprintable() else "·"
         size = max(len(shown), len(str(count)))
@@ -1277,13 +1294,14 @@ def draw(results: Results, config: Config, run: Run) -> None:
             color = common.color_of(arm, arms)
             ax.errorbar(x.mean(), y.mean(), *half, fmt="o", color=color, label=arm, capsize=3)
         if {"top1", "top2"} <= results.keys():
-            ends = [results.of(arm, "loss").mean() for arm in ("top1", "top2")]
-            ax.plot([1, 2], ends, color="0.6", zorder=0)
+            ends = [results.of(arm, measure).mean() for arm in ("top1", "top2")]
+            ax.plot([1, 2], ends, color="0.6", zorder=0, label="line from top1 to top2")
         ax.set(xlabel="true experts a token", ylabel=unit, title="quality against load")
 
     def counts(ax) -> None:
         shares = 100 * np.trim_zeros(results.of("adamoe", "histogram").mean(axis=0), "b")
         ax.bar(range(len(shares)), shares, color=common.color_of("adamoe", arms))
+        ax.set_xticks(range(len(shares)))
         ax.set(xlabel="true experts", ylabel="% of tokens", title="AdaMoE: experts a token gets")
 
     def text(ax) -> None:

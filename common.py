@@ -336,7 +336,9 @@ class Attention(nn.Module):
         if num_heads < 1 or d_model % num_heads or (rope and d_model // num_heads % 2):
             sizes = f"d_model is {d_model}, num_heads {num_heads}"
             raise ValueError(f"{sizes}; the head width must be whole (even with rope)")
-        self.num_heads, self.causal, self.rope = num_heads, causal, rope
+        self.num_heads = num_heads
+        self.causal = causal
+        self.rope = rope
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -405,7 +407,9 @@ class TransformerLM(nn.Module):
             given = f"norm is {norm!r}, positions {positions!r}"
             raise ValueError(f"{given}; allowed: layer or rms, learned or rope")
         norm_type = nn.LayerNorm if norm == "layer" else nn.RMSNorm
-        self.context, self.causal, self.conv_width = context, causal, conv
+        self.context = context
+        self.causal = causal
+        self.conv_width = conv
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if positions == "learned" else None
         self.conv = nn.Conv1d(d_model, d_model, conv, bias=False) if conv else None
@@ -566,7 +570,9 @@ class MetricsLog:
     """A JSON line a step. Losses wait on the device and come to the host together."""
 
     def __init__(self, path: Path | None, label: str, last: dict):
-        self.path, self.label, self.last = path, label, last
+        self.path = path
+        self.label = label
+        self.last = last
         self.waiting: list[tuple[int, Tensor, dict]] = []
 
     def flush(self) -> None:
@@ -1054,7 +1060,9 @@ contradicted) when that whole interval of its margin lies above (below) 0, else 
 
 def format_claims(claims: Sequence[Claim]) -> str:
     """Every claim with what was measured, those that were not in one line, checks apart."""
-    lines, absent, checks = [], [], []
+    lines = []
+    absent = []
+    checks = []
     for claim in claims:
         name = claim.id.partition(".")[2]
         if claim.verdict == "not measured":
@@ -1254,22 +1262,25 @@ class Run:
     def plot(
         self, panels: Sequence[Callable], width: float = 4.6, height: float = 3.8, name: str = ""
     ) -> None:
-        """With --plot, draw panels (functions of a matplotlib axis) side by side, to a .png."""
+        """With --plot, draw panels (functions of a matplotlib axis), three a row at most."""
         if not self.draw:
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+        columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
+        rows = math.ceil(len(panels) / columns)
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         named = {}
-        for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels)))):
+        for place, panel in enumerate(panels, start=1):
+            ax = figure.add_subplot(rows, columns, place)
             panel(ax)
             handles, labels = ax.get_legend_handles_labels()
             if ax.get_legend() is None:
                 named.update(zip(labels, handles))
         if named:  # one legend for all panels, and over no data
-            columns = min(len(named), 2 + 2 * len(panels))
             figure.legend(named.values(), named.keys(), loc="outside lower center",
-                          ncols=columns, frameon=False, fontsize=8)  # fmt: skip
+                          ncols=min(len(named), 2 + 2 * columns), frameon=False,
+                          fontsize=8)  # fmt: skip
         path = self.out / f"{name or self.method}.png"
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=130)
@@ -1355,7 +1366,9 @@ class Run:
             path.unlink()
 
     def claim_folder(self) -> None:
-        mark, arms, now = self.out / "run.json", self.out / "arms", self.identity()
+        mark = self.out / "run.json"
+        arms = self.out / "arms"
+        now = self.identity()
         if self.resume:
             before = read_json(mark, identity=dict)["identity"]
             for old, new in [(before.get("config", {}), now["config"]), (before, now)]:

@@ -528,7 +528,9 @@ def fit(
     backward: Callable | None = None,
 ) -> dict:
     """The SGD of the official code, with the schedule of the scale; then percent right."""
-    config, run, steps = job.config, job.run, num_steps(job.config, data)
+    config = job.config
+    run = job.run
+    steps = num_steps(job.config, data)
     backbone, heads = [], []
     for name, parameter in model.named_parameters():
         is_head = "fc" in name.split(".") or name.startswith("aux.")
@@ -613,7 +615,9 @@ def load_teacher(data: images.ImageSet, job: Job) -> Callable[[Tensor, Tensor], 
 
 
 def train_student(job: Job) -> dict:
-    arm, config, run = ARMS[job.method], job.config, job.run
+    arm = ARMS[job.method]
+    config = job.config
+    run = job.run
     lr = arm.lr if config.lr is None else config.lr
     alpha = arm.alpha if config.alpha is None else config.alpha
     data = load_images(config, job.seed, run).to(run.device)

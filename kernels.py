@@ -75,7 +75,9 @@ class Dispatch(NamedTuple):
 def make_dispatch(expert_index: Tensor, num_experts: int) -> Dispatch:
     """Sort the assignments of expert_index [tokens, top_k]; an id outside the range is null."""
     _check("expert_index", expert_index, ("tokens", "top_k"))
-    dtype, device, total = expert_index.dtype, expert_index.device, expert_index.numel()
+    dtype = expert_index.dtype
+    device = expert_index.device
+    total = expert_index.numel()
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise ValueError(f"expert_index has dtype {dtype}; an integer dtype is needed")
     if not 1 <= num_experts <= 32766:

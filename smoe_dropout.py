@@ -234,8 +234,12 @@ class SMoEDropout(nn.Module):
             raise ValueError(f"act is {act!r}; allowed: {', '.join(ACTIVATIONS)}")
         super().__init__()
         width = check_width(d_ff, num_experts)
-        self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
-        self.scale, self.dropout, self.act = scale, dropout, act
+        self.d_model = d_model
+        self.d_ff = d_ff
+        self.num_experts = num_experts
+        self.scale = scale
+        self.dropout = dropout
+        self.act = act
         self.balance, self.backend = balance, backend
         self.k = check_k(num_experts if k is None else k, num_experts)
         self.aux_loss: Tensor | None = None
@@ -305,7 +309,10 @@ class SMoEDropout(nn.Module):
 
     def dispatched(self, x: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
         """The same numbers from the chosen experts alone: sort by expert, multiply, add up."""
-        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        w1 = self.w1
+        b1 = self.b1
+        w2 = self.w2
+        b2 = self.b2
         act, backend = self.act, self.backend
         if act in kernels.ACTIVATIONS and not (self.dropout and self.training):
             return kernels.moe_mlp(x, expert_index, gates, w1, w2, b1, b2, act, backend=backend)
@@ -356,7 +363,9 @@ class DenseFFN(nn.Module):
         expert_drop: float = 0.0, init: float = 0.02, generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.num_blocks, self.dropout, self.expert_drop = num_blocks, dropout, expert_drop
+        self.num_blocks = num_blocks
+        self.dropout = dropout
+        self.expert_drop = expert_drop
         self.width = check_width(d_ff, num_blocks)
         self.w1 = nn.Parameter(torch.randn(d_model, d_ff, generator=generator) * init)
         self.w2 = nn.Parameter(torch.randn(d_ff, d_model, generator=generator) * init)

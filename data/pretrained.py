@@ -597,7 +597,9 @@ class LetterTask:
             found = letter_questions(model, task, data_dir, num_train, length, seed)
         self.train, self.dev, letters, self.words = found
         self.letters = torch.tensor(letters, device=device)
-        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
         rows = torch.arange(len(self.dev.labels)).split(batch_size)
         self.eval_batches = [self.dev.batch(some, device) for some in rows]
 

@@ -29,7 +29,10 @@ class Windows:
     """A batch is windows [batch, context + 1] of a text. train, val [tokens]."""
 
     def __init__(self, train: Tensor, val: Tensor, config: Any, device: str, stream: int):
-        self.train, self.config, self.device, self.stream = train, config, device, stream
+        self.train = train
+        self.config = config
+        self.device = device
+        self.stream = stream
         self.calibration = self.sample(config.calibration, -1).split(32)
         windows = text.all_windows(val, config.context)
         self.validation = windows[: config.eval_sequences or None].to(device).split(64)
@@ -62,7 +65,9 @@ class Letters:
     """A batch is (tokens [batch, time], padded on the right, lengths [batch], labels [batch])."""
 
     def __init__(self, folder: Path, config: Any, data_dir: Path, device: str, stream: int):
-        self.config, self.device, self.stream = config, device, stream
+        self.config = config
+        self.device = device
+        self.stream = stream
         everything = 1 << 40
         questions = pretrained.letter_questions(
             folder, config.task, data_dir, everything, config.context, stream

@@ -161,7 +161,9 @@ def split_documents(
         cut = by_hash[0].rfind(b"\n", int(0.99 * cut), cut) + 1 or cut
         train, val = [by_hash[0][:cut]], [by_hash[0][cut:]]
     else:
-        train, val, taken = [], [], 0
+        train = []
+        val = []
+        taken = 0
         for content in by_hash:
             held_out = taken + len(content) <= budget
             (val if held_out else train).append(content)

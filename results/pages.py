@@ -108,7 +108,9 @@ def own_line_comments(source: str) -> dict[int, str]:
 def segments(source: str) -> list[Segment]:
     """The file below its docstring, cut where a definition or a comment begins."""
     tree = ast.parse(source)
-    texts, starts, comments = docstrings(tree), definitions(tree), own_line_comments(source)
+    texts = docstrings(tree)
+    starts = definitions(tree)
+    comments = own_line_comments(source)
     count, number = len(source.splitlines()), tree.body[0].end_lineno + 1
     cut = [Segment()]
     while number <= count:

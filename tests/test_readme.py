@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -73,30 +74,57 @@ def test_a_verdict_follows_from_the_margins_beside_it(method):
             assert claim["verdict"] == common.verdict(claim["margins"]), claim["id"]
 
 
-INTERVAL = re.compile(r"-?(\d+(?:\.(\d+))?) ± (\d+(?:\.\d+)?)")
+# A figure: 0.0054 or -0.002, perhaps with its interval, 0.0054 ± 0.0032; or whole numbers with one.
+FIGURE = re.compile(r"(?<![\w.-])-?(\d+\.\d+|\d+(?= ±))(?: ± (\d+(?:\.\d+)?))?")
 
 
-def intervals_in(text):
-    """[(mean without its sign, half width, digits after the point)] of every "a ± b"."""
-    found = INTERVAL.findall(" ".join(text.split()))
-    return [(float(mean), float(half), len(decimals)) for mean, decimals, half in found]
+def figures_in(text):
+    """[(figure without its sign, half interval or None, digits after the point)]."""
+    found, text = [], re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)  # not code, nor addresses
+    for figure, half in FIGURE.findall(" ".join(text.split())):
+        digits = len(figure.partition(".")[2])
+        found.append((float(figure), float(half) if half else None, digits))
+    return found
+
+
+def means_of(result):
+    """The mean over seeds of every column of every arm, of each place of a list."""
+    for seeds in result["results"]["arms"].values():
+        for column in seeds[0]:
+            values = [seed.get(column) for seed in seeds]
+            try:
+                means = np.array(values, dtype=float).mean(axis=0)
+            except (TypeError, ValueError):  # words, or lists of unequal length
+                continue
+            yield from np.abs(means).ravel().tolist()
+            yield abs(float(means.mean()))
+
+
+def prose_of(method):
+    """What is said of a result: the docstring's "Found", and the paragraphs of results/README."""
+    lecture = importlib.import_module(method).__doc__
+    found = lecture.partition("Found    (")[2].partition("Differences from the paper")[0]
+    page = (update_tables.FOLDER / "README.md").read_text()
+    after_the_table = page.partition(f"<!-- claims: {method} -->")[2].partition("<!-- end -->")[2]
+    return found, after_the_table.partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("method", update_tables.PAPERS)
-def test_intervals_in_a_docstring_stand_in_the_committed_result(method):
-    """Every "a ± b" under "Found" is one that the run printed, perhaps with more digits."""
-    lecture = importlib.import_module(method).__doc__
-    found = lecture.partition("Found    (")[2].partition("Differences from the paper")[0]
-    printed = json.dumps(update_tables.report(method), ensure_ascii=False)
-    assert intervals_in(found)
-    for mean, half, digits in intervals_in(found):
+def test_figures_in_the_prose_stand_in_the_committed_result(method):
+    """Each is one that the run printed, perhaps with more digits, or a column's mean over seeds."""
+    result = update_tables.report(method)
+    printed = figures_in(json.dumps(result["claims"], ensure_ascii=False))
+    printed += figures_in(json.dumps(result["results"]["tables"], ensure_ascii=False))
+    printed += [(mean, None, 0) for mean in means_of(result)]
+    found, paragraphs = prose_of(method)
+    assert figures_in(found)
+    for figure, half, digits in [*figures_in(found), *figures_in(paragraphs)]:
         slack = 0.5 * 10**-digits + 1e-9  # as rounded there
-        near = [
-            (other, width)
-            for other, width, _ in intervals_in(printed)
-            if abs(other - mean) <= slack and abs(width - half) <= slack
-        ]
-        assert near, f"{mean} ± {half}"
+        near = [other for other in printed if abs(other[0] - figure) <= slack]
+        if half is not None:
+            near = [other for other in near if other[1] is not None]
+            near = [other for other in near if abs(other[1] - half) <= slack]
+        assert near, f"{figure} ± {half}" if half else figure
 
 
 @pytest.mark.parametrize("method", update_tables.PAPERS)
