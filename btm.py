@@ -980,7 +980,9 @@ def posterior_average(results: Results, config: Config) -> Margin:
 def robust_to_seed(results: Results, config: Config) -> Margin:
     """The share with the smallest gain over the dense LM, mean of the training domains."""
     found = gains_by_share(results, config, "eq2")
+    averaged = gains_by_share(results, config, "posterior")
     text = f"bits/byte gained by share of the seed ({listed(found)})"
+    text += f"; averaged by posterior ({listed(averaged)})"
     return Margin(found[weakest(found)], text, found)
 
 

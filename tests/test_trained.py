@@ -73,7 +73,7 @@ def test_adamoe(left):
 
 
 def test_btm(left):
-    run, config, results = left(btm)
+    run, config, results = left(btm, "--arms", *btm.SYSTEMS)
     names = btm.scored("btm", config)
     for arm, result in results.items():
         if "bits" in result:
