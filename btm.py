@@ -606,17 +606,18 @@ def forest_of(job: Job) -> Forest:
     return Forest.create(job.run.actions.get("forest", default), job.config, job.seed)
 
 
-def read_domain(name: str, run: Run) -> text_data.Split:
-    """A text in three parts, from the run's folder if `main` has read this very text before."""
-    kept = run.out / "texts" / f"{name}-{run.data.get(name)}.pt"
-    return read_once(name, run.data_dir / "btm", kept)
+find_text = functools.cache(text_data.find_split)
 
 
 @functools.cache
-def read_once(name: str, root: Path, kept: Path) -> text_data.Split:
-    if kept.exists():
-        return text_data.Split(**common.load(kept))
-    return text_data.find_split(name, root)
+def read_kept(path: Path) -> text_data.Split:
+    return text_data.Split(**common.load(path))
+
+
+def read_domain(name: str, run: Run) -> text_data.Split:
+    """A text in three parts, from the run's folder if `main` has read this very text before."""
+    kept = run.out / "texts" / f"{name}-{run.data.get(name)}.pt"
+    return read_kept(kept) if kept.exists() else find_text(name, run.data_dir / "btm")
 
 
 def keep_texts(run: Run) -> None:
@@ -625,7 +626,7 @@ def keep_texts(run: Run) -> None:
         kept = run.out / "texts" / f"{name}-{digest}.pt"
         is_folder = (run.data_dir / "btm" / name).exists()  # which is read fast, and may be huge
         if not is_folder and not kept.exists():
-            common.save(kept, read_domain(name, run)._asdict())
+            common.save(kept, find_text(name, run.data_dir / "btm")._asdict())
 
 
 def stream(data: Tensor, num: int, context: int, key: str) -> Callable[[int], Tensor]:

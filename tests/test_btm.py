@@ -527,7 +527,7 @@ def test_the_worst_domain_and_the_worst_expert_decide():
 def act(tmp_path, monkeypatch, capsys):
     """act("--stage", "eval", ...): a command of the script, in this process and in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    btm.read_once.cache_clear()  # --data-dir D is another folder in every test
+    btm.find_text.cache_clear()  # --data-dir D is another folder in every test
 
     def run(*flags):
         capsys.readouterr()
