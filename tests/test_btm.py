@@ -266,6 +266,16 @@ def test_experts_read_what_the_dense_model_reads_of_their_domain(tmp_path):
     assert batch.tolist() == [[570, 571, 572, 573], [849, 850, 851, 852]]
 
 
+def test_a_job_reads_the_very_text_that_main_has_read(tmp_path):
+    run, part = make_run(tmp_path), torch.zeros(99, dtype=torch.uint8)
+    kept = text_data.Split("docs", part, part, part, digest="abc")
+    common.save(tmp_path / "texts" / "docs-abc.pt", kept._asdict())
+    run.data = {"docs": "abc"}
+    assert torch.equal(btm.read_domain("docs", run).train, part)
+    run.data = {"docs": "def"}  # that of another run: the sources are read
+    assert len(btm.read_domain("docs", run).train) > 99
+
+
 def test_random_shards_are_disjoint_cover_everything_and_are_stayed_in(tmp_path, monkeypatch):
     data = torch.arange(100)
     assert torch.equal(torch.cat([btm.shard(data, i, 7) for i in range(7)]), data)
