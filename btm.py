@@ -13,8 +13,7 @@ its domain. The set of experts, the *forest*, is the model:
     merge    put theta_j's file beside the others; to remove it is to delete the file
 
 At inference the experts' next-token *probabilities* are mixed by how well each has predicted the
-text so far, x_1 .. x_t-1. The prior, p(j), is how much each expert was believed on development text
-of the target domain:
+text so far, x_1 .. x_t-1; the prior p(j) is how far it was believed on text for development:
 
     p(x_t | x_<t) = sum_j p_j(x_t | x_<t) p(j | x_<t)                        (eq. 1)
     p(j | x_<t)   ~ p(j) prod_{s<t} p_j(x_s | x_<s), so that sum_j is 1      (eq. 2)
@@ -27,36 +26,32 @@ each gave to three true tokens, in numbers:
     p(1 | x_<t)      1/2     2/3     1/2
     p(x_t | x_<t)    0.375   0.333   0.3125     their product is (0.0625 + 0.015625) / 2
 
-Run      python btm.py             seed, experts, their rivals, later rounds; no download
-         python btm.py --ablate    curves over the seed's share and the domains; --seeds 8, --plot
-         python btm.py --full      the paper's 125M model on the public parts of the Pile
-     One part a command, on any machines, with nothing in common but a folder F:
+Run      python btm.py                    seed, experts, their rivals, later rounds; no download
+         python btm.py --seeds 8 --plot   the evidence
+         python btm.py --full             the paper's 125M model on the public parts of the Pile
+     One part a command, on any machines that share a folder F; docs/btm.md tells the story:
          python btm.py --stage seed --forest F
          python btm.py --stage expert --forest F --domain-index 2      or --domain docs, or all
          python btm.py --stage eval --forest F --without unicode
-     A stopped command goes on when given again. Your own domain, one model of all, a text:
-         python btm.py --prepare ~/notes --domain notes
-         python btm.py --stage expert --forest F --domain notes --branch-steps 300
-         python btm.py --average posterior --forest F --domain notes
-         python btm.py --sample "def " --model F/averages/notes.npz    or --forest F
+         python btm.py --average posterior --forest F --domain docs
+         python btm.py --sample "def " --forest F
 You see  bits/byte and perplexity by domain and method, whom the posterior believes, the claims.
 Found    (seeds 0-7, bits/byte) At equal cost the forest is 0.115 below the dense LM on its domains,
-         0.050 on the weakest; averaged by posterior, one LM keeps 0.105 of it. On novel domains
-         eq. 2 gains 0.014 ± 0.025 (it loses 0.062 on stubs), the last token alone 0.070 ± 0.027.
-         Random splits lose 0.134 to it in domain; on novel ones that is undecided. To add an expert
-         gains 0.19 to 1.07; to remove python's, or tests', docs', numpy's, is felt elsewhere, too.
-         The curves have not been measured on several seeds.
+         0.050 ± 0.008 on the weakest. On python and headers alone that grows from 0.041 ± 0.002
+         with two experts to 0.111 ± 0.004 with six. With a quarter, a half, three quarters of the
+         cost in the seed it is 0.093, 0.129, 0.115; averaged into one LM 0.021, 0.107, 0.105. On
+         novel domains eq. 2 gains 0.014 ± 0.025 (on stubs it loses 0.062), the last token alone
+         0.070 ± 0.027. Random splits lose 0.134 to the forest in domain (novel: undecided). To
+         remove python's expert, or docs', tests', numpy's, is felt in other domains, too.
 Differences from the paper and its code (its tables could not be read)
 1. The text defines eq. 2 over the whole prefix. The released scorer (DEMix) looks at the token
    before only, and gives all experts equal weights at the first token of a block: `released_nll`.
-2. Our prior is the plain mean of the posterior over 100 development blocks. The released one is
-   a moving average, 0.3 on the new, over last positions of 101 batches of 2, each under the
-   prior so far; it forgets all but the last dozen: `released_prior`.
+2. Our prior is a plain mean over 100 development blocks. The released one is a moving average, 0.3
+   on the new, over last positions of 101 batches of 2; the last dozen count: `released_prior`.
 3. Experts read the very bytes that the dense LM reads of their domain at the same update, so that
-   cost and data are equal by construction; the paper draws afresh after the branch.
-4. In later rounds Adam starts afresh with its own warm-up: there are several parents.
-5. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half).
-6. To remove an expert removes what it learnt alone: the seed has read its domain, too.
+   cost and data are equal; the paper draws afresh. In later rounds Adam starts afresh.
+4. Small scale: 2 layers, bytes, three quarters of the updates for the seed (the paper: one half).
+5. To remove an expert removes what it learnt alone: the seed has read its domain, too.
 
 Break it yourself (seeds 0-2: as it is 2.465 bits/byte in domain, 3.187 on novel ones): pad the
 other side in log_posterior (2.415, 3.055: the target leaks); mix log-probabilities in ensemble_nll,
@@ -65,6 +60,7 @@ hardly minds, 2.492, but the last token alone gives 2.638, worse than the dense 
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -199,15 +195,6 @@ def released_prior(
     return prior
 
 
-def top_k_prior(prior: Tensor, top_k: int) -> Tensor:
-    """Keep the top_k largest entries (ties: the first), zero the rest, renormalise. [E] -> [E]."""
-    if not 1 <= top_k <= len(prior):
-        raise ValueError(f"top_k is {top_k}; 1 to {len(prior)} experts can be kept")
-    kept = prior.sort(descending=True, stable=True).indices[:top_k]
-    sparse = torch.zeros_like(prior).index_copy(0, kept, prior[kept])
-    return sparse / sparse.sum()
-
-
 def average_parameters(
     state_dicts: Iterable[dict[str, Tensor]], weights: Sequence[float]
 ) -> dict[str, Tensor]:
@@ -223,22 +210,29 @@ def average_parameters(
     first, total, count = {}, {}, 0
     for state in state_dicts:
         count += 1
-        first = first or {name: tensor.clone() for name, tensor in state.items()}
-        for name in [*first, *state]:
-            shapes = [list(model[name].shape) for model in (first, state) if name in model]
-            if len(shapes) < 2 or shapes[0] != shapes[1]:
-                found = f"{shapes[1]}, not {shapes[0]}" if len(shapes) > 1 else "not in all"
-                raise ValueError(f"model {count}: the parameter {name!r} is {found}")
         if count > len(weights):
             break
+        if count == 1:
+            first = {name: tensor.clone() for name, tensor in state.items()}
+        for name in [*first, *state]:
+            reason = why_not_averaged(first.get(name), state.get(name))
+            if reason:
+                raise ValueError(f"model {count}: the parameter {name!r} {reason}")
         for name, tensor in state.items():
             if tensor.is_floating_point():
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"model {count}: the parameter {name!r} holds NaN or infinity")
                 total[name] = total.get(name, 0) + weights[count - 1] * tensor.double()
     if count != len(weights):
         raise ValueError(f"{len(weights)} weights for {count} models or more; one each is needed")
     return {name: total.get(name, tensor).to(tensor.dtype) for name, tensor in first.items()}
+
+
+def why_not_averaged(first: Tensor | None, other: Tensor | None) -> str:
+    """What keeps two parameters of one name from being averaged; empty: nothing."""
+    if first is None or other is None:
+        return "is not in all"
+    if first.shape != other.shape:
+        return f"is {list(other.shape)}, not {list(first.shape)}"
+    return "" if torch.isfinite(other).all() else "holds NaN or infinity"
 
 
 class Ensemble(nn.Module):
@@ -311,7 +305,7 @@ class Config(common.Settings):
     novel: tuple[str, ...] = ALSO_HERE  # each gets an expert in a later round, alone
     num_domains: Whole = 0  # of `domains`, the first ones; 0: all
     steps: Count = 600  # updates of seed and expert together, and of the dense model; paper 80,000
-    seed_share: Annotated[float, common.Range(0, 1)] = 0.75  # of the updates; released scripts 0.5
+    seed_share: Share = 0.75  # of the updates; released scripts 0.5
     blocks_per_domain: Count = 4  # sequences an update, of an expert; full: released scripts
     micro_batch: Count = 1024  # sequences a forward pass; gradients are accumulated over them
     context: Count = 64  # tokens; paper 1,024
@@ -341,7 +335,7 @@ class Config(common.Settings):
             raise ValueError(f"{listed}; two or more are needed, none of them twice")
         if self.num_domains > len(self.domains):
             raise ValueError(f"num_domains is {self.num_domains} of {len(self.domains)} domains")
-        if self.seed_steps == self.steps or (self.seed_share and not self.seed_steps):
+        if not 0 < self.seed_steps < self.steps:
             share = f"seed_share {self.seed_share:g} of {self.steps} updates"
             raise ValueError(f"{share} leaves nothing to the seed or to the experts")
         if self.d_model % self.num_heads:
@@ -422,7 +416,8 @@ class Forest:
             raise FileNotFoundError(f"{path} is no forest: no forest.json; --stage seed makes one")
         try:
             content = json.loads(mark.read_bytes())
-            self.seed, settings = content["seed"], {name: content[name] for name in OF_A_FOREST}
+            settings = {name: content[name] for name in OF_A_FOREST}
+            self.seed = content["seed"]
             if type(self.seed) is not int or len(content) != 1 + len(settings):
                 raise ValueError("a seed, its settings and nothing else are needed")
             self.config = replace(SMALL, **settings | {"domains": tuple(settings["domains"])})
@@ -500,15 +495,19 @@ class Forest:
         model.load_state_dict(state)
         return model.eval()
 
-    def sound(self, without: Sequence[str] = ()) -> dict[str, dict]:
-        """{name: meta} of the experts that load, a line for each that does not. UsageError."""
+    def sound(self, without: str = "") -> dict[str, dict]:
+        """{name: meta} of the experts that load, a line for each that does not. UsageError.
+
+        without: names to leave out, "docs,tests"
+        """
         found, there = {}, self.names()
-        for name in without:
+        left_out = list(filter(None, without.split(",")))
+        for name in left_out:
             if name not in there:
                 raise UsageError(f"{self.path}: there is no expert {name!r}")
         for name in there:
             try:
-                if name not in without:
+                if name not in left_out:
                     found[name] = self.load(self.file(name))[1]
             except ValueError as error:
                 say(f"{self.path}: {error}")
@@ -526,6 +525,8 @@ def load_trained(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     if path.suffix == ".npz":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
         forest = Forest(path.parent if path.stem == "seed" else path.parent.parent)
         return forest.filled(forest.load(path)[0])
     return common.load_trained(path, Config, rebuild)
@@ -538,45 +539,94 @@ def rebuild(job: Job, state: dict) -> nn.Module:
 
 
 # --------------------------------------------------------------------------------------------------
-# The experiment: seed, experts, and rivals that cost the same
+# The experiment: systems that cost the same, each a seed and the models that branch from it
+#
+# Every model is an arm of its own: seed, dense, expert@domain=python, shard@domain=python. It
+# leaves what it says of every text, and from that its system is put together: no second training.
 # --------------------------------------------------------------------------------------------------
 
-ARMS = ("dense", "btm", "random", "grow")  # systems: a seed, and the models branched from it
+SYSTEMS = {
+    "dense": "the rival: the seed's own run goes on, on all domains",
+    "btm": "the forest: an expert a domain",
+    "random": "the control: as many experts, each on a random shard of all domains",
+    "grow": "the forest and one expert more, of a novel domain; each of them alone",
+}
 SHARES = (0.25, 0.5)  # of the seed, beside the config's
 COUNTS = (2, 4)  # of domains, beside all
 
 
-@functools.cache
-def read_domain(name: str, root: Path) -> text_data.Split:
-    return text_data.find_split(name, root / "btm")
+def with_share(share: float, config: Config) -> str:
+    return "btm" if share == config.seed_share else f"btm@seed_share={share:g}"
 
 
-def changes_of(arm: str) -> list[str]:
-    """ "grow@lr=0.1,branch_steps=9" -> ["lr=0.1", "branch_steps=9"]."""
-    return list(filter(None, arm.partition("@")[2].split(",")))
+def with_count(system: str, count: int, config: Config) -> str:
+    return system if count == len(config.own) else f"{system}@num_domains={count}"
+
+
+def counts(config: Config) -> list[int]:
+    return [count for count in COUNTS if count < len(config.own)] + [len(config.own)]
+
+
+def curves(config: Config) -> list[str]:
+    """The systems of the curves over the seed's share and the number of domains."""
+    found = [with_share(share, config) for share in SHARES]
+    for count in counts(config):
+        found += [with_count("dense", count, config), with_count("btm", count, config)]
+    return found
 
 
 def sister(arm: str, method: str) -> str:
-    """An arm of the same forest: ("grow@lr=0.1,branch_steps=9", "seed") -> "seed@lr=0.1"."""
-    shared = [change for change in changes_of(arm) if change.partition("=")[0] in OF_A_FOREST]
+    """An arm of the same forest: ("expert@lr=0.1,domain=docs", "seed") -> "seed@lr=0.1"."""
+    changes = arm.partition("@")[2].split(",")
+    shared = [change for change in changes if change and not change.startswith("domain=")]
     return f"{method}@{','.join(shared)}" if shared else method
 
 
-def models_of(arm: str, config: Config) -> list[str]:
-    """The arms that a system branches from its seed: ["expert@domain=python", ...]."""
-    method, config = arm.partition("@")[0], common.arm_config(config, arm)
+def models_of(system: str, config: Config) -> list[str]:
+    """The arms that a system trains, beside its seed: ["expert@domain=python", ...]."""
+    method, _, changes = system.partition("@")
     if method == "dense":
-        return [arm]
+        return [system]
     kind = "shard" if method == "random" else "expert"
+    before = f"{kind}@{changes}," if changes else f"{kind}@"
+    config = common.arm_config(config, system)
     names = config.novel if method == "grow" else config.own
-    return [f"{kind}@{','.join([*changes_of(arm), f'domain={name}'])}" for name in names]
+    return [f"{before}domain={name}" for name in names]
+
+
+def scored(arm: str, config: Config) -> tuple[str, ...]:
+    """The domains that a system is compared on: its own, and unless it is of a curve the novel."""
+    own = common.arm_config(config, arm).own
+    return own if "@" in sister(arm, "") else (*own, *config.novel)
 
 
 def forest_of(job: Job) -> Forest:
     """The forest of a stage, or of the system that an arm belongs to."""
-    name = sister(job.arm, f"forest-seed{job.seed}")
-    path = job.run.actions.get("forest", job.run.out / name)
-    return Forest.create(path, job.config, job.seed)
+    default = job.run.out / sister(job.arm, f"forest-seed{job.seed}")
+    return Forest.create(job.run.actions.get("forest", default), job.config, job.seed)
+
+
+find_text = functools.cache(text_data.find_split)
+
+
+@functools.cache
+def read_kept(path: Path) -> text_data.Split:
+    return text_data.Split(**common.load(path))
+
+
+def read_domain(name: str, run: Run) -> text_data.Split:
+    """A text in three parts, from the run's folder if `main` has read this very text before."""
+    kept = run.out / "texts" / f"{name}-{run.data.get(name)}.pt"
+    return read_kept(kept) if kept.exists() else find_text(name, run.data_dir / "btm")
+
+
+def keep_texts(run: Run) -> None:
+    """To gather the texts of a domain takes a second, too long for every process of a run."""
+    for name, digest in run.data.items():
+        kept = run.out / "texts" / f"{name}-{digest}.pt"
+        is_folder = (run.data_dir / "btm" / name).exists()  # which is read fast, and may be huge
+        if not is_folder and not kept.exists():
+            common.save(kept, find_text(name, run.data_dir / "btm")._asdict())
 
 
 def stream(data: Tensor, num: int, context: int, key: str) -> Callable[[int], Tensor]:
@@ -591,7 +641,7 @@ def stream(data: Tensor, num: int, context: int, key: str) -> Callable[[int], Te
 
 
 def domain_batches(job: Job, name: str) -> Callable[[int], Tensor]:
-    data, config = read_domain(name, job.run.data_dir).train, job.config
+    data, config = read_domain(name, job.run).train, job.config
     return stream(data, config.blocks_per_domain, config.context, f"{job.seed} {name}")
 
 
@@ -611,7 +661,7 @@ def random_batches(job: Job) -> Callable[[int], Tensor]:
     index, num, k = config.own.index(config.domain), config.blocks_per_domain, len(config.own)
     streams = []
     for number, name in enumerate(config.own):
-        part = shard(read_domain(name, job.run.data_dir).train, index, k)
+        part = shard(read_domain(name, job.run).train, index, k)
         streams.append(stream(part, num, config.context, f"{job.seed} random {index} {number}"))
     which = stream(torch.arange(k), num, 0, f"{job.seed} which {index}")
 
@@ -644,9 +694,8 @@ def branch(job: Job, forest: Forest) -> Start:
         steps = config.branch_steps
         return Start(model, config.branch_lr, range(steps), steps, parents)
     first, last = config.seed_steps, config.steps
-    if job.method == "seed" or first == 0:
-        model = make_model(config, f"{job.seed} {domain or 'seed'}")
-        return Start(model, config.lr, range(first or last), last, {})
+    if job.method == "seed":
+        return Start(make_model(config, f"{job.seed} seed"), config.lr, range(first), last, {})
     if not forest.file("seed").exists():
         raise UsageError(f"{forest.path} has no seed yet; --stage seed comes first")
     return Start(forest.model("seed"), config.lr, range(first, last), last, {"seed": 1.0})
@@ -677,7 +726,7 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         batches = random_batches(job)
     else:
         batches = domain_batches(job, config.domain) if config.domain else mixed_batches(job)
-    read = {}
+    read = {}  # tokens, by step
 
     def counted(step: int) -> Tensor:
         windows = batches(step)
@@ -708,7 +757,6 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
         common.save(forest.path / "seed-adam.pt", optimizer.state_dict())
         forest.save(forest.file("seed"), model, meta)  # last: with it the seed is there
     elif job.method == "expert":
-        meta["data"] = read_domain(config.domain, run.data_dir).digest
         forest.save(forest.file(config.domain), model, meta)
     else:
         common.save(job.path(".pt"), model.state_dict())
@@ -719,7 +767,7 @@ def train_model(job: Job) -> tuple[nn.Module, dict]:
 def score(model: nn.Module, part: str, name: str, config: Config, run: Run) -> Tensor:
     """log p of every token of a domain's "dev" or "test" blocks: [N, context] fp32, on the CPU."""
     num = config.dev_blocks if part == "dev" else config.test_blocks
-    text, model = getattr(read_domain(name, run.data_dir), part), model.to(run.device).eval()
+    text, model = getattr(read_domain(name, run), part), model.to(run.device).eval()
     windows = text_data.spread_windows(text, config.context, num)
     found = [-common.lm_loss(model, some.to(run.device)).cpu() for some in windows.split(64)]
     return torch.cat(found)
@@ -736,31 +784,31 @@ def prior_of(forest: Forest, names: Sequence[str], domain: str, config: Config, 
     return cached_prior(torch.stack(said), blocks=config.dev_blocks)
 
 
-def forest_bits(dev: Tensor, test: Tensor, config: Config) -> float:
-    """Of eq. 2 with the cached prior. dev, test: log-probabilities [E, N, T]."""
-    prior = cached_prior(dev, blocks=config.dev_blocks)
-    return bits(ensemble_nll(test, prior.log())[0])
-
-
 def mixtures(dev: Tensor, test: Tensor, config: Config) -> dict[str, float]:
-    """Bits of every way to mix E experts on one domain. dev, test: [E, N, T]."""
+    """Bits of every way to mix E experts on one domain. dev, test: log-probabilities [E, N, T]."""
     prior = cached_prior(dev, blocks=config.dev_blocks)
     moving = cached_prior(dev, blocks=config.dev_blocks, rate=0.3)
-    two = top_k_prior(prior, min(2, len(prior)))
     return {
-        "eq2": forest_bits(dev, test, config),
+        "eq2": bits(ensemble_nll(test, prior.log())[0]),
         "last": bits(ensemble_nll(test, prior.log(), window=1)[0]),
         "released": bits(released_nll(test, released_prior(dev))),
         "moving": bits(ensemble_nll(test, moving.log())[0]),
         "top1": bits(-test[prior.argmax()]),
-        "top2": bits(ensemble_nll(test, two.log())[0]),
     }
 
 
-def scored(arm: str, config: Config) -> tuple[str, ...]:
-    """The domains that a system is compared on: its own, and unless it is of a curve the novel."""
-    own = common.arm_config(config, arm).own
-    return own if "@" in sister(arm, "") else (*own, *config.novel)
+def all_rules(
+    forest: Forest, experts: Sequence[str], name: str, dev: Tensor, test: Tensor, run: Run
+) -> dict[str, Any]:
+    """A forest on one domain: its mixtures, its average, and whom eq. 2 believes: weights [E]."""
+    prior = cached_prior(dev, blocks=run.config.dev_blocks)
+    average = forest.average(experts, prior)
+    _, weights = ensemble_nll(test, prior.log())
+    return {
+        **mixtures(dev, test, run.config),
+        "posterior": bits(-score(average, "test", name, run.config, run)),
+        "weights": weights.mean(dim=(1, 2)).tolist(),
+    }
 
 
 def train_arm(job: Job) -> dict:
@@ -782,54 +830,57 @@ def read_said(job: Job, arms: Sequence[str]) -> dict[str, Tensor]:
 
 def merge(job: Job) -> dict:
     """A system on every domain: {rule: bits [domains]}. Nothing is trained any more."""
-    config, run, names = job.config, job.run, scored(job.arm, job.run.config)
-    said = read_said(job, models_of(job.arm, run.config))
-    result: dict[str, list] = {}
-
-    def note(**values: Any) -> None:
-        for key, value in values.items():
-            result.setdefault(key, []).append(value)
-
+    config, names = job.config, scored(job.arm, job.run.config)
+    if job.method == "grow":
+        return {"eq2": [bits_with(job, new) for new in models_of(job.arm, job.run.config)]}
+    said = read_said(job, models_of(job.arm, job.run.config))
+    found: dict[str, list] = {}
     for name in names:
-        note(**mixtures(said[f"dev {name}"], said[f"test {name}"], config))
-    if job.method == "random":
-        return result
-    forest, experts = forest_of(job), len(config.own)
-    uniform = forest.average(config.own, torch.full((experts,), 1 / experts, dtype=torch.float64))
+        dev, test = said[f"dev {name}"], said[f"test {name}"]
+        if job.method == "random":
+            on_this = mixtures(dev, test, config)
+        else:
+            on_this = all_rules(forest_of(job), config.own, name, dev, test, job.run)
+        for key, value in on_this.items():
+            found.setdefault(key, []).append(value)
+    return found if job.method == "random" else found | uniform_and_removed(job, said, names)
+
+
+def uniform_and_removed(job: Job, said: dict[str, Tensor], names: Sequence[str]) -> dict:
+    """What asks for no domain: the average with equal weights, and the forest less one expert."""
+    config, experts = job.config, len(job.config.own)
+    equal = torch.full((experts,), 1 / experts, dtype=torch.float64)
+    average, uniform = forest_of(job).average(config.own, equal), []
+    for name in names:
+        uniform.append(bits(-score(average, "test", name, config, job.run)))
+    without = []  # [removed, domains]
+    for removed in range(experts):
+        others = [expert for expert in range(experts) if expert != removed]
+        kept = {key: values[others] for key, values in said.items()}
+        without.append(bits_of(kept, names, config))
+    return {"uniform": uniform, "without": without}
+
+
+def bits_with(job: Job, new: str) -> list[float]:
+    """Of the experts of the first round and one more, alone: bits [domains]."""
+    experts = models_of(sister(job.arm, "btm"), job.run.config)
+    return bits_of(read_said(job, [*experts, new]), scored(job.arm, job.run.config), job.config)
+
+
+def bits_of(said: dict[str, Tensor], names: Sequence[str], config: Config) -> list[float]:
+    """Of eq. 2 with the cached prior: bits [domains]."""
+    found = []
     for name in names:
         prior = cached_prior(said[f"dev {name}"], blocks=config.dev_blocks)
-        posterior = forest.average(config.own, prior)
-        _, weights = ensemble_nll(said[f"test {name}"], prior.log())
-        note(
-            uniform=bits(-score(uniform, "test", name, config, run)),
-            posterior=bits(-score(posterior, "test", name, config, run)),
-            weights=weights.mean(dim=(1, 2)).tolist(),
-        )
-    for removed in range(experts):
-        kept = [expert for expert in range(experts) if expert != removed]
-        row = []
-        for name in names:
-            row.append(forest_bits(said[f"dev {name}"][kept], said[f"test {name}"][kept], config))
-        note(without=row)
-    return result
-
-
-def merge_grown(job: Job) -> dict:
-    """Every new expert put beside those of the first round, alone: {"eq2": [new, domains]}."""
-    config, run, names = job.config, job.run, scored(job.arm, job.run.config)
-    experts, found = models_of(sister(job.arm, "btm"), run.config), []
-    for new in models_of(job.arm, run.config):
-        said, row = read_said(job, [*experts, new]), []
-        for name in names:
-            row.append(forest_bits(said[f"dev {name}"], said[f"test {name}"], config))
-        found.append(row)
-    return {"eq2": found}
+        found.append(bits(ensemble_nll(said[f"test {name}"], prior.log())[0]))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
 # Claims. The paper's tables could not be read; its abstract, and a few numbers, could.
 # --------------------------------------------------------------------------------------------------
 
+WHERE = {"in": "in domain", "novel": "on novel domains"}
 PPL = "perplexity 19.8 against 22.5 (125M, mean of all 16 domains)"
 
 
@@ -839,28 +890,39 @@ def split(values: np.ndarray, where: str, config: Config) -> np.ndarray:
     return values[:, :k] if where == "in" else values[:, k:]
 
 
-def gains(results: Results, config: Config, rule: str, where: str, arm: str = "btm") -> np.ndarray:
+def gains(
+    results: Results, config: Config, rule: str, where: str, system: str = "btm"
+) -> np.ndarray:
     """[seeds, domains]: bits by which a system is below the dense LM."""
-    return split(results.of("dense", "bits") - results.of(arm, rule), where, config)
+    dense = split(results.of("dense", "bits"), where, config)
+    return dense - split(results.of(system, rule), where, config)
 
 
 def mean_gain(
-    results: Results, config: Config, rule: str, where: str, arm: str = "btm"
+    results: Results, config: Config, rule: str, where: str, system: str = "btm"
 ) -> np.ndarray:
-    return gains(results, config, rule, where, arm).mean(axis=1)  # [seeds]
+    return gains(results, config, rule, where, system).mean(axis=1)  # [seeds]
 
 
-def low_end(values: np.ndarray) -> float:
-    """Of the 90 % interval of the mean over seeds: by it the weakest of several is chosen."""
-    spread = common.half_width(values) if len(values) >= 3 else 0.0
-    return float(np.mean(values)) - spread
+def weakest(margins: dict[Any, np.ndarray]) -> Any:
+    """Of {name: margin [seeds]} the name whose 90 % interval has the lowest end."""
+    ends = {}
+    for name, margin in margins.items():
+        half = common.half_width(margin) if len(margin) > 2 else 0.0
+        ends[name] = np.mean(margin) - half
+    return min(ends, key=ends.get)
 
 
-def weakest_domain(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Of values [seeds, domains] the column with the lowest end, and what to say of it."""
-    worst = int(np.argmin([low_end(column) for column in values.T]))
-    text = f"{show(values[:, worst])} bits/byte on {names[worst]}, the weakest; "
-    return values[:, worst], text + f"mean {show(values.mean(axis=1))}"
+def worst_domain(results: Results, config: Config, rule: str, where: str) -> tuple[np.ndarray, str]:
+    """(gain [seeds], what to say of it) of the domain on which a rule gains least."""
+    names = config.own if where == "in" else config.novel
+    by_domain = dict(zip(names, gains(results, config, rule, where).T))
+    worst = weakest(by_domain)
+    return by_domain[worst], f"{show(by_domain[worst])} bits/byte on {worst}, the weakest"
+
+
+def listed(margins: dict[Any, np.ndarray]) -> str:
+    return ", ".join(f"{name}: {show(margin)}" for name, margin in margins.items())
 
 
 def perplexity(bits_by_domain: np.ndarray) -> str:
@@ -871,24 +933,22 @@ def perplexity(bits_by_domain: np.ndarray) -> str:
 @claim("at equal cost the forest beats the dense LM on every training domain", paper=PPL,
        required=True)  # fmt: skip
 def in_domain(results: Results, config: Config) -> Margin:
-    gain = gains(results, config, "eq2", "in")
-    weakest, text = weakest_domain(gain, config.own)
+    worst, text = worst_domain(results, config, "eq2", "in")
+    mean = mean_gain(results, config, "eq2", "in")
     forest = perplexity(split(results.of("btm", "eq2"), "in", config))
     dense = perplexity(split(results.of("dense", "bits"), "in", config))
-    text += f", perplexity {forest} against {dense}"
-    return Margin(weakest, text, {"mean": gain.mean(axis=1)})
+    text += f"; mean {show(mean)}, perplexity {forest} against {dense}"
+    return Margin(worst, text, {"mean": mean})
 
 
 @claim("... and, in the mean, on domains that no expert was trained on", paper=PPL, required=True)
 def out_of_domain(results: Results, config: Config) -> Margin:
     """The mean over domains is what the paper's tables have; the weakest domain is named."""
-    gain = gains(results, config, "eq2", "novel")
-    weakest, text = weakest_domain(gain, config.novel)
-    numbers = {"weakest": weakest}
-    for rule in ("last", "released"):
-        numbers[rule] = mean_gain(results, config, rule, "novel")
-        text += f"; {RULES[rule]} {show(numbers[rule])}"
-    return Margin(gain.mean(axis=1), text, numbers)
+    means = {}
+    for rule in ("eq2", "last", "released"):
+        means[rule] = mean_gain(results, config, rule, "novel")
+    _, text = worst_domain(results, config, "eq2", "novel")
+    return Margin(means["eq2"], f"{text}; means ({listed(means)})", means)
 
 
 @claim("random splits of the data do not do: their ensemble loses to the dense LM on training "
@@ -897,79 +957,71 @@ def random_split(results: Results, config: Config) -> Margin:
     """The weakest of its defeats, whether the whole past counts or the last token."""
     leads = {}
     for rule in ("eq2", "last"):
-        for where in ("in", "novel"):
+        for where in WHERE:
             gain = mean_gain(results, config, rule, where, "random")
-            leads[f"forest, {rule}, {where}"] = mean_gain(results, config, rule, where) - gain
+            forest = mean_gain(results, config, rule, where)
+            leads[f"forest {WHERE[where]} by {rule}"] = forest - gain
             if where == "in":
-                leads[f"dense, {rule}"] = -gain
-    weakest = min(leads, key=lambda name: low_end(leads[name]))
-    text = "; ".join(f"{name} {show(lead)}" for name, lead in leads.items())
-    return Margin(leads[weakest], f"bits/byte behind the {text}", leads)
+                leads[f"dense LM by {rule}"] = -gain
+    return Margin(leads[weakest(leads)], f"bits/byte behind ({listed(leads)})", leads)
 
 
 @claim("averaged by posterior into one LM it still beats the dense LM on every training domain",
        required=True)  # fmt: skip
 def posterior_average(results: Results, config: Config) -> Margin:
-    gain = gains(results, config, "posterior", "in")
-    weakest, text = weakest_domain(gain, config.own)
-    novel = mean_gain(results, config, "posterior", "novel")
-    numbers = {"mean": gain.mean(axis=1), "novel": novel}
-    return Margin(weakest, f"{text}; novel domains {show(novel)}", numbers)
+    worst, text = worst_domain(results, config, "posterior", "in")
+    means = {}
+    for where in WHERE:
+        means[WHERE[where]] = mean_gain(results, config, "posterior", where)
+    return Margin(worst, f"{text}; mean {listed(means)}", means)
 
 
 @claim("the gain is robust to the initialisation: a seed of a quarter, a half, three quarters of "
-       "the compute")  # fmt: skip
+       "the compute", required=True)  # fmt: skip
 def robust_to_seed(results: Results, config: Config) -> Margin:
     """The share with the smallest gain over the dense LM, mean of the training domains."""
     found = gains_by_share(results, config, "eq2")
-    weakest = min(found, key=lambda share: low_end(found[share]))
-    text = ", ".join(f"{share:g}: {show(gain)}" for share, gain in found.items())
-    numbers = {f"{share:g}": gain for share, gain in found.items()}
-    return Margin(found[weakest], f"bits/byte gained, by share of the seed, {text}", numbers)
+    averaged = gains_by_share(results, config, "posterior")
+    text = f"bits/byte gained by share of the seed ({listed(found)})"
+    text += f"; averaged by posterior ({listed(averaged)})"
+    return Margin(found[weakest(found)], text, found)
 
 
-@claim("the gain over the dense LM grows with the number of domains")
+@claim("the gain over the dense LM grows with the number of domains", required=True)
 def more_domains(results: Results, config: Config) -> Margin:
     """On the same first domains, so that easier ones do not count; the smaller step."""
-    found = gains_by_count(results, config)
-    grown = list(found.values())
-    if len(grown) < 2:
+    found, steps = gains_by_count(results, config), {}
+    for fewer, more in itertools.pairwise(found):
+        steps[more] = found[more] - found[fewer]
+    if not steps:
         raise common.Missing("more than two domains")
-    steps = [more - fewer for fewer, more in zip(grown, grown[1:])]
-    text = ", ".join(f"{show(gain)} with {count}" for count, gain in found.items())
-    listed = " and ".join(config.own[: min(found)])
-    numbers = {str(count): gain for count, gain in found.items()}
-    return Margin(min(steps, key=low_end), f"bits/byte gained on {listed}: {text}", numbers)
+    on = " and ".join(config.own[: min(found)])
+    text = f"bits/byte gained on {on} by number of domains ({listed(found)})"
+    return Margin(steps[weakest(steps)], text, found)
 
 
 @claim("an added or removed expert changes its own domain only: others by less than a tenth",
        required=True)  # fmt: skip
 def add_remove(results: Results, config: Config) -> Margin:
     """The worst of all experts that can be added or removed, and of all other domains."""
-    return worst_move(results, config, share=0.1)
-
-
-@claim("... its own domain most: an expert is worth more there than anywhere else")
-def coverage(results: Results, config: Config) -> Margin:
-    """The worst likewise."""
-    return worst_move(results, config, share=1.0)
-
-
-@claim("averaged with equal weights it loses to the dense LM on the training domains")
-def uniform_average(results: Results, config: Config) -> Margin:
-    margin = -mean_gain(results, config, "uniform", "in")
-    return Margin(margin, f"{show(margin)} bits/byte worse than dense")
+    found, margins = moves(results, config), {}
+    for change, (own, other, _) in found.items():
+        margins[change] = 0.1 * own - other
+    worst = weakest(margins)
+    own, other, where = found[worst]
+    good = sum(common.verdict(margin) in ("holds", "seen") for margin in margins.values())
+    text = f"worst of {len(margins)} is {worst}: {show(own)} bits/byte there, {show(other)} on "
+    return Margin(margins[worst], f"{text}{where}; so it is with {good} of them", margins)
 
 
 @claim("the plain mean is a better cached prior than the moving average", paper="0.3 on the new")
 def plain_prior(results: Results, config: Config) -> Margin:
     """The weaker of training and novel domains."""
-    leads = []
-    for where in ("in", "novel"):
+    leads = {}
+    for where in WHERE:
         plain = mean_gain(results, config, "eq2", where)
-        leads.append(plain - mean_gain(results, config, "moving", where))
-    text = f"{show(leads[0])} bits/byte on training domains, {show(leads[1])} on novel ones"
-    return Margin(min(leads, key=low_end), text)
+        leads[WHERE[where]] = plain - mean_gain(results, config, "moving", where)
+    return Margin(leads[weakest(leads)], f"bits/byte better {listed(leads)}", leads)
 
 
 @check("seed and experts read as many tokens as the dense LM, with models of its size")
@@ -982,27 +1034,12 @@ def cost_matched(results: Results, config: Config) -> Check:
     return Check(spent == {"btm": dense, "random": dense}, text)
 
 
-def with_share(share: float, config: Config) -> str:
-    return "btm" if share == config.seed_share else f"btm@seed_share={share:g}"
-
-
-def with_count(method: str, count: int, config: Config) -> str:
-    return method if count == len(config.own) else f"{method}@num_domains={count}"
-
-
-def counts(config: Config) -> list[int]:
-    return [count for count in COUNTS if count < len(config.own)] + [len(config.own)]
-
-
 def gains_by_share(results: Results, config: Config, rule: str) -> dict[float, np.ndarray]:
-    """{share of the seed: bits gained over the dense LM on training domains [seeds]}."""
+    """{share of the seed: bits gained over the dense LM, mean of the training domains [seeds]}."""
     found = {}
     for share in sorted({*SHARES, config.seed_share}):
-        forest = results.of(with_share(share, config), rule)
-        dense = results.of("dense", "bits")[: len(forest)]
-        found[share] = split(dense, "in", config).mean(axis=1)
-        found[share] = found[share] - split(forest, "in", config).mean(axis=1)
-    return at_same_seeds(found)
+        found[share] = mean_gain(results, config, rule, "in", with_share(share, config))
+    return found
 
 
 def gains_by_count(results: Results, config: Config) -> dict[int, np.ndarray]:
@@ -1012,42 +1049,26 @@ def gains_by_count(results: Results, config: Config) -> dict[int, np.ndarray]:
         dense = results.of(with_count("dense", count, config), "bits")
         forest = results.of(with_count("btm", count, config), "eq2")
         found[count] = (dense - forest)[:, :first].mean(axis=1)
-    return at_same_seeds(found)
-
-
-def at_same_seeds(found: dict) -> dict:
-    """Curves are of the first few seeds; so are the points that have more."""
-    fewest = min(map(len, found.values()))
-    return {key: values[:fewest] for key, values in found.items()}
+    return found
 
 
 def moves(results: Results, config: Config) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
     """{"+ licences": (bits gained there [seeds], largest change elsewhere [seeds], where)}."""
     before, names = results.of("btm", "eq2"), scored("btm", config)  # [seeds, domains]
-    changed = {f"+ {name}": results.of("grow", "eq2")[:, i] for i, name in enumerate(config.novel)}
+    after = {}
+    for i, name in enumerate(config.novel):
+        after[f"+ {name}"] = results.of("grow", "eq2")[:, i]
     for i, name in enumerate(config.own):
-        changed[f"- {name}"] = results.of("btm", "without")[:, i]
+        after[f"- {name}"] = results.of("btm", "without")[:, i]
     found = {}
-    for change, after in changed.items():
+    for change, changed in after.items():
         own = names.index(change[2:])
-        sizes = np.abs(after - before)
+        sizes = np.abs(changed - before)
         others = sizes.copy()
         others[:, own] = 0
         most = int(others.mean(axis=0).argmax())
         found[change] = (sizes[:, own], others[:, most], names[most])
     return found
-
-
-def worst_move(results: Results, config: Config, share: float) -> Margin:
-    """Of the changes where a share of the own domain's exceeds the largest elsewhere least."""
-    found, margins = moves(results, config), {}
-    for change, (own, other, _) in found.items():
-        margins[change] = share * own - other
-    worst = min(margins, key=lambda change: low_end(margins[change]))
-    own, other, where = found[worst]
-    good = sum(low_end(margin) > 0 for margin in margins.values())
-    text = f"worst of {len(margins)} is {worst}: {show(own)} bits/byte there, {show(other)} on "
-    return Margin(margins[worst], f"{text}{where}; so it is with {good} of them", margins)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1060,7 +1081,6 @@ RULES = {
     "released": "forest, released scorer",
     "moving": "forest, moving-average prior",
     "top1": "forest, best expert alone",
-    "top2": "forest, two experts",
     "posterior": "average by posterior",
     "uniform": "average, equal weights",
 }
@@ -1077,7 +1097,7 @@ def print_tables(results: Results, config: Config, run: Run) -> None:
     rows = []
     for label, by_domain in found.items():
         row = [label]
-        for where in ("in", "novel"):
+        for where in WHERE:
             group = split(by_domain, where, config)
             row += [show(group.mean(axis=1), 3), perplexity(group)]
         rows.append(row + [f"{value:.3f}" for value in by_domain.mean(axis=0)])
@@ -1104,76 +1124,49 @@ def posterior_table(domains: Sequence[str], experts: Sequence[str], weights: Any
 
 
 def draw(results: Results, config: Config, run: Run) -> None:
+    names, colors = scored("btm", config), dict(zip(("eq2", "last", "posterior"), common.COLORS))
+
     def by_domain(ax: Any) -> None:
-        for i, rule in enumerate(("eq2", "last", "posterior")):
+        for i, (rule, color) in enumerate(colors.items()):
             gain = results.of("dense", "bits") - results.of("btm", rule)  # [seeds, domains]
             bars = [common.half_width(column) for column in gain.T] if len(gain) > 2 else None
-            rows = np.arange(gain.shape[1]) + 0.2 * (i - 1)
-            ax.errorbar(gain.mean(axis=0), rows, xerr=bars, fmt="o", markersize=4,
-                        color=common.COLORS[i], label=RULES[rule])  # fmt: skip
+            rows = np.arange(len(names)) + 0.2 * (i - 1)
+            ax.errorbar(gain.mean(axis=0), rows, xerr=bars, fmt="o", markersize=4, color=color,
+                        label=RULES[rule])  # fmt: skip
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.axvline(0, color="0.7", zorder=0)
         ax.axhline(len(config.own) - 0.5, color="0.7", linestyle=":")
-        ax.set(xlabel="bits/byte below the dense LM", title="gain by domain; below: novel domains")
+        ax.set(
+            xlabel="bits/byte below the dense LM",
+            title="gain by domain; below the line: novel domains",
+        )
 
     def by_count(ax: Any) -> None:
         found = gains_by_count(results, config)
         values = np.stack(list(found.values()), axis=1)  # [seeds, counts]
-        common.curve(ax, list(found), values, RULES["eq2"], common.COLORS[0])
+        common.curve(ax, list(found), values, RULES["eq2"], colors["eq2"])
         title = f"gain on {' and '.join(config.own[: min(found)])}"
-        ax.set(xlabel="domains", ylabel="bits/byte", title=title, ylim=(0, None))
+        ax.set(xlabel="number of domains", ylabel="bits/byte below the dense LM", title=title,
+               xticks=list(found), ylim=(0, None))  # fmt: skip
 
     def by_share(ax: Any) -> None:
-        for rule, color in (("eq2", common.COLORS[0]), ("posterior", common.COLORS[2])):
+        for rule in ("eq2", "posterior"):
             found = gains_by_share(results, config, rule)
-            values = np.stack(list(found.values()), axis=1)
-            common.curve(ax, list(found), values, RULES[rule], color)
+            values = np.stack(list(found.values()), axis=1)  # [seeds, shares]
+            common.curve(ax, list(found), values, RULES[rule], colors[rule])
         ax.axhline(0, color="0.7", zorder=0)
-        ax.set(xlabel="seed's share of compute", ylabel="bits/byte", title="gain in domain")
+        ax.set(xlabel="seed's share of compute", ylabel="bits/byte below the dense LM",
+               title="gain in domain", xticks=list(found))  # fmt: skip
 
-    names = scored("btm", config)
-    if not {"dense", "btm"} <= results.keys():
-        return
-    has_curves = set(curves(config)) <= results.keys()
-    run.plot([by_domain, by_count, by_share] if has_curves else [by_domain], width=5.2)
+    if {"dense", "btm"} <= results.keys():
+        has_curves = set(curves(config)) <= results.keys()
+        run.plot([by_domain, by_count, by_share] if has_curves else [by_domain], width=5.2)
 
 
 # --------------------------------------------------------------------------------------------------
 # Commands: parts of a run, with nothing in common but the forest's folder
 # --------------------------------------------------------------------------------------------------
-
-ACTIONS = {  # the script's own flags; see common.FLAGS
-    "stage": ("", ("seed", "expert", "eval"), "one part of a run, on a forest"),
-    "forest": (Path(), "DIR", "the forest; default: that of the run in --out"),
-    "domain_index": (0, "I", "the domain of --stage expert by number, for job arrays"),
-    "without": ("", "NAMES", "experts that --stage eval, --sample and --average leave out"),
-    "sample": ("", "TEXT", "go on writing TEXT with the ensemble, or with --model"),
-    "sample_bytes": (160, "N", "bytes that --sample writes; default 160"),
-    "model": (Path(), "FILE", "a file of a forest, for --sample"),
-    "average": ("", ("uniform", "posterior"), "save all experts as one; posterior: by --domain"),
-    "prepare": (Path(), "PATH", "make domains of a file or folder; without --domain by the Pile's"),
-}
-ANYWHERE = {
-    "full",
-    "device",
-    "dtype",
-    "threads",
-    "data_dir",
-    "resume",
-    "traceback",
-    "forest",
-    "out",
-}
-TRAINING = {"workers", "compile", "micro_batch"}
-GOES_WITH = {  # what may be given with a command, beside ANYWHERE and the forest's own settings
-    "seed": TRAINING,
-    "expert": {"domain", "domain_index", "branch_steps", "branch_lr", "dev_blocks", *TRAINING},
-    "eval": {"without", "domain", "novel", "dev_blocks", "test_blocks"},
-    "sample": {"sample_bytes", "without", "model"},
-    "average": {"domain", "without", "dev_blocks"},
-    "prepare": {"domain"},
-}
 
 
 def act(config: Config, run: Run) -> None:
@@ -1183,30 +1176,34 @@ def act(config: Config, run: Run) -> None:
         flags = ", ".join(common.flag(name) for name in run.actions)
         raise UsageError(f"{flags}: goes with one of --stage, --sample, --average, --prepare")
     command = run.actions["stage"] if given == ["stage"] else given[0]
-    shared = set() if command == "prepare" else {"seed", *OF_A_FOREST}
-    idle = set(run.given) - ANYWHERE - GOES_WITH[command] - shared - set(given)
+    function, uses = COMMANDS[command]
+    idle = set(run.given) - ANYWHERE - uses - set(given)
     if idle:
         does = f"--stage {command}" if given == ["stage"] else common.flag(command)
         raise UsageError(f"{common.flag(min(idle))} does nothing with {does}")
-    if command == "prepare":
-        return prepare(config, run)
-    default = run.out / f"forest-seed{run.seed}"
-    if "model" in run.actions:
-        default = run.actions["model"].parent.parent
-    path = run.actions.setdefault("forest", default)
-    if command == "seed":
-        run.config = check_data(config, config.own, run)
-        return train_here(["seed"], Forest.create(path, run.config, run.seed), run)
-    forest = Forest(path)
+    run.actions.setdefault("forest", run.out / f"forest-seed{run.seed}")
+    function(config, run)
+
+
+def open_forest(config: Config, run: Run) -> Forest:
+    """The forest of a command, whose settings become the run's. UsageError: others were given."""
+    forest = Forest(run.actions["forest"])
     seed = run.seed if "seed" in run.given else forest.seed
     forest.refuse_others(config, seed, [name for name in OF_A_FOREST if name in run.given])
     run.config = replace(config, **{name: getattr(forest.config, name) for name in OF_A_FOREST})
-    commands = {"expert": train_experts, "eval": evaluate, "sample": write, "average": save_average}
-    return commands[command](forest, run.config, run)
+    return forest
 
 
-def train_experts(forest: Forest, config: Config, run: Run) -> None:
+def train_seed(config: Config, run: Run) -> None:
+    """--stage seed"""
+    run.config = check_texts(config, config.own, run)
+    train_here(["seed"], Forest.create(run.actions["forest"], run.config, run.seed), run)
+
+
+def train_experts(config: Config, run: Run) -> None:
     """--stage expert: one by --domain or --domain-index, or all of the first round."""
+    forest = open_forest(config, run)
+    config = run.config
     names = [config.domain] if config.domain else list(config.own)
     if "domain_index" in run.actions:
         index = run.actions["domain_index"]
@@ -1218,7 +1215,7 @@ def train_experts(forest: Forest, config: Config, run: Run) -> None:
     if own and names[0] in config.own:
         goes_on = "an expert of the first round goes on with the seed's schedule"
         raise UsageError(f"{common.flag(min(own))} does nothing for {names[0]}: {goes_on}")
-    checked = check_data(config, names, run)
+    checked = check_texts(config, names, run)
     forest.refuse_others(checked, forest.seed, ["vocab_size"])
     run.config = replace(config, domain="")
     train_here([f"expert@domain={name}" for name in names], forest, run)
@@ -1228,20 +1225,22 @@ def train_here(arms: Sequence[str], forest: Forest, run: Run) -> None:
     """Train who is not there yet, `workers` at a time; checkpoints are in FOREST/work."""
     run.out, run.seeds = forest.path / "work", [forest.seed]
     (run.out / "arms").mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for job in (Job(run, arm, forest.seed) for arm in arms):
-        file = forest.file(job.config.domain or "seed")
+    parts = {}  # {file: the job that makes it}
+    for arm in arms:
+        job = Job(run, arm, forest.seed)
+        parts[forest.file(job.config.domain or "seed")] = job
+    todo = []
+    for file, job in parts.items():
         if file.exists():
             say(f"{file} is there already; delete it to train it again")
         else:
-            jobs.append((job, train_part))
-    if min(run.workers, len(jobs)) > 1:
-        common.train_in_processes(run, jobs)
+            todo.append((job, train_part))
+    if min(run.workers, len(todo)) > 1:
+        common.train_in_processes(run, todo)
     else:
-        for job, train in jobs:
+        for job, train in todo:
             job.do(train)
-    for job, _ in jobs:
-        file = forest.file(job.config.domain or "seed")
+    for file in parts:
         meta = forest.load(file)[1]
         say(f"{file}: from {lineage(meta)}, {meta['updates']} updates, {meta['tokens']:,} tokens")
 
@@ -1256,19 +1255,17 @@ def lineage(meta: dict) -> str:
     return " + ".join(shown) or "scratch"
 
 
-def evaluate(forest: Forest, config: Config, run: Run) -> None:
+def evaluate(config: Config, run: Run) -> None:
     """--stage eval: whoever loads, one model at a time, on every domain whose text is here."""
-    metas = forest.sound(left_out(run))
-    rows = []
+    forest = open_forest(config, run)
+    metas = forest.sound(run.actions.get("without", ""))
     for name, meta in metas.items():
-        rows.append([name, lineage(meta), meta.get("updates", "?")])
-    run.table(f"lineage of {forest.path}", ["", "branched from", "updates"], rows)
-
-    names = dict.fromkeys([*scored("btm", config), *forest.names(), config.domain or config.own[0]])
-    texts = []
-    for name in names:
+        say(f"{name}: from {lineage(meta)}")
+    config, texts = run.config, []
+    asked = [config.domain] if config.domain else []
+    for name in dict.fromkeys([*config.own, *config.novel, *forest.names(), *asked]):
         try:
-            read_domain(name, run.data_dir)
+            read_domain(name, run)
             texts.append(name)
         except (FileNotFoundError, ValueError) as error:
             say(f"no row for {name}: {error}")
@@ -1281,50 +1278,48 @@ def evaluate(forest: Forest, config: Config, run: Run) -> None:
     rows, believed = [], []
     for name in texts:
         dev, test = torch.stack(said[f"dev {name}"]), torch.stack(said[f"test {name}"])
-        prior = cached_prior(dev, blocks=config.dev_blocks)
-        average = forest.average(list(metas), prior)
-        found = mixtures(dev, test, config)
-        found["posterior"] = bits(-score(average, "test", name, config, run))
-        shown = [found[rule] for rule in ("eq2", "last", "released", "top1", "posterior")]
-        rows.append([name, f"{2 ** found['eq2']:.2f}", *(f"{value:.3f}" for value in shown)])
-        believed.append(ensemble_nll(test, prior.log())[1].mean(dim=(1, 2)))
-    header = ["", "perplexity", "eq. 2", "last token", "released", "best expert", "average"]
+        found = all_rules(forest, list(metas), name, dev, test, run)
+        shown = [f"{found[rule]:.3f}" for rule in RULES if rule in found]
+        rows.append([name, f"{2 ** found['eq2']:.2f}", *shown])
+        believed.append(found["weights"])
+    header = ["", "perplexity", "eq. 2", "last token", "released", "moving", "best expert",
+              "average"]  # fmt: skip
     run.table("bits/byte on test text; perplexity is that of eq. 2", header, rows)
     run.table(*posterior_table(texts, list(metas), believed))
 
 
-def left_out(run: Run) -> list[str]:
-    return [name for name in run.actions.get("without", "").split(",") if name]
-
-
-def save_average(forest: Forest, config: Config, run: Run) -> None:
+def save_average(config: Config, run: Run) -> None:
     """--average: all experts as one model, which load_trained and --sample --model read."""
-    kind, names = run.actions["average"], list(forest.sound(left_out(run)))
+    forest = open_forest(config, run)
+    kind, names = run.actions["average"], list(forest.sound(run.actions.get("without", "")))
     if (kind == "posterior") != bool(config.domain):
         raise UsageError("--average posterior goes with the --domain it is for, uniform without")
     weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
     if config.domain:
-        weights = prior_of(forest, names, config.domain, config, run)
+        weights = prior_of(forest, names, config.domain, run.config, run)
     path = forest.path / "averages" / f"{config.domain or kind}.npz"
     meta = {"parents": dict(zip(names, weights.tolist()))}
     forest.save(path, forest.average(names, weights), meta)
     say(f"{path}: {lineage(meta)}")
 
 
-def write(forest: Forest, config: Config, run: Run) -> None:
+def write(config: Config, run: Run) -> None:
     """--sample: go on with a text; at its end, whom the ensemble believes."""
-    if config.vocab_size != 256:
-        raise UsageError("--sample writes bytes; this forest was trained on token ids")
     if "model" in run.actions:
+        idle = (FOREST | {"without"}) & set(run.given) - {"seed"}
+        if idle:
+            raise UsageError(f"{common.flag(min(idle))} does nothing with --model")
         names, models = ["model"], [load_trained(run.actions["model"])]
     else:
-        names = list(forest.sound(left_out(run)))
+        forest = open_forest(config, run)
+        names = list(forest.sound(run.actions.get("without", "")))
         models = [forest.model(name) for name in names]
+    if models[0].head.out_features != 256:
+        raise UsageError("--sample writes bytes; this forest was trained on token ids")
     ensemble = Ensemble(models).to(run.device)
     prompt = torch.tensor([0, *run.actions["sample"].encode()], device=run.device)
     generator = torch.Generator().manual_seed(run.seed)
-    count = run.actions.get("sample_bytes", 160)
-    tokens = common.generate(ensemble, prompt, count, config.context, generator=generator)
+    tokens = common.generate(ensemble, prompt, 160, models[0].context, generator=generator)
     text = bytes(tokens[1:].tolist()).decode("utf-8", "replace")
     say("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
     if len(models) > 1:
@@ -1336,34 +1331,51 @@ def prepare(config: Config, run: Run) -> None:
     """--prepare: a domain of one's own, or those of the Pile by their labels."""
     root = run.data_dir / "btm"
     sizes, labels = text_data.prepare(run.actions["prepare"], root, config.domain)
-    rows = []
     for name, parts in sizes.items():
-        rows.append([name, *(f"{parts[part]:,}" for part in text_data.PARTS)])
-    run.table(f"bytes written to {root}", ["domain", *text_data.PARTS], rows)
+        shown = ", ".join(f"{size:,} bytes of {part}" for part, size in parts.items())
+        say(f"{root / name}: {shown}")
     lacking = [label for label, name in text_data.PILE.items() if name not in sizes]
     if labels and lacking:
         say(f"too little of {', '.join(lacking)}; labels found: {', '.join(map(repr, labels))}")
+
+
+ACTIONS = {  # the script's own flags; see common.FLAGS
+    "stage": ("", ("seed", "expert", "eval"), "one part of a run, on a forest"),
+    "forest": (Path(), "DIR", "the forest; default: that of the run in --out"),
+    "domain_index": (0, "I", "the domain of --stage expert by number, for job arrays"),
+    "without": ("", "NAMES", "experts that --stage eval, --sample and --average leave out"),
+    "sample": ("", "TEXT", "go on writing TEXT with the ensemble, or with --model"),
+    "model": (Path(), "FILE", "a file of a forest, for --sample"),
+    "average": ("", ("uniform", "posterior"), "save all experts as one; posterior: by --domain"),
+    "prepare": (Path(), "PATH", "make domains of a file or folder; without --domain by the Pile's"),
+}
+ANYWHERE = set("full device dtype threads data_dir resume traceback out".split())
+FOREST = {"forest", "seed", *OF_A_FOREST}
+TRAINING = {*FOREST, "workers", "compile", "micro_batch"}
+COMMANDS = {  # what does it, and the flags that it uses, beside ANYWHERE
+    "seed": (train_seed, TRAINING),
+    "expert": (
+        train_experts,
+        {*TRAINING, "domain", "domain_index", "branch_steps", "branch_lr", "dev_blocks"},
+    ),
+    "eval": (evaluate, {*FOREST, "without", "domain", "novel", "dev_blocks", "test_blocks"}),
+    "sample": (write, {*FOREST, "without", "model"}),
+    "average": (save_average, {*FOREST, "without", "domain", "dev_blocks"}),
+    "prepare": (prepare, {"domain"}),
+}
 
 
 # --------------------------------------------------------------------------------------------------
 # main
 # --------------------------------------------------------------------------------------------------
 
-CURVE_SEEDS = 5  # at most: the curves cost more than all the rest
 
-
-def curves(config: Config) -> list[str]:
-    arms = [with_share(share, config) for share in SHARES]
-    arms += [with_count(method, n, config) for n in counts(config) for method in ("dense", "btm")]
-    return [arm for arm in arms if "@" in arm]
-
-
-def check_data(config: Config, names: Sequence[str], run: Run) -> Config:
+def check_texts(config: Config, names: Sequence[str], run: Run) -> Config:
     """Read the texts before anything is written; settle the vocabulary."""
     splits = {}
     for name in names:
         try:
-            splits[name] = read_domain(name, run.data_dir)
+            splits[name] = read_domain(name, run)
         except FileNotFoundError as missing:
             if not run.dry_run:
                 raise
@@ -1382,17 +1394,16 @@ def check_data(config: Config, names: Sequence[str], run: Run) -> Config:
     return replace(config, vocab_size=sizes.pop())
 
 
-def rounds(arms: Sequence[str], config: Config) -> list[list[str]]:
+def rounds(systems: Sequence[str], config: Config) -> list[list[str]]:
     """Who must be there before whom: seeds, models of the first round, of later rounds."""
     seeds, first, later = [], [], []
-    for arm in arms:
-        if common.arm_config(config, arm).seed_steps:
-            seeds.append(sister(arm, "seed"))
-        if arm.partition("@")[0] == "grow":
-            later += models_of(arm, config)
-            arm = sister(arm, "btm")
-        first += models_of(arm, config)
-    return [list(dict.fromkeys(some)) for some in (seeds, first, later)]
+    for system in systems:
+        seeds.append(sister(system, "seed"))
+        if system.partition("@")[0] == "grow":
+            later += models_of(system, config)
+            system = sister(system, "btm")
+        first += models_of(system, config)
+    return [list(dict.fromkeys(wave)) for wave in (seeds, first, later)]
 
 
 def sequences(arm: str, config: Config) -> int:
@@ -1405,15 +1416,7 @@ def sequences(arm: str, config: Config) -> int:
     return updates * width * config.blocks_per_domain
 
 
-def main(config: Config, run: Run) -> Results | None:
-    if run.actions:
-        return act(config, run)
-    if config.domain:
-        raise UsageError("--domain goes with one of --stage, --average, --prepare")
-    run.config = config = check_data(config, scored("btm", config), run)
-    arms = run.choose(ARMS, default=ARMS, more=curves(config))
-    waves = rounds(arms, config)
-
+def plan(waves: Sequence[Sequence[str]], config: Config, run: Run) -> None:
     model = make_model(config, "").to(run.device)
     slow = run.scale == "full" and run.device == "cpu"  # there a batch would take minutes
     rows = 1 if slow else min(config.micro_batch, len(config.own) * config.blocks_per_domain)
@@ -1421,30 +1424,35 @@ def main(config: Config, run: Run) -> Results | None:
     reads = sum(sequences(arm, config) for wave in waves for arm in wave) * len(run.seeds)
     text = f"{len(run.data)} domains {common.digest(run.data)[:12]}"
     run.plan(text, model, lambda: common.lm_loss(model, windows).mean().backward(), reads / rows)
-    for path in [] if run.resume else run.out.glob("forest-seed*"):
-        shutil.rmtree(path)
+
+
+def main(config: Config, run: Run) -> Results | None:
+    if run.actions:
+        return act(config, run)
+    if config.domain:
+        raise UsageError("--domain goes with one of --stage, --average, --prepare")
+    run.config = config = check_texts(config, scored("btm", config), run)
+    all_systems = [*SYSTEMS, *curves(config)]
+    default = [*SYSTEMS] if run.scale == "full" else all_systems  # there curves double the cost
+    systems = run.choose(SYSTEMS, default, more=all_systems)
+    waves = rounds(systems, config)
+    plan(waves, config, run)
+    run.begin()
+    if not run.resume:
+        for path in run.out.glob("forest-seed*"):
+            shutil.rmtree(path)
+    keep_texts(run)
 
     results = Results()
     for wave in waves:
-        results |= train_or_merge(train_arm, wave, run)
-    results |= train_or_merge(merge, [arm for arm in arms if arm[:3] in ("btm", "ran")], run)
-    results |= train_or_merge(merge_grown, [arm for arm in arms if arm[:4] == "grow"], run)
+        results |= run.train_arms(train_arm, wave)
+    forests = [system for system in systems if system.partition("@")[0] != "dense"]
+    results |= run.train_arms(merge, forests)
+    shutil.rmtree(run.out / "texts", ignore_errors=True)  # none where all texts are folders
     print_tables(results, config, run)
     draw(results, config, run)
     say(f"\nthe forest is in {run.out / f'forest-seed{run.seed}'}; --sample 'def ' writes with it")
     return results
-
-
-def train_or_merge(function: Callable, arms: Sequence[str], run: Run) -> Results:
-    """With every seed; the curves, unless asked for by name, with the first few."""
-    plain = [arm for arm in arms if run.arms or not is_extra(arm)]
-    results = run.train_arms(function, plain)
-    extra = [arm for arm in arms if arm not in plain]
-    return results | run.train_arms(function, extra, run.seeds[:CURVE_SEEDS])
-
-
-def is_extra(arm: str) -> bool:
-    return any(not change.startswith("domain=") for change in changes_of(arm))
 
 
 if __name__ == "__main__" and int(os.environ.get("RANK", 0)) == 0:

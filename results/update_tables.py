@@ -42,8 +42,8 @@ PAPERS = {
         "Branch-Train-Merge (Li et al. 2022)",
         "expert language models trained apart, ensembled or averaged",
         "In every training domain the forest beats one model of equal cost, by {in_domain:3}"
-        " bits/byte in the weakest; elsewhere it is undecided. An expert is not confined to its"
-        " domain: removing one can change another domain more than its own.",
+        " bits/byte in the weakest, and the more domains the more; on novel ones it is undecided."
+        " An expert is not confined to its domain: removing one can change another more.",
     ),
     "home": (
         "HoME (Wang et al. 2024)",
