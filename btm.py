@@ -126,7 +126,8 @@ def ensemble_nll(
                                off
     window                     evidence from so many tokens before t: None all (eq. 2), 0 none
     Returns nll [N, T] in nats and the weights [E, N, T] in force at each token, both float64.
-    Raises ValueError: shapes that do not fit, NaN or infinity, a prior without mass.
+    Raises ValueError: shapes that do not fit, NaN or infinity, logits or probabilities where
+    logarithms of probabilities are wanted, a prior without mass.
     """
     log_prior = torch.as_tensor(log_prior)
     fits = log_prior.shape in (expert_logprobs.shape[:1], expert_logprobs.shape[:2])
@@ -137,8 +138,12 @@ def ensemble_nll(
         raise ValueError(f"window is {window}; None or at least 0 is allowed")
     if not torch.isfinite(expert_logprobs).all():
         raise ValueError("expert_logprobs hold NaN or infinity")
-    if not (log_prior < torch.inf).all() or not (log_prior.amax(dim=0) > -torch.inf).all():
-        raise ValueError("log_prior has no mass: one expert must be finite, none NaN or +inf")
+    if (expert_logprobs > 1e-3).any():
+        raise ValueError("expert_logprobs are above 0; give log_softmax of the logits")
+    if not (log_prior <= 1e-3).all():
+        raise ValueError("log_prior is NaN or above 0; give prior.log()")
+    if not (log_prior.amax(dim=0) > -torch.inf).all():
+        raise ValueError("log_prior has no mass: one expert must be finite")
     log_weights = log_posterior(expert_logprobs, log_prior, window)[..., :-1]
     return -(log_weights + expert_logprobs.double()).logsumexp(dim=0), log_weights.exp()
 
@@ -236,18 +241,22 @@ def why_not_averaged(first: Tensor | None, other: Tensor | None) -> str:
 
 
 class Ensemble(nn.Module):
-    """The forest as one language model: tokens [batch, time] -> log p [batch, time, vocab].
+    """The forest as one language model: tokens [batch, time] -> log p [batch, time, vocab] float64.
 
     models  language models of one vocabulary: tokens [batch, time] -> logits [batch, time, vocab]
-    prior   [E]; None: uniform
+    prior   [E], at least 0, part of the state_dict; None: uniform
     Evidence comes from the tokens given. `weights` [E, batch, time] says whom the last forward
-    believed after each token.
+    believed after each token. Raises ValueError for a prior of another length, or below 0.
     """
 
     def __init__(self, models: Sequence[nn.Module], prior: Tensor | None = None):
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.prior = torch.full((len(models),), 1 / len(models)) if prior is None else prior
+        prior = torch.full((len(models),), 1 / len(models)) if prior is None else prior
+        prior = torch.as_tensor(prior, dtype=torch.float64)
+        if prior.shape != (len(models),) or not (prior >= 0).all() or not prior.sum() > 0:
+            raise ValueError(f"prior {prior.tolist()} of {len(models)} models; a share each")
+        self.register_buffer("prior", prior)
 
     def forward(self, tokens: Tensor) -> Tensor:
         given = [model(tokens).float().log_softmax(dim=-1) for model in self.models]

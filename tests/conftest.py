@@ -186,3 +186,9 @@ def check_claims(module, config, good, worse, num_seeds=3):
             verdict = judged(module, config, arms, num_seeds)[name].verdict
             assert verdict in ("contradicted", "not seen", "failed"), (name, change, verdict)
     return holding
+
+
+def imports_of_the_page(method):
+    """What docs/METHOD.md tells people to put above the pasted method."""
+    page = (ROOT / "docs" / f"{method}.md").read_text()
+    return page.split("these lines above it:\n\n```py\n")[1].split("```")[0]

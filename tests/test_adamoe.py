@@ -281,6 +281,8 @@ def test_bad_input_is_refused_with_its_numbers():
         told = f"num_experts is {sizes[0]}, num_null {sizes[1]}, top_k {sizes[2]}"
         with pytest.raises(ValueError, match=told):
             adamoe.AdaMoE(8, 8, *sizes)
+    with pytest.raises(ValueError, match="act is 'gelu_new'; allowed: "):
+        adamoe.AdaMoE(8, 8, 2, 1, 1, act="gelu_new")
     for load in (0, -1, 3.1, math.nan):
         with pytest.raises(ValueError, match="load is"):
             adamoe.num_null_for_load(8, 3, load)

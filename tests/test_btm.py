@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import same_handlers
+from conftest import imports_of_the_page, same_handlers
 from forked import ended, finished
 from tiny import BTM
 from torch import nn
@@ -105,7 +105,9 @@ def test_extreme_evidence_stays_finite_and_an_excluded_expert_gets_exactly_nothi
     "logprobs, prior, window, message",
     [
         (P, torch.full((2,), -math.inf), None, "no mass"),
-        (P, torch.tensor([math.nan, 0.0]), None, "no mass"),
+        (P, torch.tensor([math.nan, 0.0]), None, "NaN or above 0"),
+        (P, torch.tensor([0.3, 0.7]), None, "give prior.log"),
+        (-P, SKEWED, None, "log_softmax"),
         (P, torch.zeros(3), None, r"\[E, N, T\]"),
         (P[:, 0], torch.zeros(2), None, r"\[E, N, T\]"),
         (P, EVEN, -1, "window is -1"),
@@ -223,6 +225,12 @@ def test_the_ensemble_module_is_eqs_1_and_2_as_a_language_model():
     nll, weights = btm.ensemble_nll(given.gather(-1, true)[..., 0], prior.log())
     near(-found[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0], nll, 1e-6)
     near(ensemble.weights[..., :-1], weights, 1e-6)
+    other = btm.Ensemble([somebodys() for _ in range(3)])
+    other.load_state_dict(ensemble.state_dict())
+    near(other(tokens), found, 1e-12)  # the prior is part of it
+    for odd in (prior[:2], -prior, prior * math.nan):
+        with pytest.raises(ValueError, match="of 3 models; a share each"):
+            btm.Ensemble(models, odd)
     text = common.generate(ensemble, tokens[0, :2], 5, context=8)  # a prompt of two tokens
     assert text.shape == (7,)
 
@@ -231,8 +239,7 @@ def test_the_method_runs_pasted_under_import_torch():
     source = inspect.getsource(btm)
     method = source[source.index("def log_posterior") : source.index("class MLP")]
     pasted = {}
-    exec("import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
-         "from collections.abc import Iterable, Sequence\n" + method, pasted)  # fmt: skip
+    exec(imports_of_the_page("btm") + method, pasted)
     models = [somebodys() for _ in range(3)]
     near(pasted["Ensemble"](models)(torch.zeros(1, 2, dtype=torch.long)).exp().sum(), 2.0, 1e-5)
     pasted["average_parameters"]([model.state_dict() for model in models], [0.2, 0.3, 0.5])

@@ -510,6 +510,16 @@ def test_a_finished_run_is_not_overwritten_by_accident(command_line, tmp_path):
         assert other.returncode == 2 and told in other.stderr
     assert command_line(toy, "--overwrite", "--batch-size", 0).returncode == 2  # mistyped
     assert results.read_text() == before
+    weights = results.parent / "arms" / "one-seed0.pt"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    cut = command_line(toy, "--workers", 1, "--steps", 3, "--resume")
+    assert cut.returncode == 2 and "one-seed0.pt is damaged: it had" in cut.stderr
+    weights.write_bytes(whole)
+    mark = results.parent / "run.json"
+    mark.write_text(mark.read_text().replace('"toy"', '"home"'))
+    foreign = command_line(toy, "--workers", 1, "--steps", 3, "--resume")
+    assert foreign.returncode == 2 and "was left by home.py; choose another" in foreign.stderr
     assert command_line(toy, "--workers", 1, "--steps", 4, "--overwrite").returncode == 0
     assert report(results.parent)["config"]["steps"] == 4
     (results.parent / "run.json").unlink()  # whose folder is it? never mixed with a new run

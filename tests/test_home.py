@@ -331,6 +331,7 @@ def test_bad_groups_and_sizes_name_the_culprit():
         (home.masks, "home", {"a": ["b"], "b": ["c"]}, "task 'b' has the name of a group"),
         (home.masks, "mmoe2", GROUPS, "no model 'mmoe2'; there are mmoe, cgc"),
         (core(), torch.zeros(1, 6, dtype=F64), "batch of 1 row"),  # in training
+        (partial(home.HoME, widths=((8, 4),)), 7, GROUPS, "widths has 1 entries for 2 levels"),
         (home.FeatureGate, 4, 0, 2, "rank is 0, num_gates 2"),
         (home.FeatureGate, 4, 2, 0, "rank is 2, num_gates 0"),
         (layer, torch.cat([ones, ~ones]), "row 1 of the mask allows no expert"),

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import tiny
-from conftest import ROOT
+from conftest import ROOT, imports_of_the_page
 
 import common
 
@@ -95,10 +95,8 @@ def test_every_script_draws_its_picture(method, tiny_run):
     assert (folder / f"{method}.png").read_bytes().startswith(b"\x89PNG")
 
 
-PASTED = {  # what stands above the method in an empty file, where it ends, what is done with it
+PASTED = {  # where the method ends, and what is done with it
     "adamoe": (
-        "import math, torch, torch.nn.functional as F, torch.distributed as dist, kernels\n"
-        "from collections.abc import Callable, Sequence\nfrom functools import partial\n",
         "# Null experts in a model of trans",
         """
         layer = AdaMoE(6, 5, num_experts=4, num_null=4, top_k=3)
@@ -106,8 +104,6 @@ PASTED = {  # what stands above the method in an empty file, where it ends, what
         """,
     ),
     "dual_head_kd": (
-        "import math, torch, torch.nn.functional as F\n"
-        "from collections.abc import Callable, Sequence\n",
         "# Baselines\n",
         """
         model = DualHead(Student(nn.Linear(7, 5), nn.Linear(5, 3)), 3)
@@ -117,8 +113,6 @@ PASTED = {  # what stands above the method in an empty file, where it ends, what
         """,
     ),
     "home": (
-        "from collections.abc import Sequence\nfrom typing import Any, NamedTuple\n"
-        "import torch, torch.nn.functional as F\n",
         "# Config\n",
         """
         model = HoME(6, {"watch": ["view", "finish"], "interact": ["like"]})
@@ -126,8 +120,6 @@ PASTED = {  # what stands above the method in an empty file, where it ends, what
         """,
     ),
     "mcsmoe": (
-        "import math, torch, torch.nn.functional as F, numpy as np, kernels\n"
-        "from collections.abc import Callable, Sequence\nfrom typing import Any, NamedTuple\n",
         "# Config\n",
         """
         experts = DenseExperts(Expert(torch.randn(4, 8, 6), torch.randn(4, 6, 8)))
@@ -138,8 +130,6 @@ PASTED = {  # what stands above the method in an empty file, where it ends, what
         """,
     ),
     "smoe_dropout": (
-        "import operator, random, torch, torch.nn.functional as F, kernels\n"
-        "from functools import partial\nfrom math import cos, pi\n",
         "# Config\n",
         """
         layer = SMoEDropout(6, 8, 4)
@@ -153,11 +143,11 @@ PASTED = {  # what stands above the method in an empty file, where it ends, what
 @pytest.mark.parametrize("method", PASTED)
 def test_the_method_runs_pasted_into_an_empty_file(method):
     """Nothing of data/, common.py or the experiment is needed. btm and mowst test it themselves."""
-    imports, end, use = PASTED[method]
+    end, use = PASTED[method]
     source = inspect.getsource(importlib.import_module(method))
     pasted = source.split("\n# The method", 1)[1].partition("\n")[2].split(end)[0]
     empty = {"__name__": "pasted"}
-    exec(imports + "from torch import Tensor, nn\n" + pasted + inspect.cleandoc(use), empty)
+    exec(imports_of_the_page(method) + pasted + inspect.cleandoc(use), empty)
     empty["loss"].backward()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import imports_of_the_page
 from tiny import MOWST
 
 import common
@@ -466,11 +467,8 @@ def test_the_method_runs_pasted_under_import_torch():
     """The whole recipe on a generated graph: ahead of both experts, sure of the right nodes."""
     source = Path(mowst.__file__).read_text()
     method = source.split("# The method\n")[1].split("# Baselines\n")[0]
-    needed = "import math, warnings\nfrom collections.abc import Callable\n"
-    needed += "from functools import cached_property, partial\nfrom typing import NamedTuple\n"
-    needed += "import torch, torch.nn.functional as F\nfrom torch import Tensor, nn\n"
     pasted = {"__name__": "pasted"}
-    exec(needed + method, pasted)
+    exec(imports_of_the_page("mowst") + method, pasted)
     graph = graphs.contextual_sbm(100_000).split(0)
     parts = [mask.nonzero()[:, 0] for mask in (graph.train_mask, graph.val_mask, graph.test_mask)]
     adjacency = pasted["Adjacency"](graph.edge_index, len(graph.x))

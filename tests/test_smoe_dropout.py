@@ -574,7 +574,7 @@ def test_the_script_with_every_arm(tiny_run, command_line):
     once, again = command_line(smoe, *flags), command_line(smoe, *flags)
     assert once.returncode == 0 and "class ?" in once.stdout and once.stdout == again.stdout
     other = command_line(smoe, *flags, "--seed", 7)
-    told = "smoe_dropout-seed7.pt: there are no such weights, but dense-seed0.pt"
+    told = "smoe_dropout-seed7.pt: no such weights; there are dense-seed0.pt"
     assert other.returncode == 2 and told in other.stderr
 
 

@@ -37,7 +37,9 @@ def test_adamoe(tiny_run):
         found = adamoe.evaluate(again(adamoe, done, arm), task)
         for key in ("loss", "load", "histogram"):
             assert found[key] == done.arms[arm][key], (arm, key)
-    with pytest.raises(common.UsageError, match="no such weights, but adamoe-seed0.pt, all_picks"):
+    with pytest.raises(
+        common.UsageError, match="no such weights; there are adamoe-seed0.pt, all_picks"
+    ):
         adamoe.load_trained(done.run.path("shuffled", 0, ".pt"))
 
 
@@ -178,7 +180,7 @@ def test_weights_of_another_shape_arm_or_script_or_in_another_place(saved, tmp_p
     refused(saved, ["do not fit together", "--overwrite"])
     common.write_json(mark, content)
     absent = saved.with_name("thor-seed0.pt")
-    refused(absent, ["thor-seed0.pt", "no such weights, but dense-seed0.pt"])
+    refused(absent, ["thor-seed0.pt", "no such weights; there are dense-seed0.pt"])
     refused(tmp_path / "nowhere" / "a-seed0.pt", ["none like it in"])
     refused(saved.parent, ["no such weights"])
     refused(saved.rename(saved.with_name("smoe_dropout-seed0.pt")), ["do not fit together"])
