@@ -105,6 +105,14 @@ def test_what_breaks_it_is_what_the_committed_results_say():
         assert place > 0, figure
 
 
+# --- A: assignment and alignment ---
+
+SOLVERS = [
+    mcsmoe.linear_assignment,
+    lambda gain: mcsmoe.shortest_augmenting_paths(-np.array(gain)),  # where there is no SciPy
+]
+
+
 @pytest.mark.parametrize("solve", SOLVERS, ids=["public", "own"])
 def test_assignment_against_brute_force(solve):
     assert solve(np.array([[5.0, 2, 0], [3, 0, 5], [15, 5, 3]])).tolist() == [1, 2, 0]
