@@ -1352,7 +1352,8 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
+            reason = f"{error.strerror}; choose another --out"
+            raise UsageError(f"--out {self.out} cannot be written: {reason}") from error
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -1393,7 +1394,8 @@ class Run:
             arms.mkdir(exist_ok=True)
             write_json(mark, self.record())
         except OSError as error:
-            raise UsageError(f"--out {self.out} cannot be written: {error.strerror}") from error
+            reason = f"{error.strerror}; choose another --out"
+            raise UsageError(f"--out {self.out} cannot be written: {reason}") from error
 
 
 def refuse_a_second_run(out: Path) -> None:

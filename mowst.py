@@ -378,7 +378,15 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
 def train_alone(
     expert: nn.Module, task: Task, epochs: int, patience: int, fit: Callable = fit, **adamw: float
 ) -> None:
-    """Pretraining of one expert: cross-entropy on training nodes, stopped by validation nodes."""
+    """Pretraining of one expert: cross-entropy on training nodes, stopped by validation nodes.
+
+    Raises ValueError: features that are NaN or infinite, nobody to train on or to validate.
+    """
+    if not torch.isfinite(task.x).all():
+        raise ValueError("x holds NaN or infinity")
+    if len(task.train) == 0 or len(task.val) == 0:
+        counts = f"{len(task.train)} training and {len(task.val)} validation nodes"
+        raise ValueError(f"{counts}; both are needed")
 
     def loss(nodes: Tensor) -> Tensor:
         logits = ask(expert, task.x, task.adjacency, nodes)
@@ -510,7 +518,7 @@ def csr_matrix(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
 class Adjacency:
     """A graph, and the matrices that GNNs multiply with, each built when first used.
 
-    edge_index [2, edges] int64: sources, targets. Give both directions of an edge; loops and
+    edge_index [2, edges] integer: sources, targets. Give both directions of an edge; loops and
     duplicates are dropped. Raises ValueError for another shape or a node out of range.
     """
 
@@ -520,6 +528,7 @@ class Adjacency:
         if ((edge_index < 0) | (edge_index >= num_nodes)).any():
             low, high = int(edge_index.min()), int(edge_index.max())
             raise ValueError(f"edge_index holds nodes {low} .. {high} of {num_nodes}")
+        edge_index = edge_index.long()
         self.num_nodes, self.dtype = num_nodes, dtype
         self.edge_index = self.in_order(edge_index[:, edge_index[0] != edge_index[1]])
         self.degree = torch.bincount(self.edge_index[1], minlength=num_nodes).to(dtype)  # incoming

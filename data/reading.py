@@ -303,7 +303,9 @@ def parse_npy(at: Place, file: IO[bytes], size: int) -> np.ndarray:
     """
     read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
     shape, is_fortran, dtype = read_header(file)
-    at.need(not dtype.hasobject, "it holds Python objects, and nothing is unpickled")
+    at.need(
+        not dtype.hasobject, "it holds Python objects, and nothing is unpickled; text: .astype(str)"
+    )
     at.need(dtype.kind in "biufcSU", f"an array of type {dtype} is refused")
     wanted = math.prod(shape) * dtype.itemsize
     fits = min(shape, default=0) >= 0 and wanted <= size

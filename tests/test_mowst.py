@@ -5,6 +5,7 @@ import json
 import math
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,12 @@ def test_dispersion_of_any_logits(kind):
 def test_bad_kinds_are_refused():
     two = torch.zeros(1, 2)
     path = Adjacency(torch.tensor([[0, 1], [1, 0]]), 2)
+    nobody, both, y = torch.zeros(0).long(), torch.arange(2), torch.arange(2)
+    train = partial(mowst.train_alone, mowst.MLP(2, 2, 2, 2, 0.5), epochs=1, patience=1)
+    blind = mowst.Task(torch.full((2, 2), math.nan), path, y, both, both, both)
     for call, message in [
+        (lambda: train(blind), "x holds NaN or infinity"),
+        (lambda: train(blind._replace(x=torch.eye(2), val=nobody)), "2 training and 0 validation"),
         (lambda: mowst.dispersion(torch.zeros(3, 1)), "1 classes"),
         (lambda: mowst.dispersion(two, "std"), "kind 'std'"),
         (lambda: mowst.Confidence("loose"), "gate is 'loose'"),
@@ -298,6 +304,8 @@ def test_sparse_products_equal_dense_ones_and_pass_gradcheck_one_way_edges_too()
         x = torch.randn(12, 4, dtype=F64, requires_grad=True)
         near(operator @ x, matrix @ x)
         assert torch.autograd.gradcheck(lambda x, operator=operator: operator @ x, x)
+    many = torch.tensor([[70_000, 1], [1, 70_000]], dtype=torch.int32)  # no product overflows
+    assert Adjacency(many, 100_000).edge_index.tolist() == [[70_000, 1], [1, 70_000]]
     symmetric = Adjacency(PATH, 3, F64).gcn
     assert symmetric.transposed is symmetric.csr  # stored once
 
