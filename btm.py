@@ -27,7 +27,7 @@ each gave to three true tokens, in numbers:
     p(x_t | x_<t)    0.375   0.333   0.3125     their product is (0.0625 + 0.015625) / 2
 
 Run      python btm.py                    seed, experts, their rivals, later rounds; no download
-         python btm.py --seeds 8 --plot   the evidence
+         python btm.py --ablate           the two curves, too; --seeds 8 for verdicts
          python btm.py --full             the paper's 125M model on the public parts of the Pile
      One part a command, on any machines that share a folder F; docs/btm.md tells the story:
          python btm.py --stage seed --forest F
@@ -1441,9 +1441,7 @@ def main(config: Config, run: Run) -> Results | None:
     if config.domain:
         raise UsageError("--domain goes with one of --stage, --average, --prepare")
     run.config = config = check_texts(config, scored("btm", config), run)
-    all_systems = [*SYSTEMS, *curves(config)]
-    default = [*SYSTEMS] if run.scale == "full" else all_systems  # there curves double the cost
-    systems = run.choose(SYSTEMS, default, more=all_systems)
+    systems = run.choose(SYSTEMS, default=[*SYSTEMS], more=curves(config))
     waves = rounds(systems, config)
     plan(waves, config, run)
     run.begin()

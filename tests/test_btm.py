@@ -687,7 +687,7 @@ def test_under_torchrun_the_run_is_that_of_one_process(fork, plain, tmp_path):
 
 
 def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_path):
-    assert act(*WHOLE, "--out", "out").returncode == 0
+    assert act(*WHOLE, "--ablate", "--out", "out").returncode == 0
     out = tmp_path / "out"
     report = json.loads((out / "results.json").read_text())
     assert all(claim["verdict"] != "not measured" for claim in report["claims"])
@@ -695,7 +695,7 @@ def test_a_run_that_lost_arms_trains_them_again_to_the_same_results(act, tmp_pat
     for arm in ("expert@domain=docs", "seed@num_domains=2"):
         (out / "arms" / f"{arm}-seed0.json").unlink()
     (out / "forest-seed0" / "experts" / "docs.npz").unlink()
-    assert act(*WHOLE, "--out", "out", "--resume").returncode == 0
+    assert act(*WHOLE, "--ablate", "--out", "out", "--resume").returncode == 0
     assert json.loads((out / "results.json").read_text())["results"] == report["results"]
     assert same(before, contents(out / "forest-seed0"), before)
     assert act(*WHOLE, "--out", "out", "--overwrite", "--arms", "dense").returncode == 0
