@@ -32,7 +32,7 @@ a budget is chosen before training, `--load 1.5`. Null logits do not enter the g
 loss gives them no gradient; with one true pick (top_k=1 always) the gate is 1, and the router gets
 none either. Nothing rewards "hard token, more experts".
 
-Run      python adamoe.py              one to two minutes on two cores, no download
+Run      python adamoe.py              two minutes on two cores, no download
          python adamoe.py --ablate     every arm; --seeds 8 for verdicts
          python adamoe.py --text FILE  fine-tune on your own text
          python adamoe.py --full       OLMoE, or Mixtral where it fits, on ARC-Challenge

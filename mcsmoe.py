@@ -30,7 +30,7 @@ Two experts of three neurons, a neuron written (what it reads | what it adds), d
 
 For x = (1, 0) A says (7, 3), B (7, 7); merged in A's order (7, 4), their mean; else (5.3, 3.1).
 
-Run      python mcsmoe.py                three minutes on two cores, no download
+Run      python mcsmoe.py                four minutes on two cores, no download
          python mcsmoe.py --ablate       every arm; --seeds 8 for verdicts
          python mcsmoe.py --full         switch-base-32 on SST-2 (40 GB of GPU and activations), or
              --model mistralai/Mixtral-8x7B-v0.1 --text FILE: merged as it is, any causal mixture
