@@ -54,7 +54,7 @@ Differences from the paper and its code
 6. --full: LoRA as in the paper, on a base in bf16 (the paper: 4 bits), one for gate and up; the
    answer is the likeliest letter; models trained without normalised gates keep their scale.
 
-Break it yourself (seeds 0-2; as it is: load 1.50, 1.465 nats/byte, top-2 1.438): --alpha 0
+Break it yourself (seeds 0-2, as it is: load 1.50, 1.465 nats/byte, top-2 1.438): --alpha 0
 --alpha-late 0 (load 1.75, and the loss *improves*: 1.438); --top-k 4 (load 2.00, and 1.449, worse
 than top-2); --arms top1,top2,adamoe,all_picks (once alpha has dropped, gates over all picks let the
 load creep to 1.75).
