@@ -1095,18 +1095,19 @@ def list_claims(claims: Sequence[Claim]) -> str:
 
 def in_short(claims: Sequence[Claim], num_seeds: int) -> str:
     """The end of a run for somebody who reads one sentence."""
-    judged = [claim for claim in claims if claim.required and claim.verdict != "not measured"]
+    required = [claim for claim in claims if claim.required]
     by_verdict: dict[str, list[str]] = {}
-    for claim in judged:
+    for claim in required:
         by_verdict.setdefault(claim.verdict, []).append(claim.id.partition(".")[2])
     parts = []
-    for word in ("holds", "seen", "undecided", "not seen", "contradicted"):
+    for word in ("holds", "seen", "undecided", "not seen", "contradicted", "not measured"):
         if word in by_verdict:
             names = by_verdict[word]
-            listed = "" if word in ("holds", "seen") else f" ({', '.join(names)})"
+            good = word in ("holds", "seen")
+            listed = "" if good else f" ({', '.join(names)})"
             verb = "hold" if word == "holds" and len(names) > 1 else word
             parts.append(f"{len(names)} {verb}{listed}")
-    text = f"In short: of {len(judged)} required claims {', '.join(parts) or 'none was measured'}."
+    text = f"In short: of {len(required)} required claims {', '.join(parts)}."
     if num_seeds < 3:
         decides = "One seed decides" if num_seeds == 1 else "Two seeds decide"
         text += f" {decides} nothing: --seeds 8 --overwrite does."
