@@ -1061,18 +1061,20 @@ def main(config: Config, run: Run) -> Results:
 
     model = build(config, "smoe_dropout", run.seed).to(run.device)
     batch = windows[torch.arange(config.batch_size) % len(windows)].to(run.device)
-    steps = config.steps * len(arms + controls) + config.task_steps * len(finetuned)
+    control_seeds = run.seeds[:CONTROL_SEEDS]
+    steps = config.steps * len(arms) + config.task_steps * len(finetuned)  # of a seed
+    steps = steps * len(run.seeds) + config.steps * len(controls) * len(control_seeds)
     text = f"text {corpus.name} {corpus.digest}"
     if run.dry_run and run.device == "cpu":  # which takes a minute for a step of the full scale
         text += ", in steps of one window"
         steps *= len(batch)
         batch = batch[:1]
     step = lambda: text_loss(model, batch)[0].backward()
-    run.plan(text, model, step, steps * len(run.seeds), download_bytes(config, run))
+    run.plan(text, model, step, steps, download_bytes(config, run))
     if corpus.note:
         common.say(corpus.note)
     results = run.train_arms(train_arm, arms)
-    results |= run.train_arms(train_arm, controls, run.seeds[:CONTROL_SEEDS])
+    results |= run.train_arms(train_arm, controls, control_seeds)
     results |= run.train_arms(train_arm, finetuned)
     print_tables(results, config, run)
     draw(results, config, run)
