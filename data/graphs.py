@@ -775,6 +775,12 @@ class _Stub(list):
         if len(state) == 5 and isinstance(state[4], list):  # version, shape, dtype, order, elements
             self.extend(state[4])
 
+    def append(self, element: object) -> None:
+        """A method of its own: a damaged file may append to the type instead of a list of it, and
+        Python 3.13.0 crashes when list.append is called without a list.
+        """
+        super().append(element)
+
 
 class _PlainPickle(pickle._Unpickler):
     """Python's own reader of pickles in a world that holds nothing: no name is imported, nothing

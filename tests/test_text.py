@@ -72,7 +72,7 @@ def test_every_domain_is_found_here_the_same_twice_and_without_copies(domain):
     if domain != "headers":  # a program wrote them: a quarter of validation stands in training
         assert text.load_domain(domain).digest == corpus.digest
         pieces = [val[i : i + 64] for i in range(0, len(val) - 64, 64)][:600]
-        assert sum(piece in train for piece in pieces) < 0.01 * len(pieces)
+        assert sum(piece in train for piece in pieces) < 0.02 * len(pieces)
 
 
 def test_without_pydoc_data_packages_stand_in_and_say_so(monkeypatch):
@@ -148,7 +148,7 @@ def test_domains_are_whole_distinct_and_the_same_twice(provenance):
     for name, split in provenance.items():
         sizes = [len(getattr(split, part)) for part in text.PARTS]
         # btm.py reads 128 test blocks of 64 bytes; the pins bring 11,455 bytes of licences for them
-        assert sizes[0] >= 60_000 and sizes[1] >= 5_000 and sizes[2] > 128 * 64, (name, sizes)
+        assert sizes[0] >= 60_000 and sizes[1] >= 4_000 and sizes[2] > 128 * 64, (name, sizes)
         assert all(size <= text.SMALL_SIZES[part] for part, size in zip(text.PARTS, sizes))
         assert split.train.dtype == torch.uint8 and split.vocab_size == 256
     assert len({split.digest for split in provenance.values()}) == len(provenance)
