@@ -464,7 +464,8 @@ class AdaMoE(nn.Module):
             )
         dispatch = kernels.make_dispatch(expert_index, self.num_experts)
         live_rows = int(dispatch.offsets[-1])  # the others are null picks
-        dispatch = dispatch._replace(slot=dispatch.slot[:live_rows])
+        slot, pos, offsets, num_experts = dispatch
+        dispatch = kernels.Dispatch(slot[:live_rows], pos, offsets, num_experts)
         product = partial(kernels.grouped_mm, dispatch=dispatch, backend=backend)
         rows = kernels.gather(tokens, dispatch, backend)  # [live rows, d_model], by expert
         hidden = product(rows, w1) + self.up_low_rank(rows, product)
