@@ -37,13 +37,13 @@ def pytest_runtest_setup():
 
 
 def place(item):
-    if item.name == "test_the_long_runs_begin":
+    if item.name in ("test_the_long_runs_begin", "test_the_interpreter_begins"):
         return 0
     return 2 if "beside" in item.fixturenames else 1
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=place)  # of test_hard_knocks.py: what goes on beside the other tests
+    items.sort(key=place)  # what goes on beside the others begins first and is looked at last
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords know folders, too

@@ -49,27 +49,38 @@ def start_triton_tests(*flags, **environment) -> subprocess.Popen:
     return start(*command, **environment)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def beside(request):
-    """{test: process}: what the last tests wait for runs beside the others, if it was chosen."""
-    chosen = {getattr(item, "originalname", item.name) for item in request.session.items}
+@pytest.fixture(scope="session")
+def beside():
+    """beside(test) -> its process, begun when first asked for, beside the other tests."""
     processes = {}
-    for name in chosen & set(INTERPRETED):
-        if not why_not_interpreted():
+
+    def process_of(name):
+        if name not in processes:
             flags, environment = INTERPRETED[name]
             environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
             processes[name] = start_triton_tests(*flags, **environment)
-    yield processes
+        return processes[name]
+
+    yield process_of
     for process in processes.values():
         if process.poll() is None:  # an interrupted session leaves nothing behind
             process.kill()
             process.communicate()
 
 
+def test_the_interpreter_begins(request, beside):
+    """conftest.py puts this one first, and those that look at what has become of it last."""
+    if why_not_interpreted() or hasattr(request.config, "workerinput"):  # of pytest-xdist
+        return
+    for item in request.session.items:
+        if getattr(item, "originalname", "") in INTERPRETED:
+            beside(item.originalname)
+
+
 @pytest.fixture
 def ended(beside, request):
     """The process of this test, when it has ended: returncode, stdout, stderr."""
-    process = beside[request.node.originalname]
+    process = beside(request.node.originalname)
     out, err = process.communicate()
     return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
