@@ -464,7 +464,7 @@ class AdaMoE(nn.Module):
             )
         dispatch = kernels.make_dispatch(expert_index, self.num_experts)
         live_rows = int(dispatch.offsets[-1])  # the others are null picks
-        slot, pos, offsets, num_experts = dispatch
+        slot, pos, offsets, num_experts = dispatch  # torch 2.11 does not compile dispatch._replace
         dispatch = kernels.Dispatch(slot[:live_rows], pos, offsets, num_experts)
         product = partial(kernels.grouped_mm, dispatch=dispatch, backend=backend)
         rows = kernels.gather(tokens, dispatch, backend)  # [live rows, d_model], by expert

@@ -1353,8 +1353,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            reason = f"{error.strerror}; choose another --out"
-            raise UsageError(f"--out {self.out} cannot be written: {reason}") from error
+            raise unwritable(self.out, error) from error
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -1395,8 +1394,12 @@ class Run:
             arms.mkdir(exist_ok=True)
             write_json(mark, self.record())
         except OSError as error:
-            reason = f"{error.strerror}; choose another --out"
-            raise UsageError(f"--out {self.out} cannot be written: {reason}") from error
+            raise unwritable(self.out, error) from error
+
+
+def unwritable(out: Path, error: OSError) -> UsageError:
+    reason = f"{error.strerror}; choose another --out"
+    return UsageError(f"--out {out} cannot be written: {reason}")
 
 
 def refuse_a_second_run(out: Path) -> None:

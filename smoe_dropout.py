@@ -310,10 +310,8 @@ class SMoEDropout(nn.Module):
 
     def dispatched(self, x: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:
         """The same numbers from the chosen experts alone: sort by expert, multiply, add up."""
-        w1 = self.w1
-        b1 = self.b1
-        w2 = self.w2
-        b2 = self.b2
+        w1, b1 = self.w1, self.b1
+        w2, b2 = self.w2, self.b2
         act, backend = self.act, self.backend
         if act in kernels.ACTIVATIONS and not (self.dropout and self.training):
             return kernels.moe_mlp(x, expert_index, gates, w1, w2, b1, b2, act, backend=backend)

@@ -48,7 +48,7 @@ def test_btm(tiny_run):
     run, config = done.run, done.run.config
     names = btm.scored("btm", config)
     for arm, result in done.arms.items():
-        if "bits" in result and "=0." not in arm and "num_domains" not in arm:  # not of a curve
+        if "bits" in result and btm.sister(arm, "") == "":  # not of a curve
             path = run.path(arm, 0, ".pt")
             if arm.startswith(("seed", "expert")):
                 inside = "seed" if arm == "seed" else f"experts/{arm.partition('=')[2]}"
