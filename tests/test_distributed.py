@@ -57,13 +57,17 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     flags = ["--steps", "400", "--hold", str(hold), "--out"]
     command = [*TORCHRUN, str(ROOT / TOY), *flags, "cut"]
-    cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
     whole = fork.two(TOY, "--steps", 400, "--out", tmp_path / "whole", folder=tmp_path / "a")
     assert [ended(process) for process in whole] == [0, 0]
-    first = tmp_path / "cut" / "arms" / "one-seed0.jsonl"
-    wait_until(first.exists)
-    cut.send_signal(signal.SIGTERM)
-    _, err = cut.communicate(timeout=PATIENCE)
+    arms = tmp_path / "cut" / "arms"
+    for _ in range(6):  # the second process may be gone before the first one has seen its signal
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
+        wait_until((arms / "one-seed0.jsonl").exists)
+        cut.send_signal(signal.SIGTERM)
+        _, err = cut.communicate(timeout=PATIENCE)
+        if (arms / "one-seed0.ckpt").exists():
+            break
     assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists(), err
     hold.unlink()
     again = fork.two(TOY, *flags, tmp_path / "cut", "--resume", folder=tmp_path / "b")
