@@ -74,7 +74,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class JobFailed(RuntimeError):
-    """A job's process was killed, or ended in a traceback of its own: one line, exit code 1."""
+    """A process of the run was killed, or ended in its own traceback: one line, exit code 1."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -541,8 +541,19 @@ def processes() -> tuple[int, int]:
 
 
 def barrier() -> None:
+    """Wait for all processes of torchrun."""
     if processes()[1] > 1:
-        dist.barrier()
+        all_reduce(torch.zeros(()))
+
+
+def all_reduce(tensor: Tensor, *operation: Any) -> None:
+    """dist.all_reduce, in place. Raises JobFailed where another process has ended."""
+    try:
+        dist.all_reduce(tensor, *operation)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        lost = f"another process of this run seems to have ended ({reason})"
+        raise JobFailed(f"{lost}; what is done is kept, go on with --resume") from error
 
 
 @contextmanager
@@ -716,19 +727,18 @@ def train(
         with bar, deferred_signals() as received:
             for step in range(start_step, stop_step):
                 log.waiting.append((step, *one_step(step)))
-                if world_size > 1:
-                    share_signals(received)
+                is_stopped = any_process_received(received)  # all leave after the same step
                 due = time.monotonic() - saved >= checkpoint_seconds
-                ends = bool(received) or step + 1 == stop_step
+                ends = is_stopped or step + 1 == stop_step
                 if due or ends or len(log.waiting) >= log_every:
                     log.flush()
                     bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)
                 if (due or ends) and not is_finite(model):  # before it replaces the last good one
                     raise NonFiniteLoss(f"a weight is not finite after step {step}")
-                if due or received:
+                if due or is_stopped:
                     keep(step + 1)
                     saved = time.monotonic()
-                if received:
+                if is_stopped:
                     break
                 bar.update()
     except NonFiniteLoss as error:
@@ -796,20 +806,26 @@ def sum_over_processes(model: nn.Module, loss: Tensor, values: dict) -> tuple[Te
             gradients.append(parameter.grad)
     if gradients:
         flat = nn.utils.parameters_to_vector(gradients)
-        dist.all_reduce(flat)
+        all_reduce(flat)
         nn.utils.vector_to_parameters(flat, gradients)
     numbers = [torch.as_tensor(value, device=loss.device).float() for value in values.values()]
     logged = torch.stack([loss, *numbers])
-    dist.all_reduce(logged)
+    all_reduce(logged)
     return logged[0], dict(zip(values, logged[1:] / dist.get_world_size()))
 
 
-def share_signals(received: list[int]) -> None:
-    """What one process has received, all have."""
+def any_process_received(received: list[int]) -> bool:
+    """Whether a signal has reached any process by now; then the others note it as received, too.
+
+    All get the same answer. A signal that comes after it waits for the next call.
+    """
+    if processes()[1] == 1:
+        return bool(received)
     heard = torch.tensor(max(received, default=0))  # on the host: no GPU is waited for
-    dist.all_reduce(heard, dist.ReduceOp.MAX)
+    all_reduce(heard, dist.ReduceOp.MAX)
     if heard and not received:
         received.append(int(heard))
+    return bool(heard)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,20 +60,30 @@ def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_pat
     whole = fork.two(TOY, "--steps", 400, "--out", tmp_path / "whole", folder=tmp_path / "a")
     assert [ended(process) for process in whole] == [0, 0]
     arms = tmp_path / "cut" / "arms"
-    for _ in range(6):  # the second process may be gone before the first one has seen its signal
-        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
-        cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
-        wait_until((arms / "one-seed0.jsonl").exists)
-        cut.send_signal(signal.SIGTERM)
-        _, err = cut.communicate(timeout=PATIENCE)
-        if (arms / "one-seed0.ckpt").exists():
-            break
-    assert cut.returncode != 0 and (tmp_path / "cut" / "arms" / "one-seed0.ckpt").exists(), err
+    cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
+    wait_until((arms / "one-seed0.jsonl").exists)
+    cut.send_signal(signal.SIGTERM)
+    _, err = cut.communicate(timeout=PATIENCE)
+    assert cut.returncode != 0 and (arms / "one-seed0.ckpt").exists(), err
     hold.unlink()
     again = fork.two(TOY, *flags, tmp_path / "cut", "--resume", folder=tmp_path / "b")
     done = [finished(process) for process in again]
     assert [process.returncode for process in done] == [0, 0], done
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_where_one_process_dies_the_other_says_so_in_a_line(tmp_path, fork):
+    hold = tmp_path / "hold"
+    hold.touch()
+    out = tmp_path / "out"
+    flags = ["--steps", "400", "--hold", hold, "--out", out]
+    first, second = fork.two(TOY, *flags, folder=tmp_path)
+    wait_until((out / "arms" / "one-seed0.jsonl").exists, first)
+    second.kill()
+    done = finished(first)
+    assert done.returncode == 1
+    assert "another process of this run seems to have ended" in done.stderr
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_seeds_trained_apart_become_one_run(tmp_path, command_line):
