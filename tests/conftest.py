@@ -32,6 +32,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup():
+    torch.manual_seed(0)  # a test draws the same numbers, whatever ran before it
     # scripts at full scale, run in this process, take all cores: small tensors get slower
     torch.set_num_threads(1)
 

@@ -388,7 +388,7 @@ def test_each_turn_leaves_the_frozen_side_untouched_bit_for_bit():
         turns.append((stage, changed, modes, set(asked)))
         return score
 
-    mowst.train_by_turns(model, task, 6, 6, 1, fit=watched, lr=0.01)
+    mowst.train_by_turns(model, task, 20, 20, 1, fit=watched, lr=0.01)
     assert turns == [
         ("round 0 weak", {"weak", "confidence"}, {(True, False)}, {"weak"}),
         ("round 0 strong", {"strong"}, {(False, True)}, {"strong"}),
