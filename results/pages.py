@@ -2,7 +2,8 @@
 
 Every script becomes a page: its lecture, its picture, its claims with their verdicts, and then the
 file from top to bottom, docstrings and comments on the left, the code they speak of on the right.
-Plain HTML and one style sheet, from the standard library; nothing is fetched when it is read.
+Plain HTML and one style sheet (pages.css), from the standard library; nothing is fetched when it
+is read.
 """
 
 import argparse
@@ -25,45 +26,6 @@ RESULTS = ROOT / "results" / "cpu-2-cores"
 METHODS = ("adamoe", "smoe_dropout", "mcsmoe", "btm", "home", "dual_head_kd", "mowst")
 SHARED = ("common", "kernels")
 RULER = re.compile(r"# [-=]{20,}$")
-
-STYLE = """\
-:root { --paper: #fdfdfb; --ink: #1c1c1a; --quiet: #62625c; --line: #dddcd4; --code: #f4f3ee;
-  --key: #0b5394; --text: #2e6b34; --note: #8a5a00; --link: #0b5394; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16171a; --ink: #e4e3dd; --quiet: #a3a29b;
-  --line: #34363c; --code: #1e2025; --key: #82b7f5; --text: #93cf97; --note: #e0b265;
-  --link: #82b7f5; } img { background: #fff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); 
-  font: 16px/1.5 system-ui, sans-serif; }
-a { color: var(--link); }
-nav, main { padding: 0 1.2rem; max-width: 90rem; margin: auto; }
-nav { padding: .7rem 1.2rem; border-bottom: 1px solid var(--line); }
-nav a { margin-right: 1rem; white-space: nowrap; }
-h1 { font-size: 1.5rem; line-height: 1.25; }
-h3 { font-size: 1rem; margin: 1rem 0 0; } .item { margin: .2rem 0 .2rem 1rem; }
-h2 { font-size: 1.2rem; margin-top: 3rem; border-bottom: 2px solid var(--line); }
-img { max-width: 100%; height: auto; }
-pre { margin: .6rem 0; overflow-x: auto; }
-pre, code { font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
-td, th { text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0;
-  border-bottom: 1px solid var(--line); }
-.row { display: grid; grid-template-columns: minmax(16rem, 2fr) minmax(0, 3fr); gap: 0 1.6rem;
-  border-top: 1px solid var(--line); }
-.row > * { min-width: 0; }
-.prose { font-size: .95rem; padding: .3rem 0; }
-.row .prose pre { white-space: pre-wrap; }
-.prose p { margin: .5rem 0; }
-.source { background: var(--code); padding: .1rem .8rem; }
-.holds { font-weight: 600; } .contradicted { font-weight: 600; text-decoration: underline; }
-.quiet { color: var(--quiet); } .k { color: var(--key); } .s { color: var(--text); }
-.c { color: var(--note); }
-@media (max-width: 60rem) { .row { display: block; } .source { padding: .1rem .5rem; } }
-@media (max-width: 40rem) { .claims tr:first-child { display: none; }
-  .claims td { display: block; border: 0; } .claims tr { border-bottom: 1px solid var(--line); }
-  img { max-width: none; height: 15rem; } }
-"""
 
 
 @dataclass
@@ -267,7 +229,7 @@ def main() -> None:
     out = parser.parse_args().out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "style.css").write_text(STYLE)
+        shutil.copyfile(ROOT / "results" / "pages.css", out / "style.css")
         (out / "index.html").write_text(index_page())
         for name in (*METHODS, *SHARED):
             (out / f"{name}.html").write_text(script_page(name, out))
