@@ -575,8 +575,10 @@ def save_null_experts(path: str | Path, model: nn.Module, **sizes) -> None:
 
 
 def load_null_experts(path: str | Path, model: nn.Module) -> list[AdaMoE]:
-    """Patch a freshly loaded model as it was saved. Raises ValueError, and leaves the model as it
-    was, for a file with an array missing, of another shape, or that belongs to no patch.
+    """Patch a freshly loaded model as it was saved.
+
+    Raises ValueError, and leaves the model as it was, for a file with an array missing, of another
+    shape, or that belongs to no patch.
     """
     arrays, meta = load_arrays(path)
     sizes = meta.get("sizes", {})
@@ -1019,8 +1021,10 @@ def evaluate(model: nn.Module, task, dictate: Callable[[Tensor], Tensor] | None 
 
 
 def cost(model: nn.Module, task, job: Job) -> dict:
-    """Per token: FLOPs of a forward, counted from the operators that ran; seconds of a forward and
-    of a training step. `rows`: how often an expert was applied to a token, from its FLOPs.
+    """Per token:
+
+    FLOPs of a forward, counted from the operators that ran; seconds of a forward and of a training
+    step. `rows`: how often an expert was applied to a token, from its FLOPs.
     """
     layers, device = null_layers(model), job.run.device
     if not layers:  # the library's own, whose operators the counter may not know

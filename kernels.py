@@ -331,8 +331,10 @@ def _live(dispatch: Dispatch) -> tuple[list[int], Tensor, Tensor]:
 
 
 def _by_expert(counts: list[int], rows: Tensor, *weights: Tensor | None) -> list[tuple]:
-    """(its rows, *its weights) of every expert that has rows; of the first, if none has. Not w[e],
-    whose gradient is a zero tensor of full size per expert: unbind stacks once."""
+    """(its rows, *its weights) of every expert that has rows; of the first, if none has.
+
+    Not w[e], whose gradient is a zero tensor of full size per expert: unbind stacks once.
+    """
     nothing = [None] * len(counts)
     parts = [nothing if w is None else w.unbind(0) for w in weights]
     experts = list(zip(rows.split(counts), *parts))
@@ -755,8 +757,10 @@ def _launch(kernel, grid: tuple, *tensors, **constants) -> None:
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory; without a shape, in the shape and strides of `like`. Tests fill it
-    with NaN."""
+    """Uninitialised memory; without a shape, in the shape and strides of `like`.
+
+    Tests fill it with NaN.
+    """
     if not shape:
         return torch.empty_like(like)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

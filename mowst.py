@@ -478,8 +478,11 @@ def train_jointly(
 
 
 class SparseProduct(torch.autograd.Function):
-    """a @ x for a constant CSR matrix. Its transpose is stored, too: autograd's own would build it
-    at every step. In the precision of a, also under autocast."""
+    """a @ x for a constant CSR matrix.
+
+    Its transpose is stored, too: autograd's own would build it at every step. In the precision of
+    a, also under autocast.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, a_transposed: Tensor) -> Tensor:

@@ -147,8 +147,9 @@ def _pairs(
 
 
 def expected_auc(scores: object, truth: object, users: object = None) -> float:
-    """AUC when a row is positive with probability truth; with `users`, the GAUC of it. Columns
-    [rows] -> a float.
+    """AUC when a row is positive with probability truth; with `users`, the GAUC of it.
+
+    Columns [rows] -> a float.
 
     The expectation removes the noise of drawing labels, which drowns tasks of half a percent. With
     truth 0 or 1 it is the ordinary AUC, ties counting a half. A row is not paired with itself. NaN
@@ -492,8 +493,9 @@ def _kuairand_paths(name: str, root: Path) -> list[Path]:
 
 
 def kuairand(name: str, root: Path, hash_bits: int = 20) -> Behavior:
-    """KuaiRand-1K or -Pure, the standard logs, split by date. Read once, then mapped from
-    root/<name>/parsed.
+    """KuaiRand-1K or -Pure, the standard logs, split by date.
+
+    Read once, then mapped from root/<name>/parsed.
 
     The video table has 2^hash_bits rows, those of authors and music a quarter of that; all other
     fields are exact. Raises ValueError naming file, line and column for what is missing or no
@@ -593,8 +595,9 @@ CENSUS_GROUPS = {"income": ("over_50k",), "marital": ("never_married",)}
 
 
 def census(root: Path) -> Behavior:
-    """Census-Income, 39 fields, two tasks: income over 50,000 and never married. Fetched unless it
-    lies in root/census.
+    """Census-Income, 39 fields, two tasks: income over 50,000 and never married.
+
+    Fetched unless it lies in root/census.
 
     Training is the published training file, its last tenth for validation; the test is the
     published test file. With only one of the two there, that one is split 80/10/10 and the note

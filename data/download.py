@@ -61,9 +61,11 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class File:
-    """One URL of a data set. Checksums are "sha256:..." or "md5:...", None where neither the
-    publisher nor a well-known library states one. An archive is unpacked whole, or only the members
-    that are given."""
+    """One URL of a data set.
+
+    Checksums are "sha256:..." or "md5:...", None where neither the publisher nor a well-known
+    library states one. An archive is unpacked whole, or only the members that are given.
+    """
 
     url: str
     size: int | None = None  # bytes over the wire
@@ -213,8 +215,9 @@ def _obtain(file: File, folder: Path) -> list[Path]:
 
 
 def _download(file: File, target: Path) -> None:
-    """url -> FILE.part -> checks -> FILE. Resumes where a checksum would notice two versions
-    joined.
+    """url -> FILE.part -> checks -> FILE.
+
+    Resumes where a checksum would notice two versions joined.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{target}.part")

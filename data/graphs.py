@@ -193,8 +193,9 @@ def _refuse_type(at: Place, what: str, array: np.ndarray, kinds: str) -> None:
 
 
 def _features(at: Place, x: np.ndarray) -> np.ndarray:
-    """[nodes, features] float32. What float32 would blur is refused; columns of very different
-    scale are printed.
+    """[nodes, features] float32.
+
+    What float32 would blur is refused; columns of very different scale are printed.
     """
     _refuse_type(at, "features", x, "biuf")
     at.need(x.ndim == 2 and x.size > 0, f"features are {list(x.shape)}; needed: [nodes, features]")
@@ -225,8 +226,9 @@ def _features(at: Place, x: np.ndarray) -> np.ndarray:
 
 
 def _labels(at: Place, y: np.ndarray, num_nodes: int) -> np.ndarray:
-    """[nodes] int64, classes 0, 1, ... without a gap, -1: unlabelled. A printed line says what was
-    renumbered.
+    """[nodes] int64, classes 0, 1, ... without a gap, -1: unlabelled.
+
+    A printed line says what was renumbered.
     """
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     at.need(
@@ -646,8 +648,9 @@ TWITCH_COLUMNS = (
 
 
 def read_twitch(folder: str | Path) -> Graph:
-    """large_twitch_{edges,features}.csv of SNAP; label: mature. With the five LINKX splits if they
-    lie there.
+    """large_twitch_{edges,features}.csv of SNAP; label: mature.
+
+    With the five LINKX splits if they lie there.
     """
     folder = Path(folder)
     root = folder / "twitch_gamers" if (folder / "twitch_gamers").is_dir() else folder

@@ -28,8 +28,9 @@ from data.reading import read_bytes, reading
 
 
 class ImageSet(NamedTuple):
-    """Images [N, 3, height, width], uint8 or float32, and labels [N] int64. A model reads (x -
-    offset) / scale.
+    """Images [N, 3, height, width], uint8 or float32, and labels [N] int64.
+
+    A model reads (x - offset) / scale.
     """
 
     name: str

@@ -71,8 +71,9 @@ class Place:
             raise self.error(what)
 
     def take(self, item: object, texts: str, other: str = "", spare: str = "") -> list:
-        """The values of these keys of a JSON object: `texts` hold words, `other` anything; `spare`
-        ones are not used.
+        """The values of these keys of a JSON object:
+
+        `texts` hold words, `other` anything; `spare` ones are not used.
         """
         needed = [*texts.split(), *other.split()]
         self.need(
@@ -180,8 +181,9 @@ def sha256(path: str | Path) -> str:
 
 
 def lines(at: Place, whole: bool = False, longest: int = LONGEST_LINE) -> Iterator[str]:
-    """The lines of a UTF-8 text (also .gz) without their ends; at.line follows. Empty ones may
-    stand at the end.
+    """The lines of a UTF-8 text (also .gz) without their ends; at.line follows.
+
+    Empty ones may stand at the end.
 
     whole: the last line must have an end, else a file that was cut inside a number would give
     another number.

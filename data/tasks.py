@@ -94,8 +94,9 @@ def reader(read: Callable[[Place], Iterator]) -> Callable[[str | Path], list]:
 
 @reader
 def read_sst2(at: Place) -> Iterator[Example]:
-    """SST-2, label 1 = positive: GLUE's train.tsv and dev.tsv, or the same two columns without a
-    header.
+    """SST-2, label 1 = positive:
+
+    GLUE's train.tsv and dev.tsv, or the same two columns without a header.
     """
     for line in lines(at):
         text, label = _cells(at, line, 2)
@@ -125,8 +126,9 @@ def read_csqa(at: Place) -> Iterator[Example]:
 
 
 def _stem_and_choices(at: Place, item: object) -> tuple[str, list[str], list[str], str]:
-    """The question, labels and texts of its choices, and the right label: CommonsenseQA, ARC,
-    OpenBookQA.
+    """The question, labels and texts of its choices, and the right label:
+
+    CommonsenseQA, ARC, OpenBookQA.
     """
     key, question = at.take(item, "answerKey", "question", spare="id")
     stem, choices = at.take(question, "stem", "choices", spare="question_concept")
@@ -293,8 +295,9 @@ def read_squad(at: Place) -> Iterator[Question]:
 
 @reader
 def read_hotpotqa(at: Place) -> Iterator[Question]:
-    """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json. The test file hides the
-    answers.
+    """HotpotQA: hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json.
+
+    The test file hides the answers.
 
     The context is the supporting sentences alone, each paragraph's after its title, as in M-SMoE's
     released code: ten paragraphs do not fit. A few of the published facts name a sentence that its
@@ -634,8 +637,9 @@ def best_match(answer: str, references: Sequence[str], yes_no: bool = False) -> 
 
 
 def word_ids(tokenizer, words: Sequence[str]) -> list[int]:
-    """The token of each word. Raises ValueError for a word that is not one token, or two words with
-    the same.
+    """The token of each word.
+
+    Raises ValueError for a word that is not one token, or two words with the same.
     """
     tokens = []
     for word in words:

@@ -209,8 +209,9 @@ def sample_windows(data: Tensor, num: int, length: int, generator: torch.Generat
 
 
 def all_windows(data: Tensor, context: int) -> Tensor:
-    """Windows that predict every byte once: [num, context + 1] int64, each starting at the last
-    byte of the one before.
+    """Windows that predict every byte once:
+
+    [num, context + 1] int64, each starting at the last byte of the one before.
 
     What is left at the end and fills no window is dropped. Raises ValueError when there is not one
     window.
@@ -238,8 +239,9 @@ def _windows(data: Tensor, context: int) -> Tensor:
 
 
 class Split(NamedTuple):
-    """One domain; its parts share no document. Tokens are bytes unless a meta.json says
-    otherwise.
+    """One domain; its parts share no document.
+
+    Tokens are bytes unless a meta.json says otherwise.
     """
 
     name: str
@@ -378,8 +380,9 @@ FEW_FILES = ("docs", "operators", "unicode", "licences", "cmake", "stubs", *GENE
 
 
 def load_provenance(name: str, sizes: dict[str, int] = SMALL_SIZES) -> Split:
-    """One of PROVENANCE in three parts of at most `sizes` bytes. A source that this machine lacks
-    is replaced.
+    """One of PROVENANCE in three parts of at most `sizes` bytes.
+
+    A source that this machine lacks is replaced.
 
     Raises ValueError for an unknown name. Every part is made of whole documents; files that are few
     and large are cut into documents first.
@@ -622,8 +625,9 @@ PILE = {
 def prepare(
     source: str | Path, root: str | Path, domain: str = ""
 ) -> tuple[dict[str, dict[str, int]], Counter]:
-    """Write root/<domain>/{train,dev,test}.txt from a file or folder: ({domain: {part: bytes}},
-    labels found).
+    """Write root/<domain>/{train,dev,test}.txt from a file or folder:
+
+    ({domain: {part: bytes}}, labels found).
 
     With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one
     domain. Without, the lines of .jsonl files are dealt out by their meta.pile_set_name. Documents

@@ -247,8 +247,11 @@ def measure_ceilings(device: str) -> tuple[float, float]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. Every step frees tens of megabytes of gradients and asks for
-    them again; returned to the system, they would come back page by page, in time we measure."""
+    """Have glibc keep what is freed.
+
+    Every step frees tens of megabytes of gradients and asks for them again; returned to the system,
+    they would come back page by page, in time we measure.
+    """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError):  # other systems have no such switch
         for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
