@@ -92,9 +92,7 @@ class Graph(NamedTuple):
     val_mask: Tensor
     test_mask: Tensor
     num_classes: int
-    kind: Tensor | None = (
-        None  # [nodes] bool, generated graphs: True where the features tell the class
-    )
+    kind: Tensor | None = None  # [nodes] bool, if generated: do the features tell the class
     note: str = ""  # what a reader should know about the splits
 
     @property
@@ -380,31 +378,29 @@ def contextual_sbm(
             f"and {degree_poor}, mu {mu_rich} and {mu_poor}; needed: "
             "2 <= num_classes <= num_features, degrees >= 2, mu >= 0"
         )
-    num_train, num_val = (round(share * num_nodes) for share in (train_share, val_share))
+    num_train = round(train_share * num_nodes)
+    num_val = round(val_share * num_nodes)
     if min(num_train, num_val, num_nodes - num_train - num_val) < num_classes:
         raise ValueError(
             f"{num_nodes} nodes with train_share {train_share} and val_share {val_share} leave "
             f"a set smaller than num_classes = {num_classes}"
         )
     rng = np.random.default_rng(seed)
-    y, kind = rng.integers(num_classes, size=num_nodes), rng.random(num_nodes) < 0.5
+    y = rng.integers(num_classes, size=num_nodes)
+    kind = rng.random(num_nodes) < 0.5
     group = num_classes * kind + y
-    members, counts = (
-        np.argsort(group, kind="stable"),
-        np.bincount(group, minlength=2 * num_classes),
-    )
+    members = np.argsort(group, kind="stable")  # the nodes, group by group
+    counts = np.bincount(group, minlength=2 * num_classes)
     if not counts.all():
         raise ValueError(f"{num_nodes} nodes are too few: a class of one kind has no member")
-    directions = np.linalg.qr(rng.standard_normal((num_features, num_classes)))[
-        0
-    ].T  # [classes, features]
-    x = (
-        rng.standard_normal((num_nodes, num_features))
-        + np.where(kind, mu_rich, mu_poor)[:, None] * directions[y]
-    )
+    orthogonal, _ = np.linalg.qr(rng.standard_normal((num_features, num_classes)))
+    directions = orthogonal.T  # [classes, features]
+    length = np.where(kind, mu_rich, mu_poor)[:, None]  # [nodes, 1]
+    x = rng.standard_normal((num_nodes, num_features)) + length * directions[y]
 
     source = np.repeat(np.arange(num_nodes), np.where(kind, degree_rich // 2, degree_poor // 2))
-    own_kind, own_class = kind[source], y[source]
+    own_kind = kind[source]
+    own_class = y[source]
     favoured = (own_class + shift) % num_classes
     other = (favoured + rng.integers(1, num_classes, size=len(source))) % num_classes
     is_favoured = rng.random(len(source)) < np.where(own_kind, homophily_rich, homophily_poor)
@@ -417,9 +413,9 @@ def contextual_sbm(
     target = members[starts[partner_group] + picked]
 
     masks = np.zeros((3, num_nodes), dtype=bool)
-    for part, nodes in enumerate(
-        np.split(rng.permutation(num_nodes), [num_train, num_train + num_val])
-    ):
+    order = rng.permutation(num_nodes)
+    parts = np.split(order, [num_train, num_train + num_val])
+    for part, nodes in enumerate(parts):
         masks[part, nodes] = True
     edges = np.stack([source, target], axis=1)
     return build_graph(f"generated graph {seed}", x, edges, y, masks, kind=torch.from_numpy(kind))
@@ -432,10 +428,8 @@ def stand_in(name: str) -> Graph:
     num_nodes, num_edges, num_features, num_classes = SIZES[name]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((num_nodes, num_features), dtype=np.float32)
-    edges, y = (
-        rng.integers(num_nodes, size=(num_edges, 2)),
-        rng.integers(num_classes, size=num_nodes),
-    )
+    edges = rng.integers(num_nodes, size=(num_edges, 2))
+    y = rng.integers(num_classes, size=num_nodes)
     y[0] = num_classes - 1
     return build_graph(f"random graph of the size of {name}", x, edges, y)
 
@@ -702,18 +696,14 @@ def read_mat(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a MATLAB file; a sparse matrix A comes as A/row, A/col and A/data."""
     with reading(path) as at:
         open_file(path).close()
-        at.need(
-            importlib.util.find_spec("scipy") is not None,
-            "needs SciPy: pip install -r requirements-full.txt",
-        )
+        has_scipy = importlib.util.find_spec("scipy") is not None
+        at.need(has_scipy, "needs SciPy: pip install -r requirements-full.txt")
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "arrays.npz"
             command = [sys.executable, "-c", READ_MAT, str(Path(path).expanduser()), str(copy)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            reason = (
-                done.stderr.strip().rsplit("\n", 1)[-1]
-                or f"its reader crashed, code {done.returncode}"
-            )
+            last_line = done.stderr.strip().rsplit("\n", 1)[-1]
+            reason = last_line or f"its reader crashed, code {done.returncode}"
             at.need(done.returncode == 0, f"is not a readable .mat file ({reason[:200]})")
             return read_npz(copy)
 

@@ -91,15 +91,11 @@ def _docs() -> tuple[list[Document], str]:
         from pydoc_data.topics import topics  # a dict of strings, topic -> text
     except ImportError:  # slim installations leave it out
         stdlib = Path(sysconfig.get_path("stdlib"))
-        packages = [
-            doc
-            for name in ("email", "json", "http", "xml")
-            for doc in _files(stdlib / name, "**/*.py")
-        ]
-        return (
-            packages,
-            "this Python has no pydoc_data; the packages email, json, http and xml stand in for it",
-        )
+        packages = []
+        for name in ("email", "json", "http", "xml"):
+            packages += _files(stdlib / name, "**/*.py")
+        stand_in = "the packages email, json, http and xml stand in for it"
+        return packages, f"this Python has no pydoc_data; {stand_in}"
     return [(name, text.encode()) for name, text in sorted(topics.items())], ""
 
 
@@ -268,13 +264,13 @@ def _under(
     """
     found = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if name not in skip and not name.startswith((".", "__"))
-        ]
-        paths = (
-            Path(folder, name) for name in files if name.endswith(endings) and re.match(names, name)
-        )
-        found += [path for path in paths if path.is_file() and not path.is_symlink()]
+        shown = [name for name in subfolders if not name.startswith((".", "__"))]
+        subfolders[:] = [name for name in shown if name not in skip]  # os.walk goes into these
+        for name in files:
+            path = Path(folder, name)
+            is_wanted = name.endswith(endings) and re.match(names, name)
+            if is_wanted and path.is_file() and not path.is_symlink():
+                found.append(path)
     by_name = {path.relative_to(root).as_posix(): path for path in found}
     for name in sorted(by_name, key=lambda name: hashlib.sha256(name.encode()).digest()):
         content = by_name[name].read_bytes()
@@ -331,17 +327,8 @@ def _unicode() -> Iterator[Document]:
 def generated(kind: str, num_lines: int = 12_000) -> Iterator[Document]:
     """Text that needs no files: sums, dates, numerals or records. The same bytes everywhere."""
     rng, lines = random.Random(kind), []
-    numerals = (
-        (1000, "M"),
-        (900, "CM"),
-        (500, "D"),
-        (400, "CD"),
-        (100, "C"),
-        (90, "XC"),
-        (50, "L"),
-        (40, "XL"),
-    )
-    numerals += ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
+    numerals = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"))
+    numerals += ((50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
     for _ in range(num_lines):
         a, b = rng.randrange(4000), rng.randrange(1, 1000)
         if kind == "sums":
@@ -397,10 +384,8 @@ def load_provenance(name: str, sizes: dict[str, int] = SMALL_SIZES) -> Split:
         documents = []
     if sum(len(content) for _, content in documents) < least and name in STAND_INS:
         source = STAND_INS[name]
-        documents, note = (
-            list(generated(source)),
-            f"text {name!r} is missing here; generated {source} stand in for it",
-        )
+        documents = list(generated(source))
+        note = f"text {name!r} is missing here; generated {source} stand in for it"
     return split_in_three(name, documents, sizes, source in FEW_FILES, note)
 
 
@@ -704,9 +689,11 @@ def _pile_parts(paths: list[Path], found: Counter) -> Iterator[tuple[str, str, b
         digest = hashlib.sha256(text).digest()
         if label in PILE and digest[:12] not in seen and text.strip():
             seen.add(digest[:12])
-            part = (
-                "test" if digest[-1] < 5 else "dev" if digest[-1] < 10 else "train"
-            )  # 2 %, 2 %, 96 %
+            part = "train"  # 96 %
+            if digest[-1] < 5:  # of 256: 2 %
+                part = "test"
+            elif digest[-1] < 10:
+                part = "dev"
             yield PILE[label], part, text + SEPARATOR
 
 
