@@ -1021,7 +1021,7 @@ def evaluate(model: nn.Module, task, dictate: Callable[[Tensor], Tensor] | None 
 
 
 def cost(model: nn.Module, task, job: Job) -> dict:
-    """Per token:
+    """What a token costs, layer by layer.
 
     FLOPs of a forward, counted from the operators that ran; seconds of a forward and of a training
     step. `rows`: how often an expert was applied to a token, from its FLOPs.

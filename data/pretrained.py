@@ -54,10 +54,9 @@ def require_transformers():
 
 
 def locate(model: str, data_dir: str | Path) -> Path:
-    """The folder of a checkpoint:
+    """The folder of a checkpoint: `model` itself, or its copy under data_dir.
 
-    `model` itself, or its copy under data_dir, downloaded from the hub if need be.
-
+    What is not there is downloaded from the hub.
     Raises ValueError for a folder that lacks the configuration, weights or tokenizer,
     FileNotFoundError when the download fails; both say which files belong where.
     """

@@ -71,7 +71,7 @@ class Place:
             raise self.error(what)
 
     def take(self, item: object, texts: str, other: str = "", spare: str = "") -> list:
-        """The values of these keys of a JSON object:
+        """The values of these keys of a JSON object.
 
         `texts` hold words, `other` anything; `spare` ones are not used.
         """

@@ -94,7 +94,7 @@ def reader(read: Callable[[Place], Iterator]) -> Callable[[str | Path], list]:
 
 @reader
 def read_sst2(at: Place) -> Iterator[Example]:
-    """SST-2, label 1 = positive:
+    """SST-2, label 1 = positive.
 
     GLUE's train.tsv and dev.tsv, or the same two columns without a header.
     """
@@ -126,9 +126,9 @@ def read_csqa(at: Place) -> Iterator[Example]:
 
 
 def _stem_and_choices(at: Place, item: object) -> tuple[str, list[str], list[str], str]:
-    """The question, labels and texts of its choices, and the right label:
+    """The question, labels and texts of its choices, and the right label.
 
-    CommonsenseQA, ARC, OpenBookQA.
+    Of CommonsenseQA, ARC, OpenBookQA.
     """
     key, question = at.take(item, "answerKey", "question", spare="id")
     stem, choices = at.take(question, "stem", "choices", spare="question_concept")

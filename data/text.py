@@ -205,12 +205,10 @@ def sample_windows(data: Tensor, num: int, length: int, generator: torch.Generat
 
 
 def all_windows(data: Tensor, context: int) -> Tensor:
-    """Windows that predict every byte once:
+    """Windows that predict every byte once: [num, context + 1] int64.
 
-    [num, context + 1] int64, each starting at the last byte of the one before.
-
-    What is left at the end and fills no window is dropped. Raises ValueError when there is not one
-    window.
+    Each starts at the last byte of the one before. What is left at the end and fills no window is
+    dropped. Raises ValueError when there is not one window.
     """
     return _windows(data, context).long()
 
@@ -610,10 +608,9 @@ PILE = {
 def prepare(
     source: str | Path, root: str | Path, domain: str = ""
 ) -> tuple[dict[str, dict[str, int]], Counter]:
-    """Write root/<domain>/{train,dev,test}.txt from a file or folder:
+    """Write root/<domain>/{train,dev,test}.txt from a file or folder.
 
-    ({domain: {part: bytes}}, labels found).
-
+    Returns ({domain: {part: bytes}}, labels found).
     With `domain`, everything in `source` (text files; .jsonl with a "text" a line) is that one
     domain. Without, the lines of .jsonl files are dealt out by their meta.pile_set_name. Documents
     that are equal are kept once; which part a document goes to depends on its contents alone. A
