@@ -131,7 +131,6 @@ def test_alpha_schedule_and_flops_formula():
     alphas = [adamoe.alpha_at(step, 10, 0.02, 1e-4) for step in range(10)]
     assert alphas == [0.02] * 5 + [1e-4] * 5
     assert 100 * adamoe.flops_saved(1.66, 2, 0.8815) == pytest.approx(14.99, abs=0.01)
-    assert adamoe.flops_saved(2, 2, 0.8815) == 0 and adamoe.flops_saved(2.1, 2, 0.8815) < 0
 
 
 # --- the layer ------------------------------------------------------------------------------------
@@ -176,8 +175,8 @@ def test_predicted_load_and_budget():
 def test_null_rows_are_copies_of_all_true_rows_in_turn_with_a_little_noise():
     part = adamoe.copy_null_rows(torch.arange(8.0)[:, None], 5, noise=0.0)
     assert part[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4]
-    noisy = adamoe.copy_null_rows(torch.randn(8, 64), 8)
-    assert (noisy[:8] != noisy[8:]).all()
+    noisy = adamoe.copy_null_rows(torch.randn(8, 64), num_null=8)
+    assert (noisy[:8] != noisy[8:]).any(dim=1).all()
 
 
 def test_bad_input_is_refused_with_its_numbers():
@@ -286,6 +285,7 @@ def test_the_controls_keep_the_load_and_the_weights(tmp_path):
     assert adamoe.evaluate(model, task, lambda counts: counts)["loss"] == own["loss"]
     shuffled = adamoe.control_arm(tiny_job(tmp_path, "shuffled"))
     assert shuffled["load_by_layer"] == own["load_by_layer"] and shuffled["loss"] != own["loss"]
+    assert adamoe.evaluate(model, task, torch.ones_like)["loss"] != own["loss"]
     assert adamoe.evaluate(model, task) == own  # nothing dictated stays behind
     top_p = adamoe.control_arm(tiny_job(tmp_path, "top_p"))
     assert top_p["load"] == pytest.approx(own["load"], abs=0.15)
