@@ -304,8 +304,6 @@ GOOD = {
     "learned_ramp": trained(2.6, 2.43, 2.3, 2.25),
     "frozen_full": trained(2.6, 2.45, 2.3, 2.24),
 }
-
-
 for name in ("asdiv-a", "mawps", "svamp"):
     GOOD[f"dense@task={name}"] = {"accuracy": 50.0}
     GOOD[f"smoe_dropout@task={name}"] = {"accuracy": 52.0}
