@@ -1,4 +1,4 @@
-"""AdaMoE: the numbers of the worked examples, the properties the method promises, the experiment."""
+"""AdaMoE: the numbers of the worked examples, what the method promises, the experiment."""
 
 import math
 

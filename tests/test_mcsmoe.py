@@ -57,7 +57,6 @@ KINDS = pytest.mark.parametrize("kind", [{}, {"bias": True}, {"gate": True}], id
 
 
 def test_the_worked_example_of_the_docstring():
-    """Every number in it is read from the docstring and computed again."""
     columns = [[], [], [], []]  # A, B, B in A's order, merged: of each neuron what it reads, adds
     for line in re.findall(r"a\d  (.*)", mcsmoe.__doc__):
         numbers = [float(number) for number in re.findall(r"-?\d+", line)]
@@ -98,6 +97,8 @@ def test_alignment_undoes_any_order(kind):
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     shuffled = mcsmoe.permute_neurons(expert, order)
     close(shuffled.forward(x, "silu"), expert.forward(x, "silu"), 1e-12)
+    everything = sum(part.square().sum() for part in expert._replace(b2=None) if part is not None)
+    close(mcsmoe.neuron_gain(expert, expert).trace(), everything)
     for restored, own in zip(mcsmoe.align_expert(expert, shuffled), expert):
         assert (restored is None and own is None) or torch.equal(restored, own)
 
@@ -108,7 +109,6 @@ def logits_for(picks, n=4):
 
 def test_usage_frequency():
     mask, logits = torch.tensor([True, False, True, False]), logits_for([0, 0, 1, 3])
-    assert mcsmoe.usage_frequency(logits).tolist() == [0.5, 0.25, 0, 0.25]
     assert mcsmoe.usage_frequency(logits, token_mask=mask).tolist() == [0.5, 0.5, 0, 0]
     two = mcsmoe.usage_frequency(matrix([3, 2, 1, 0], [0, 3, 0, 2]), top_k=2)
     assert two.tolist() == [0.25, 0.5, 0, 0.25]
@@ -164,9 +164,12 @@ def test_a_token_goes_to_the_group_of_its_expert_with_the_score_of_its_expert(to
 
 
 def test_capacity_is_per_sequence_first_come_first_served():
-    picks = torch.tensor([[[0], [1], [0], [0]], [[0], [0], [0], [1]]])  # of two sequences
-    kept = mcsmoe.drop_overflow(picks, 2, capacity=2)
-    assert kept.flatten().tolist() == [0, 1, 0, -1, 0, 0, -1, 1]
+    layer = a_layer(2)
+    layer.capacity = 3
+    y = layer(torch.ones(2, 4, 5, dtype=F64))
+    assert y[:, :3].abs().sum() > 0 and not y[:, 3].any()
+    kept = mcsmoe.drop_overflow(torch.tensor([[[0], [1], [0], [0]]]), 2, 2)
+    assert kept.tolist() == [[0], [1], [0], [-1]]
 
 
 def test_pruned_experts_get_no_token():
@@ -261,7 +264,6 @@ def test_stable_rank():
 def test_what_cannot_be_is_refused_with_its_numbers():
     odd, merge = matrix([1, math.inf], [0, math.nan]), partial(mcsmoe.merge_layer, a_layer())
     for function, *arguments, told in [
-        (mcsmoe.linear_assignment, np.ones((2, 3)), "square matrix of finite numbers"),
         (mcsmoe.usage_frequency, odd, "2 of 4 router logits are NaN or infinite"),
         (merge, torch.ones(4), torch.tensor([0, 0, 0]), "4 experts, 4 frequencies, 3 groups"),
     ]:
@@ -329,11 +331,10 @@ def test_an_export_reloads_to_the_same_logits(tmp_path):
     again = mcsmoe.import_model(path, mcsmoe.byte_lm(TINY, seed=5)).eval()
     tokens = torch.arange(32).view(2, 16)
     assert torch.equal(again(tokens), model(tokens))
-    assert common.count_parameters(again) == common.count_parameters(model)
 
 
 def test_a_damaged_or_foreign_export_is_refused(tmp_path):
-    path, no_such = tmp_path / "model.pt", torch.tensor([0, 1, 2, -1])
+    path, no_such = tmp_path / "model.pt", torch.tensor([3, 1, 2, -1])
     mcsmoe.export_model(compacted(), path)
     for part, name, value in [
         ("weights", "blocks.0.ffn.remap", no_such),
@@ -354,7 +355,6 @@ def test_every_arm_end_to_end(tiny_run):
     assert arms["msmoe"]["flops"] == arms["full"]["flops"] > arms["mc"]["flops"]
     assert arms["mc"]["parameters"] > arms["mc@skip=0"]["parameters"]
     assert arms["mc"]["bytes"] == (folder / "mc-seed0.pt").stat().st_size
-    assert arms["mc"]["reload_change"] < 1e-5
     assert arms["c_equal_size"]["parameters"] == pytest.approx(arms["mc"]["parameters"], abs=3 * 16)
     routers = set()
     for arm in ("pretrained", "full", "msmoe", "averaging", "mc"):
