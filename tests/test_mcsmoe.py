@@ -294,7 +294,6 @@ def test_every_recipe_has_equal_memory_keeps_the_router_and_the_first_layer(arm,
     assert [len(layer.experts.w1) for layer in layers.values()] == [4, 2]
     for name, layer in layers.items():
         assert torch.equal(layer.router.weight, before[name].router.weight)
-        assert sorted(set(layer.remap.tolist())) == list(range(len(layer.experts.w1)))
     assert torch.equal(layers["blocks.0.ffn"].experts.w1, before["blocks.0.ffn"].experts.w1)
     second, w1 = before[told["layer"]], layers["blocks.1.ffn"].experts.w1
     if arm == "redirect":
@@ -351,9 +350,10 @@ def test_a_damaged_or_foreign_export_is_refused(tmp_path):
 def test_every_arm_end_to_end(tiny_run):
     done = tiny_run(mcsmoe)
     arms, folder = done.arms, done.folder / "arms"
+    assert mcsmoe.chain_of("mc@skip=0", "full") == ["full", "msmoe@skip=0", "mc@skip=0"]
+    assert mcsmoe.chain_of("c_equal_size", "full") == ["full", "full+steps", "c_equal_size"]
     assert all(claim["verdict"] != "not measured" for claim in done.report["claims"])
     assert arms["msmoe"]["flops"] == arms["full"]["flops"] > arms["mc"]["flops"]
-    assert arms["mc"]["parameters"] > arms["mc@skip=0"]["parameters"]
     assert arms["mc"]["bytes"] == (folder / "mc-seed0.pt").stat().st_size
     assert arms["c_equal_size"]["parameters"] == pytest.approx(arms["mc"]["parameters"], abs=3 * 16)
     routers = set()
