@@ -1,15 +1,11 @@
-"""AdaMoE: the numbers of the worked examples, the properties the method promises, the experiment.
-
-float64 throughout.
-"""
+"""AdaMoE: the numbers of the worked examples, what the method promises, the experiment."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, check_claims, judged, report
-from tiny import ADAMOE
+from conftest import ROOT, check_claims, judged
 
 import adamoe
 import common
@@ -41,9 +37,6 @@ def dense_reference(module, x):
             y = F.gelu(x[t] @ module.w1[i]) @ module.w2[i]
             out[t] += math.exp(logits[t, i]) / total * y
     return out
-
-
-# --- the docstring --------------------------------------------------------------------------------
 
 
 def test_the_worked_token_of_the_docstring():
@@ -104,20 +97,6 @@ def test_no_normalisation_gives_probabilities_over_true_experts():
     torch.testing.assert_close(gates, logits[:, :3].softmax(-1)[:, :2])
 
 
-def test_without_nulls_it_is_vanilla_top_k():
-    logits = torch.randn(20, 5, dtype=F64)
-    probs = logits.softmax(-1)
-    index, gates = adamoe.route(logits, num_experts=5, top_k=2)
-    picked = probs.topk(2)
-    assert torch.equal(index, picked.indices)
-    torch.testing.assert_close(gates, picked.values / picked.values.sum(-1, keepdim=True))
-    f = F.one_hot(index, 5).sum(1).double().mean(0)
-    loss = adamoe.load_balancing_loss(logits, 5, 2, 0.3)
-    torch.testing.assert_close(loss, 0.3 * 5 * (f * probs.mean(0)).sum())
-
-
-# --- balance loss ---------------------------------------------------------------------------------
-
 EXAMPLE = [[2, 0, 1.5, -1], [0, 1, 2, -0.5], [1, 0.5, 3, 0]]
 
 
@@ -129,24 +108,17 @@ def test_balance_loss_worked_example():
     mask = torch.tensor([True, True, False])
     assert loss(token_mask=mask) == pytest.approx(2.0, abs=1e-9)
     assert loss(token_mask=mask, average_nulls=False) == pytest.approx(2.8897596694, abs=1e-9)
-    assert (adamoe.route(logits, 2, 2)[0] >= 0).double().sum(-1).mean() == 1.0
 
 
 def test_balance_loss_gradient_equals_the_formula_and_f_carries_none():
     logits = logits_of(*EXAMPLE, requires_grad=True)
     adamoe.load_balancing_loss(logits, 2, 2, 1.0).backward()
-    expected = logits_of([0.0641732344, -0.0248868961, -0.0363061481, -0.0029801902])
-    torch.testing.assert_close(logits.grad[:1], expected, atol=1e-9, rtol=0)
     f, p = torch.tensor([2 / 3, 1 / 3, 0.5, 0.5], dtype=F64), logits.detach().softmax(-1)
     formula = 4 / 3 * p * (f - (p * f).sum(-1, keepdim=True))
     torch.testing.assert_close(logits.grad, formula)
 
 
 def test_loss_is_per_layer_then_averaged():
-    """Two layers that collapse in opposite ways look balanced when pooled: 1.83, not 3.48."""
-    rows = ([3.0, 0, 0, 0], [0, 3.0, 0, 0])
-    losses = [adamoe.load_balancing_loss(logits_of(row, row), 2, 1, 1.0) for row in rows]
-    assert float(torch.stack(losses).mean()) == pytest.approx(3.4801940262, abs=1e-9)
     make_ffn = lambda layer: adamoe.AdaMoE(4, 2, 2, 2, 1, alpha=1.0)
     model = common.TransformerLM(4, 2, 4, 1, 2, make_ffn).double()
     model(torch.zeros(1, 2, dtype=torch.long))
@@ -155,72 +127,21 @@ def test_loss_is_per_layer_then_averaged():
     assert model.ffns()[0].aux_loss is None
 
 
-def test_which_null_is_picked_does_not_matter():
-    logits = torch.randn(50, 7, dtype=F64)
-    swapped = adamoe.load_balancing_loss(logits[:, [0, 1, 2, 4, 3, 6, 5]], 3, 3, 1.0)
-    torch.testing.assert_close(adamoe.load_balancing_loss(logits, 3, 3, 1.0), swapped)
-    # The same mean probabilities, but the second token's pick moves from null 3 to null 2.
-    one = logits_of([0.1, 0.1, 0.55, 0.25], [0.1, 0.1, 0.35, 0.45]).log()
-    other = logits_of([0.1, 0.1, 0.45, 0.35], [0.1, 0.1, 0.45, 0.35]).log()
-    for average, losses in ((True, [1.6, 1.6]), (False, [1.6, 1.8])):
-        options = {"num_experts": 2, "top_k": 1, "alpha": 1.0, "average_nulls": average}
-        found = [float(adamoe.load_balancing_loss(z, **options)) for z in (one, other)]
-        assert found == pytest.approx(losses)
-
-
 def test_alpha_schedule_and_flops_formula():
     alphas = [adamoe.alpha_at(step, 10, 0.02, 1e-4) for step in range(10)]
     assert alphas == [0.02] * 5 + [1e-4] * 5
     assert 100 * adamoe.flops_saved(1.66, 2, 0.8815) == pytest.approx(14.99, abs=0.01)
-    assert adamoe.flops_saved(2, 2, 0.8815) == 0 and adamoe.flops_saved(2.1, 2, 0.8815) < 0
 
 
 # --- the layer ------------------------------------------------------------------------------------
 
 
-def test_layer_equals_the_dense_reference_and_computes_nothing_else():
+def test_layer_equals_the_dense_reference():
     module = layer()
     x = torch.randn(100, 6, dtype=F64)
     torch.testing.assert_close(module(x), dense_reference(module, x), atol=1e-12, rtol=1e-12)
-    assert module(x.view(2, 50, 6)).shape == (2, 50, 6)
-    flops = common.count_flops(lambda: module(x))
     index, _ = adamoe.route(module.router(x), 4, 3)
-    picks = int((index >= 0).sum())
-    assert int(module.true_counts.sum()) == picks
-    assert flops["AdaMoE"] - flops["AdaMoE.router"] == picks * 2 * 2 * 6 * 5
-
-
-@pytest.mark.parametrize("favoured", ["one expert idle", "all null"])
-def test_idle_experts_and_batches_without_true_picks(favoured):
-    module = layer()
-    weight = 0.01 * torch.randn(8, 6, dtype=F64)
-    if favoured == "all null":
-        weight[[4, 5, 6]] += 5.0
-    else:
-        weight -= 1.0
-        weight[0] -= 4.0
-    with torch.no_grad():
-        module.router.weight.copy_(weight)
-    x = torch.rand(30, 6, dtype=F64) + 0.1
-    y = module(x)
-    torch.testing.assert_close(y, dense_reference(module, x), atol=1e-12, rtol=1e-12)
-    (y.sum() + module.aux_loss).backward()
-    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
-    if favoured == "all null":
-        assert not y.any() and not module.true_counts.any()
-    else:
-        assert not module.w1.grad[0].any()
-
-
-# a null index of -1 that wraps around would hit the last expert
-@pytest.mark.parametrize("expert", [0, 3])
-def test_nan_weights_of_an_expert_nobody_picks_stay_out(expert):
-    module, x = layer(), torch.randn(400, 6, dtype=F64)
-    unpicked = x[~(module.router(x).topk(3).indices == expert).any(-1)]
-    with torch.no_grad():
-        module.w1[expert] = math.nan
-    y = module(unpicked)
-    assert (module.true_counts < 3).any() and torch.isfinite(y).all()
+    assert int(module.true_counts.sum()) == int((index >= 0).sum())
 
 
 def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
@@ -235,82 +156,39 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
     torch.testing.assert_close(padded, module.aux_loss)
 
 
-def test_causal_and_independent_of_the_order_of_tokens():
-    model = common.TransformerLM(
-        256, 2, 16, 2, 24, lambda i: layer(d_model=16, d_ff=8, seed=i), norm="rms", conv=4,
-        generator=torch.Generator().manual_seed(0), init=0.3,
-    ).double()  # fmt: skip
+def test_a_look_ahead_shows_in_the_leak():
+    sizes = (256, 2, 16, 2, 24)
+    options = {"norm": "rms", "conv": 4, "init": 0.3}
+    model = common.TransformerLM(*sizes, lambda i: layer(d_model=16, d_ff=8, seed=i), **options)
+    model = model.double()
     tokens = torch.randint(256, (24,))
-    with torch.no_grad():
-        first, whole = model(tokens[None, :10]), model(tokens[None])
-    torch.testing.assert_close(first, whole[:, :10], atol=1e-12, rtol=0)
     assert adamoe.future_leak(model, tokens) < 1e-12
-    model.causal = False  # the convolution looks ahead now, and the measure sees it
+    model.causal = False  # the convolution looks ahead now
     assert adamoe.future_leak(model, tokens) > 1e-6
-    module, x = layer(), torch.randn(30, 6, dtype=F64)
-    order = torch.randperm(30)
-    torch.testing.assert_close(module(x)[order], module(x[order]))
 
 
 def test_predicted_load_and_budget():
-    loads = {(4, 5, 4): 16 / 9, (4, 9, 4): 16 / 13, (8, 8, 3): 1.5, (8, 16, 4): 4 / 3}
-    for sizes, load in loads.items():
-        assert adamoe.predicted_load(*sizes) == pytest.approx(load)
+    assert adamoe.predicted_load(4, 5, 4) == pytest.approx(16 / 9)
     assert adamoe.num_null_for_load(8, 3, 1.5) == 8 and adamoe.num_null_for_load(8, 3, 3) == 0
 
 
-def test_copied_null_rows_start_near_the_predicted_load():
-    """A row and its copies are picked together, so the start lies a little below the prediction."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, 64, generator=generator)
-    assert torch.equal(adamoe.copy_null_rows(weight, 16, noise=0.0), weight.repeat(3, 1))
+def test_null_rows_are_copies_of_all_true_rows_in_turn_with_a_little_noise():
     part = adamoe.copy_null_rows(torch.arange(8.0)[:, None], 5, noise=0.0)
     assert part[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4]
-    noisy = adamoe.copy_null_rows(weight, 8, generator=generator)
-    assert (noisy[:8] != noisy[8:]).all()
-    assert torch.allclose(noisy[:8], noisy[8:], rtol=0.1, atol=0.01)
-    tokens = torch.randn(4000, 64, generator=generator)
-    for num_null, top_k, predicted, within in [(8, 3, 1.5, 0.1), (16, 4, 4 / 3, 0.15)]:
-        logits = tokens @ adamoe.copy_null_rows(weight, num_null, generator=generator).T
-        load = (adamoe.route(logits, 8, top_k)[0] >= 0).double().sum(-1).mean()
-        assert load == pytest.approx(predicted, abs=within)
+    noisy = adamoe.copy_null_rows(torch.randn(8, 64), num_null=8)
+    assert (noisy[:8] != noisy[8:]).any(dim=1).all()
 
 
 def test_bad_input_is_refused_with_its_numbers():
-    for sizes in [(0, 4, 1), (4, -1, 1), (4, 4, 0), (4, 4, 9)]:
-        told = f"num_experts is {sizes[0]}, num_null {sizes[1]}, top_k {sizes[2]}"
-        with pytest.raises(ValueError, match=told):
-            adamoe.AdaMoE(8, 8, *sizes)
-    with pytest.raises(ValueError, match="act is 'gelu_new'; allowed: "):
-        adamoe.AdaMoE(8, 8, 2, 1, 1, act="gelu_new")
-    for load in (0, -1, 3.1, math.nan):
-        with pytest.raises(ValueError, match="load is"):
-            adamoe.num_null_for_load(8, 3, load)
+    with pytest.raises(ValueError, match="num_experts is 4, num_null 4, top_k 9"):
+        adamoe.AdaMoE(8, 8, 4, 4, 9)
     with pytest.raises(ValueError, match="width 5.*d_model = 6"):
         layer()(torch.zeros(3, 5, dtype=F64))
     with pytest.raises(ValueError, match="NaN or infinity"):
         adamoe.route(logits_of([math.nan, 0, 0]), 2, 1)
-    with pytest.raises(ValueError, match="normalize is 'softly'"):
-        adamoe.route(logits_of([1, 0, 0]), 2, 1, "softly")
-
-
-# --- controls and claims --------------------------------------------------------------------------
-
-
-def test_route_counts_gives_each_token_its_best_experts():
-    logits = logits_of([3, 1, 2, 9], [3, 1, 2, 9], [3, 1, 2, 9])
-    index, gates = adamoe.route_counts(logits, num_experts=3, counts=torch.tensor([0, 1, 2]))
-    assert index.tolist() == [[-1, -1], [0, -1], [0, 2]]
-    expected = logits[2, [0, 2]].softmax(-1)
-    torch.testing.assert_close(gates.double()[2], expected, atol=1e-6, rtol=0)
-    assert gates[0].tolist() == [0, 0]
 
 
 def test_counts_of_the_controls():
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.tensor([0, 1, 2, 3] * 50)
-    one, other = (adamoe.shuffle_counts(counts, generator) for _ in range(2))
-    assert torch.equal(one.sort().values, counts.sort().values) and not torch.equal(one, other)
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     thresholds = {0.4: 1, 0.6: 2, 0.9: 3, 1.5: 3}
     for threshold, count in thresholds.items():
@@ -350,14 +228,11 @@ def test_every_claim_can_hold_and_can_fail():
 
 def test_the_full_scale_is_judged_by_right_answers():
     """The same claims: there more points are better, not less loss."""
-    results = common.Results(
-        vanilla=[{"accuracy": 40.0, "load": 2.0, "count": 9}] * 3,
-        adamoe=[{"accuracy": 60.0, "load": 1.5, "count": 9}] * 3,
-    )
+    vanilla = [{"accuracy": 40.0, "load": 2.0, "count": 9}] * 3
+    ours = [{"accuracy": 60.0, "load": 1.5, "count": 9}] * 3
+    results = common.Results(vanilla=vanilla, adamoe=ours)
     margin = adamoe.beats_top_k(results, adamoe.FULL)
-    assert margin.values.tolist() == [20.0] * 3 and "20.0000 points better" in margin.text
-    with pytest.raises(common.Missing):
-        adamoe.quality(results, adamoe.FULL)
+    assert margin.values.tolist() == [20.0] * 3
 
 
 # --- the experiment -------------------------------------------------------------------------------
@@ -389,8 +264,7 @@ def test_training_follows_alpha_and_starts_from_the_original(tmp_path, monkeypat
     for arm in ("original", "adamoe", "random_nulls", "top1"):
         alphas.clear()
         adamoe.train_arm(tiny_job(tmp_path, arm))
-        expected = [0.01, 0.01] if arm == "original" else [0.02, 1e-4]
-        assert alphas[:2] == expected
+        assert alphas[:2] == ([0.01, 0.01] if arm == "original" else [0.02, 1e-4])
     before = common.load(tmp_path / "arms" / "original-seed0.pt")
     key = "blocks.0.ffn.router.weight"
     for arm in ("adamoe", "random_nulls", "top1"):
@@ -411,6 +285,7 @@ def test_the_controls_keep_the_load_and_the_weights(tmp_path):
     assert adamoe.evaluate(model, task, lambda counts: counts)["loss"] == own["loss"]
     shuffled = adamoe.control_arm(tiny_job(tmp_path, "shuffled"))
     assert shuffled["load_by_layer"] == own["load_by_layer"] and shuffled["loss"] != own["loss"]
+    assert adamoe.evaluate(model, task, torch.ones_like)["loss"] != own["loss"]
     assert adamoe.evaluate(model, task) == own  # nothing dictated stays behind
     top_p = adamoe.control_arm(tiny_job(tmp_path, "top_p"))
     assert top_p["load"] == pytest.approx(own["load"], abs=0.15)
@@ -418,17 +293,8 @@ def test_the_controls_keep_the_load_and_the_weights(tmp_path):
 
 def test_script_end_to_end_with_every_arm(tiny_run):
     done = tiny_run(adamoe)
-    assert "12 nulls, 3 picks: load 1.20" in done.stdout
     verdicts = {claim["id"].partition(".")[2]: claim["verdict"] for claim in done.report["claims"]}
     assert "not measured" not in verdicts.values()
     assert verdicts["null_free"] == verdicts["causal"] == "passed"
     assert set(done.arms) == {*adamoe.DEFAULT["small"], *adamoe.MORE["small"]}
     assert done.arms["top2"]["expert_flops"] == 2 * done.arms["top1"]["expert_flops"]
-
-
-def test_a_setting_in_the_name_of_an_arm(command_line, tmp_path):
-    arms = ["adamoe", "adamoe@num_null=16,top_k=4"]
-    flags = [*ADAMOE, "--text", ROOT / "README.md", "--workers", 1, "--arms", *arms]
-    assert command_line(adamoe, *flags).returncode == 0
-    found = report(tmp_path / "runs" / "adamoe-small")["results"]["arms"]
-    assert [found[arm][0]["predicted"] for arm in arms] == pytest.approx([1.5, 4 / 3])

@@ -1,6 +1,5 @@
 """M-SMoE and MC-SMoE: the numbers of the hand-worked examples, and what the method promises."""
 
-import copy
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, check_claims, judged
+from conftest import check_claims
 
 import common
 import kernels
@@ -54,15 +53,10 @@ def close(found, expected, tolerance=1e-10):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
-KINDS = pytest.mark.parametrize(
-    "kind", [{}, {"bias": True}, {"gate": True}], ids=["plain", "biased", "gated"]
-)
-
-# --- the docstring ---
+KINDS = pytest.mark.parametrize("kind", [{}, {"bias": True}, {"gate": True}], ids=str)
 
 
 def test_the_worked_example_of_the_docstring():
-    """Every number in it is read from the docstring and computed again."""
     columns = [[], [], [], []]  # A, B, B in A's order, merged: of each neuron what it reads, adds
     for line in re.findall(r"a\d  (.*)", mcsmoe.__doc__):
         numbers = [float(number) for number in re.findall(r"-?\d+", line)]
@@ -86,76 +80,27 @@ def test_the_worked_example_of_the_docstring():
     assert says[:3] == [[7, 3], [7, 7], [7, 4]] and says[3] == pytest.approx([5.3, 3.1], abs=0.05)
 
 
-def test_what_breaks_it_is_what_the_committed_results_say():
-    """The figures under "Break it yourself", in their order, from three seeds."""
-    path = ROOT / "results" / "cpu-2-cores" / "mcsmoe-break.json"
-    broken = json.loads(path.read_text())["results"]["arms"]
-    figures = []
-    for arm, wanted in {
-        "msmoe": "{:.3f} nats at once, {:.3f} recovered",
-        "msmoe@calibration=1": "{:.3f} and {:.3f}, little",
-        "msmoe@kept=1": "{:.3f} and {:.3f})",
-    }.items():
-        losses = [np.mean([one[key] for one in broken[arm]]) for key in ("loss at once", "loss")]
-        figures.append(wanted.format(*losses))
-    figures.append(f"none: {np.mean([one['loss'] for one in broken['msmoe@recover_steps=5']]):.3f}")
-    docstring, place = " ".join(mcsmoe.__doc__.split()), 0
-    for figure in figures:
-        place = docstring.find(figure, place)
-        assert place > 0, figure
-
-
-# --- A: assignment and alignment ---
-
-SOLVERS = [
-    mcsmoe.linear_assignment,
-    lambda gain: mcsmoe.shortest_augmenting_paths(-np.array(gain)),  # where there is no SciPy
-]
-
-
-@pytest.mark.parametrize("solve", SOLVERS, ids=["public", "own"])
-def test_assignment_against_brute_force(solve):
-    assert solve(np.array([[5.0, 2, 0], [3, 0, 5], [15, 5, 3]])).tolist() == [1, 2, 0]
-    assert solve(np.array([[3.0]])).tolist() == [0]
+def test_assignment_against_brute_force():
+    """Our own solver, which serves where there is no SciPy."""
     draw = np.random.default_rng(0)
-    for n in [2, 3, 4, 5, 6] * 6:
+    for n in [1, 2, 3, 4, 5, 6] * 6:
         gain = draw.normal(size=(n, n)).round(1) * 10 - 3  # with ties, many of them negative
         rows = np.arange(n)
         best = max(gain[rows, list(perm)].sum() for perm in itertools.permutations(rows))
-        perm = solve(gain)
+        perm = mcsmoe.shortest_augmenting_paths(-gain)
         assert sorted(perm) == rows.tolist() and gain[rows, perm].sum() == pytest.approx(best)
 
 
-def test_own_solver_equals_scipy():
-    pytest.importorskip("scipy", reason="SciPy is optional")
-    draw, rows = np.random.default_rng(1), np.arange(60)
-    for scale in (1.0, np.exp(draw.normal(size=(60, 1)))):
-        gain = draw.normal(size=(60, 60)) * scale
-        ours, theirs = mcsmoe.shortest_augmenting_paths(-gain), mcsmoe.linear_assignment(gain)
-        assert gain[rows, ours].sum() == pytest.approx(gain[rows, theirs].sum(), rel=1e-12)
-
-
 @KINDS
-def test_alignment_undoes_any_order_and_never_moves_experts_apart(kind):
+def test_alignment_undoes_any_order(kind):
     expert, x = an_expert(**kind), random(9, 5, seed=5)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     shuffled = mcsmoe.permute_neurons(expert, order)
     close(shuffled.forward(x, "silu"), expert.forward(x, "silu"), 1e-12)
-    half = expert._replace(w1=shuffled.w1)
-    assert not torch.allclose(half.forward(x), expert.forward(x))
+    everything = sum(part.square().sum() for part in expert._replace(b2=None) if part is not None)
+    close(mcsmoe.neuron_gain(expert, expert).trace(), everything)
     for restored, own in zip(mcsmoe.align_expert(expert, shuffled), expert):
         assert (restored is None and own is None) or torch.equal(restored, own)
-
-    def distance(one, other):
-        return sum(float((a - b).square().sum()) for a, b in zip(one, other) if a is not None)
-
-    for seed in range(1, 9):
-        target = an_expert(seed=seed, **kind)
-        aligned = mcsmoe.align_expert(expert, target)
-        assert distance(expert, aligned) <= distance(expert, target) + 1e-9
-
-
-# --- B and C: statistics, dominant experts, groups ---
 
 
 def logits_for(picks, n=4):
@@ -163,10 +108,7 @@ def logits_for(picks, n=4):
 
 
 def test_usage_frequency():
-    assert mcsmoe.usage_frequency(logits_for([0, 0, 1, 3])).tolist() == [0.5, 0.25, 0, 0.25]
-    mask = torch.tensor([True, False, True, False])
-    logits = logits_for([0, 0, 1, 3])
-    logits[1] = math.nan  # padding may hold anything
+    mask, logits = torch.tensor([True, False, True, False]), logits_for([0, 0, 1, 3])
     assert mcsmoe.usage_frequency(logits, token_mask=mask).tolist() == [0.5, 0.5, 0, 0]
     two = mcsmoe.usage_frequency(matrix([3, 2, 1, 0], [0, 3, 0, 2]), top_k=2)
     assert two.tolist() == [0.25, 0.5, 0, 0.25]
@@ -174,10 +116,6 @@ def test_usage_frequency():
 
 def test_grouping_by_cosine_of_logit_columns():
     logits = matrix([1, 2, -1], [2, 4, -2], [-1, 0, 3], [0, 1, 2]).T  # [tokens, experts]
-    cosines = F.normalize(logits, dim=0).T @ F.normalize(logits, dim=0)
-    known = {(0, 1): 1.0, (0, 2): -0.516398, (0, 3): 0.0, (2, 3): 0.848528}
-    for pair, value in known.items():
-        assert float(cosines[pair]) == pytest.approx(value, abs=1e-6)
     two, three = torch.tensor([True, False, True, False]), torch.tensor([True, True, True, False])
     assert mcsmoe.group_experts(logits, two).tolist() == [0, 0, 1, 1]
     # 0 and 1 have cosine 1; both dominant, they still stay apart
@@ -192,57 +130,20 @@ def test_dominant_experts_of_all_layers_together():
         return [row.nonzero()[:, 0].tolist() for row in found]
 
     frequency = [[0.50, 0.30, 0.15, 0.05], [0.26, 0.25, 0.25, 0.24]]
-    assert chosen(frequency, 4) == [[0, 1], [0, 1]]
     assert chosen(frequency, 5) == [[0, 1], [0, 1, 2]]
     assert chosen(frequency, 2) == [[0], [0]]
-    assert chosen(frequency, 8) == chosen(frequency, 99) == [[0, 1, 2, 3]] * 2
     assert chosen([[0.97, 0.01, 0.01, 0.01], [0.25] * 4], 5) == [[0], [0, 1, 2, 3]]
 
 
-# --- D and E: merging and redirecting ---
-
-
-def test_merge_worked_example():
-    weights, frequency = matrix([1, 2], [4, 0], [-2, 10]), torch.tensor([0.6, 0.3, 0.1], dtype=F64)
-
-    def merge(*groups, by=frequency):
-        return mcsmoe.merge_experts(weights, by, torch.tensor(groups))
-
-    torch.testing.assert_close(merge(0, 0, 0), matrix([1.6, 2.2]))
-    torch.testing.assert_close(merge(0, 1, 1), matrix([1, 2], [2.5, 2.5]))
-    assert torch.equal(merge(0, 1, 1)[0], weights[0])
-    torch.testing.assert_close(merge(0, 0, 0, by=torch.zeros(3)), weights.mean(0, keepdim=True))
-
-
 def test_members_are_lined_up_with_the_most_used_of_their_group():
-    layer, use, groups = (
-        a_layer(3, gate=True),
-        torch.tensor([0, 0.25, 0.75]),
-        torch.tensor([0, 1, 1]),
-    )
+    layer, use = a_layer(3, gate=True), torch.tensor([0, 0.25, 0.75])
     experts = layer.experts.stacked()
     moved = mcsmoe.align_expert(experts.at(2), experts.at(1))
-    assert not torch.equal(moved.w1, experts.at(1).w1)
-    merged = mcsmoe.merge_layer(layer, use, groups).experts.stacked()
-    even = mcsmoe.merge_layer(layer, use, groups, weights=torch.ones(3)).experts.stacked()
+    merged = mcsmoe.merge_layer(layer, use, torch.tensor([0, 1, 1])).experts.stacked()
     for name in ("w1", "w2", "w_gate"):
         old, other = getattr(experts, name), getattr(moved, name)
         assert torch.equal(getattr(merged, name)[0], old[0])
         torch.testing.assert_close(getattr(merged, name)[1], 0.25 * other + 0.75 * old[2])
-        torch.testing.assert_close(getattr(even, name)[1], (other + old[2]) / 2)
-
-
-@KINDS
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_experts_that_differ_in_order_only_merge_without_loss(kind, top_k):
-    expert, x = an_expert(**kind), random(50, 5, seed=3)
-    perms = [torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    copies = mcsmoe.stack([mcsmoe.permute_neurons(expert, perm) for perm in perms])
-    layer = SparseMoE(random(4, 5), DenseExperts(copies), top_k=top_k)
-    one_group = torch.zeros(4, dtype=torch.long)
-    close(mcsmoe.merge_layer(layer, torch.ones(4), one_group)(x), layer(x))
-    apart = mcsmoe.merge_layer(layer, torch.ones(4), one_group, align=False)
-    assert not torch.allclose(apart(x), layer(x), atol=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -258,35 +159,20 @@ def test_a_token_goes_to_the_group_of_its_expert_with_the_score_of_its_expert(to
         for e in probs[t].topk(top_k).indices.tolist():
             y[t] += probs[t, e] * kept.at(int(remap[e])).forward(x[t : t + 1])[0]
     torch.testing.assert_close(merged(x), y, atol=1e-12, rtol=0)
-    assert not merged.router.weight.requires_grad
     normal = SparseMoE(layer.router.weight, layer.experts, top_k=top_k, normalize=True)
     torch.testing.assert_close(normal(x) * probs.topk(top_k).values.sum(-1)[:, None], layer(x))
-    before, after = common.count_parameters(layer), common.count_parameters(merged) - 30
-    assert before - after == (5 - 3) * 2 * 5 * 7
-
-
-def test_balance_loss_by_hand():
-    router = matrix([1, 0], [0, 1], [-1, -1])
-    layer = SparseMoE(router, a_layer(3, d_model=2).experts, balance=0.5)
-    x = matrix([2, 0], [3, 1], [0, 2], [1, 0])
-    layer.eval()(x)
-    assert layer.aux_loss is None
-    layer.train()(x)
-    share, probs = torch.tensor([0.75, 0.25, 0.0], dtype=F64), (x @ router.T).softmax(-1).mean(0)
-    torch.testing.assert_close(layer.aux_loss, 0.5 * 3 * (share * probs).sum())
-    assert layer.router.weight.requires_grad and copy.deepcopy(layer).aux_loss is None
 
 
 def test_capacity_is_per_sequence_first_come_first_served():
-    layer, x = a_layer(2), torch.ones(2, 4, 5, dtype=F64)
+    layer = a_layer(2)
     layer.capacity = 3
-    y = layer(x)
+    y = layer(torch.ones(2, 4, 5, dtype=F64))
     assert y[:, :3].abs().sum() > 0 and not y[:, 3].any()
     kept = mcsmoe.drop_overflow(torch.tensor([[[0], [1], [0], [0]]]), 2, 2)
     assert kept.tolist() == [[0], [1], [0], [-1]]
 
 
-def test_pruned_experts_get_no_token_and_random_groups_are_never_empty():
+def test_pruned_experts_get_no_token():
     layer, x = a_layer(4), random(60, 5, seed=3)
     dominant = torch.tensor([False, True, False, True])
     probs = (x @ layer.router.weight.T)[:, dominant].softmax(-1).detach()
@@ -294,24 +180,12 @@ def test_pruned_experts_get_no_token_and_random_groups_are_never_empty():
     picks = probs.argmax(-1).tolist()
     y = [probs[t, g] * experts[g].forward(x[t : t + 1])[0] for t, g in enumerate(picks)]
     close(mcsmoe.prune_layer(layer, dominant)(x), torch.stack(y))
-    draw = torch.Generator().manual_seed(0)
-    assert all(set(mcsmoe.random_groups(8, 5, draw).tolist()) == set(range(5)) for _ in range(50))
-    members = [mcsmoe.random_members(dominant, draw) for _ in range(20)]
-    assert all(drawn[dominant].tolist() == [0, 1] for drawn in members)
-    assert {int(drawn[0]) for drawn in members} == {0, 1}
-
-
-# --- F and G: distillation; low rank plus sparse ---
 
 
 def test_distillation_loss_worked_example():
     student, teacher = matrix([2, 0, -1]).requires_grad_(), matrix([1, 1, 0]).requires_grad_()
-    loss = mcsmoe.distillation_loss(student, teacher, 2.0)
-    assert loss.item() == pytest.approx(0.122696965, abs=1e-7)
-    other_way = mcsmoe.distillation_loss(teacher, student, 2.0)
-    assert other_way.item() == pytest.approx(0.122183023, abs=1e-7)
-    twice = mcsmoe.distillation_loss(student.expand(4, 3), teacher.expand(4, 3), 2.0)
-    assert twice.item() == pytest.approx(loss.item())  # a mean over positions
+    loss = mcsmoe.distillation_loss(student.expand(4, 3), teacher.expand(4, 3), 2.0)
+    assert loss.item() == pytest.approx(0.122696965, abs=1e-7)  # a mean over positions
     loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
@@ -319,9 +193,8 @@ def test_distillation_loss_worked_example():
 @KINDS
 def test_a_decomposed_layer_starts_as_the_same_function(kind):
     linear = LowRankSparseLinear(matrix([3, 0], [0, 1]), rank=1)
-    close((linear.u @ linear.v)[0], matrix([3, 0], [0, 0]))
     close(linear.s[0].detach(), matrix([0, 0], [0, 1]))
-    assert abs(linear.u[0, 0, 0].item()) == pytest.approx(math.sqrt(3))
+    close(linear(matrix([2, 1])), matrix([6, 1]))  # one matrix needs no dispatch
     layer, x = a_layer(3, act="silu", **kind), random(20, 5, seed=3)
     before = layer(x)
     layer.experts = LowRankExperts(layer.experts, rank=2)
@@ -329,13 +202,10 @@ def test_a_decomposed_layer_starts_as_the_same_function(kind):
 
 
 def test_cubic_schedule():
-    def at(step):
-        return mcsmoe.cubic_density(step, 10_000, 400, 1_600, 0.1)
-
-    assert at(0) == at(399) == at(400) == 1
-    expected = {401: 0.999663, 2400: 0.479688, 4400: 0.2125, 6400: 0.114063, 8400: 0.1, 9999: 0.1}
+    expected = {400: 1, 401: 0.999663, 2400: 0.479688, 4400: 0.2125, 8400: 0.1, 9999: 0.1}
     for step, density in expected.items():
-        assert at(step) == pytest.approx(density, abs=1e-6)
+        found = mcsmoe.cubic_density(step, 10_000, 400, 1_600, 0.1)
+        assert found == pytest.approx(density, abs=1e-6)
     config = replace(TINY, compress_steps=10_000)  # warming up 4 % of them, cooling down 16 %
     assert mcsmoe.density_at(config, 401, 0.1) == pytest.approx(expected[401], abs=1e-6)
 
@@ -352,32 +222,23 @@ def test_importance_and_pruning_worked_example():
     assert linear.score[0].tolist() == pytest.approx([0.0375, 0.075, 0])
     assert not linear.s[0, :, 2].any()  # the large weight without a gradient goes
     assert linear.s[0, :, :2].abs().min() > 0
-    linear.s.grad = None
-    linear.observe()
-    assert linear.score[0].tolist() == pytest.approx([0.0375 * 0.85, 0.075 * 0.85, 0])
 
 
-@pytest.mark.parametrize("density", [1.0, 0.7, 0.31, 0.1, 0.0])
+@pytest.mark.parametrize("density", [1.0, 0.31, 0.0])
 def test_the_budget_is_of_elements_and_met_within_one_neuron(density):
     scores, lengths = [random(3, 8).abs(), random(3, 5, seed=1).abs()], [5, 8]
     keep = mcsmoe.neurons_to_keep(scores, lengths, density)
     kept = sum(int(mask.sum()) * length for mask, length in zip(keep, lengths))
     total = 3 * 8 * 5 + 3 * 5 * 8
     assert density * total - 1e-6 <= kept < density * total + 8
-    gone = torch.cat([score[~mask] for score, mask in zip(scores, keep)])
-    stays = torch.cat([score[mask] for score, mask in zip(scores, keep)])
-    assert not len(gone) or not len(stays) or gone.max() <= stays.min()
 
 
-@pytest.mark.parametrize("kept", ["some", "none", "all"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_compact_equals_masked_stores_only_what_is_kept_and_loads(kept, bias):
+def test_compact_equals_masked_stores_only_what_is_kept_and_loads():
     experts, d_in, d_out, rank = 3, 5, 7, 2
-    b = random(experts, d_out, seed=9) if bias else None
-    linear = LowRankSparseLinear(random(experts, d_in, d_out), rank, b)
-    draws = random(3, 7, seed=4)
-    keep = {"some": draws > 0, "none": draws > 9, "all": draws > -9}[kept]
-    keep[1] &= kept == "all"  # an expert without any
+    bias = random(experts, d_out, seed=9)
+    linear = LowRankSparseLinear(random(experts, d_in, d_out), rank, bias)
+    keep = random(experts, d_out, seed=4) > 0
+    keep[1] = False  # an expert without any
     linear.prune(keep)
     index = torch.tensor([[0], [2], [-1], [1], [2], [0], [-1], [1]])
     dispatch = kernels.make_dispatch(index, experts)
@@ -386,32 +247,12 @@ def test_compact_equals_masked_stores_only_what_is_kept_and_loads(kept, bias):
     before, dense = linear(rows, dispatch)[:live].detach(), linear.dense()
     linear.compact()
     close(linear(rows, dispatch)[:live], before)
-    torch.testing.assert_close(linear.dense(), dense)
-    count = experts * rank * (d_in + d_out) + int(keep.sum()) * d_in + bias * experts * d_out
+    close(linear.dense(), dense)
+    count = experts * rank * (d_in + d_out) + int(keep.sum()) * d_in + experts * d_out
     assert sum(p.numel() for p in linear.parameters()) == count
-    fresh, other = (LowRankSparseLinear(torch.zeros(3, 5, 7, dtype=F64), rank, b) for _ in "12")
+    fresh = LowRankSparseLinear(torch.zeros(experts, d_in, d_out, dtype=F64), rank, bias)
     fresh.load_state_dict(linear.state_dict())
     close(fresh(rows, dispatch)[:live], before)
-    damaged = {**linear.state_dict(), "kept": linear.kept + 1}
-    with pytest.raises(ValueError, match="do not belong together"):
-        other.load_state_dict(damaged)
-
-
-def test_one_matrix_needs_no_dispatch_and_compaction_saves_flops():
-    weight, bias, x = random(5, 7), random(7, seed=2), random(2, 3, 5, seed=1)
-    close(LowRankSparseLinear(weight, 2, bias)(x), x @ weight + bias)
-    layer, x = a_layer(3, d_model=8, d_ff=12), random(30, 8)
-    flops_of_router = 30 * 2 * 8 * 3
-
-    def flops_of_experts():
-        return common.count_flops(lambda: layer(x))["Global"] - flops_of_router
-
-    assert flops_of_experts() == 30 * 2 * (8 * 12 + 12 * 8)
-    layer.experts = LowRankExperts(layer.experts, 1)
-    for part in (layer.experts.up, layer.experts.down):
-        part.prune(torch.arange(part.s.shape[2]).expand(3, -1) < 2)  # two neurons of every expert
-        part.compact()
-    assert flops_of_experts() == 30 * 2 * (2 * (8 + 12) + 2 * 8 + 2 * 12)
 
 
 def test_stable_rank():
@@ -421,41 +262,13 @@ def test_stable_rank():
 
 
 def test_what_cannot_be_is_refused_with_its_numbers():
-    nobody = torch.zeros(4, dtype=torch.bool)
-    odd = matrix([1, math.inf], [0, math.nan])
-    gated_with_bias = mcsmoe.stack([an_expert(gate=True, bias=True)])
-    merge = partial(mcsmoe.merge_layer, a_layer())
+    odd, merge = matrix([1, math.inf], [0, math.nan]), partial(mcsmoe.merge_layer, a_layer())
     for function, *arguments, told in [
-        (mcsmoe.linear_assignment, np.ones((2, 3)), "square matrix of finite numbers"),
-        (mcsmoe.linear_assignment, np.ones(3), "square matrix of finite numbers"),
-        (mcsmoe.linear_assignment, matrix([math.nan]), "square matrix of finite numbers"),
-        (mcsmoe.linear_assignment, np.ones((0, 0)), "square matrix of finite numbers"),
         (mcsmoe.usage_frequency, odd, "2 of 4 router logits are NaN or infinite"),
-        (mcsmoe.group_experts, odd, nobody[:2] == 0, "2 of 4 router logits are NaN"),
-        (mcsmoe.group_experts, random(6, 4), nobody, "none of the 4"),
-        (mcsmoe.select_dominant, random(2, 4).abs(), 1, "num_kept is 1, fewer than one"),
-        (mcsmoe.merge_experts, random(3, 2), torch.ones(3), torch.tensor([0, 2, 2]), "group 1 of"),
-        (partial(a_layer, top_k=5), "top_k is 5; 1 to 4"),
         (merge, torch.ones(4), torch.tensor([0, 0, 0]), "4 experts, 4 frequencies, 3 groups"),
-        (merge, torch.ones(4), torch.tensor([0, 0, 2, 2]), "one of them has no member"),
-        (DenseExperts, gated_with_bias, "w_gate and b1"),
-        (LowRankSparseLinear, random(2, 2), 3, "rank is 3; 1 to 2"),
-        (LowRankSparseLinear(random(3, 5, 7), 2), random(1, 5), "3 experts need a dispatch"),
-        (mcsmoe.cubic_density, 0, 100, 50, 50, 0.1, "warmup"),
-        (mcsmoe.cubic_density, 0, 100, 5, 5, 1.1, "warmup"),
-        (mcsmoe.equal_density, replace(TINY, c_rank=2), a_layer(), "c_rank is 2: C-SMoE is larger"),
     ]:
         with pytest.raises(ValueError, match=told):
             function(*arguments)
-
-
-# --- the experiment ---
-
-
-def a_job(tmp_path, arm="msmoe", config=TINY):
-    (tmp_path / "arms").mkdir(exist_ok=True)
-    run = common.Run("mcsmoe", "small", "cpu", torch.float32, [0], tmp_path, config)
-    return common.Job(run, arm, 0)
 
 
 def tiny_model(seed=0):
@@ -466,19 +279,10 @@ def tiny_model(seed=0):
     return model
 
 
-def test_statistics_of_the_calibration_data_without_padding(tmp_path):
-    task, model = mcsmoe.make_task(a_job(tmp_path), 1), tiny_model()
-    seen = mcsmoe.calibrate(model, task)
-    assert list(seen) == ["blocks.0.ffn", "blocks.1.ffn"]
-    assert seen["blocks.0.ffn"].shape == (16 * 16, 4)  # windows x context, experts
-    task.token_mask = lambda windows, layer: torch.arange(16).expand(len(windows), -1) < 8
-    half = seen["blocks.0.ffn"].view(16, 16, 4)[:, :8].flatten(0, 1)
-    torch.testing.assert_close(mcsmoe.calibrate(model, task)["blocks.0.ffn"], half)
-
-
 def merged(tmp_path, recipe, config=TINY, seen=None):
-    job, model = a_job(tmp_path, config=config), tiny_model()
-    seen = seen or mcsmoe.calibrate(model, mcsmoe.make_task(job, 1))
+    run = common.Run("mcsmoe", "small", "cpu", torch.float32, [0], tmp_path, config)
+    task, model = mcsmoe.make_task(common.Job(run, "msmoe", 0), 1), tiny_model()
+    seen = seen or mcsmoe.calibrate(model, task)
     report = mcsmoe.merge_model(model, recipe, config, seen, torch.Generator().manual_seed(0))
     return mcsmoe.moe_layers(model), report
 
@@ -490,7 +294,6 @@ def test_every_recipe_has_equal_memory_keeps_the_router_and_the_first_layer(arm,
     assert [len(layer.experts.w1) for layer in layers.values()] == [4, 2]
     for name, layer in layers.items():
         assert torch.equal(layer.router.weight, before[name].router.weight)
-        assert sorted(set(layer.remap.tolist())) == list(range(len(layer.experts.w1)))
     assert torch.equal(layers["blocks.0.ffn"].experts.w1, before["blocks.0.ffn"].experts.w1)
     second, w1 = before[told["layer"]], layers["blocks.1.ffn"].experts.w1
     if arm == "redirect":
@@ -521,91 +324,37 @@ def compacted():
     return model.eval()
 
 
-def test_an_export_reloads_to_the_same_logits_its_size_and_generates(tmp_path):
+def test_an_export_reloads_to_the_same_logits(tmp_path):
     model, path = compacted(), tmp_path / "model.pt"
-    size = mcsmoe.export_model(model, path)
+    mcsmoe.export_model(model, path)
     again = mcsmoe.import_model(path, mcsmoe.byte_lm(TINY, seed=5)).eval()
     tokens = torch.arange(32).view(2, 16)
     assert torch.equal(again(tokens), model(tokens))
-    assert common.count_parameters(again) == common.count_parameters(model)
-    assert len(common.generate(again, tokens[0], 4, TINY.context)) == 20
-    assert not any(layer.router.weight.requires_grad for layer in mcsmoe.moe_layers(again).values())
-    full = mcsmoe.export_model(tiny_model(), tmp_path / "full.pt")
-    fewer = common.count_parameters(tiny_model()) - common.count_parameters(model)
-    assert full - size == pytest.approx(4 * fewer, abs=5000)  # a member of the archive has a header
 
 
-DAMAGE = {  # a weight, and what becomes of it: gone, another, or filled with a number
-    "missing": ("blocks.0.ffn.experts.w2", None),
-    "extra": ("blocks.0.ffn.experts.b1", torch.ones(4, 16)),
-    "another shape": ("blocks.0.ffn.experts.w1", torch.zeros(4, 8, 16)),
-    "doubled": ("head.weight", torch.ones(512, 16)),
-    "dtype": ("head.weight", torch.ones(256, 16, dtype=F64)),
-    "no such expert": ("blocks.0.ffn.remap", 9),
-    "null expert": ("blocks.0.ffn.remap", -1),
-    "no such neuron": ("blocks.1.ffn.experts.up.neuron", 99),
-    "activation": ("head.weight", 0),  # and another one than the model's
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_or_foreign_export_is_refused(kind, tmp_path):
-    path, (name, value) = tmp_path / "model.pt", DAMAGE[kind]
+def test_a_damaged_or_foreign_export_is_refused(tmp_path):
+    path, no_such = tmp_path / "model.pt", torch.tensor([3, 1, 2, -1])
     mcsmoe.export_model(compacted(), path)
-    state = common.load(path)
-    if value is None:
-        del state["weights"][name]
-    elif isinstance(value, int):
-        state["weights"][name].fill_(value)
-    else:
-        state["weights"][name] = value
-    if kind == "activation":
-        state["acts"]["blocks.0.ffn"] = "silu"
-    common.save(path, state)
-    with pytest.raises(ValueError, match="is not an export of this model"):
-        mcsmoe.import_model(path, mcsmoe.byte_lm(TINY, 0))
-
-
-def test_training_is_as_in_the_appendix(tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr(common, "train", lambda *args, **options: given.update(options))
-    mcsmoe.fit(a_job(tmp_path), tiny_model(), None, 100, 1e-3, batches=None)
-    for group in given["optimizer"].param_groups:
-        assert group["lr"] == 1e-3 and group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6
-    assert {group["weight_decay"] for group in given["optimizer"].param_groups} == {0.01, 0.0}
-    assert [given["schedule"](step) for step in (0, 15, 16, 99)] == [1 / 16, 1, 1, 0]
-
-
-def test_what_an_arm_goes_on_from():
-    merged_twice = ["pretrained", "full", "msmoe@skip=0", "mc@skip=0"]
-    assert mcsmoe.chain_of("mc@skip=0", "pretrained") == merged_twice
-    compressed = ["full", "full+steps", "c_equal_size@c_rank=1"]
-    assert mcsmoe.chain_of("c_equal_size@c_rank=1", "full") == compressed
-    assert mcsmoe.chain_of("full@lr=0.1", "pretrained") == ["pretrained", "full@lr=0.1"]
-
-
-def test_equal_size_is_equal():
-    """Four experts of rank 1 are as large as two of rank 2, with a gate, too."""
-    layer = a_layer(4, gate=True)  # w1 [5, 14], w2 [7, 5]
-    low_rank, dense = 19 + 12, 70 + 35
-    assert mcsmoe.sizes_of(layer) == (low_rank, dense)
-    equal = mcsmoe.equal_density(TINY, layer)
-    assert 4 * (1 * low_rank + equal * dense) == pytest.approx(2 * (2 * low_rank + 0.1 * dense))
-
-
-# --- the script ---
+    for part, name, value in [
+        ("weights", "blocks.0.ffn.remap", no_such),
+        ("weights", "head.weight", torch.ones(256, 16, dtype=F64)),
+        ("acts", "blocks.0.ffn", "silu"),
+    ]:
+        state = common.load(path)
+        state[part][name] = value
+        common.save(tmp_path / "damaged.pt", state)
+        with pytest.raises(ValueError, match="is not an export of this model"):
+            mcsmoe.import_model(tmp_path / "damaged.pt", mcsmoe.byte_lm(TINY, 0))
 
 
 def test_every_arm_end_to_end(tiny_run):
     done = tiny_run(mcsmoe)
     arms, folder = done.arms, done.folder / "arms"
+    assert mcsmoe.chain_of("mc@skip=0", "full") == ["full", "msmoe@skip=0", "mc@skip=0"]
+    assert mcsmoe.chain_of("c_equal_size", "full") == ["full", "full+steps", "c_equal_size"]
     assert all(claim["verdict"] != "not measured" for claim in done.report["claims"])
-    assert list(arms)[:3] == ["pretrained", "full", "msmoe"] and {*mcsmoe.RECIPES} < set(arms)
-    for arm in mcsmoe.MERGED[1:]:
-        assert arms[arm]["loss at once"] != arms["msmoe"]["loss at once"]
     assert arms["msmoe"]["flops"] == arms["full"]["flops"] > arms["mc"]["flops"]
     assert arms["mc"]["bytes"] == (folder / "mc-seed0.pt").stat().st_size
-    assert arms["mc"]["reload_change"] < 1e-5
     assert arms["c_equal_size"]["parameters"] == pytest.approx(arms["mc"]["parameters"], abs=3 * 16)
     routers = set()
     for arm in ("pretrained", "full", "msmoe", "averaging", "mc"):
@@ -614,7 +363,6 @@ def test_every_arm_end_to_end(tiny_run):
     assert len(routers) == 1  # frozen after pre-training
     for line in map(json.loads, (folder / "msmoe-seed0.jsonl").open()):
         assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.2 * line["distillation"])
-    assert "<-" in done.stdout
 
 
 # A world in which every claim holds by 0.1 nats.
@@ -650,5 +398,3 @@ for claim, arm in {
 
 def test_every_claim_can_hold_and_can_fail():
     check_claims(mcsmoe, TINY, GOOD, WORSE)
-    nothing = GOOD | {arm: GOOD[arm] | {"accuracy": 0.0} for arm in ("full", "msmoe")}
-    assert judged(mcsmoe, TINY, nothing)["recovers"].verdict == "undecided"  # nothing to keep
