@@ -212,6 +212,18 @@ def test_under_autocast_bf16_rounds_and_nothing_else(name):
             assert_near(found[0], expected[0], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ("AdaMoE", "SMoEDropout", "SparseMoE"))
+def test_compiled_is_the_same_step(name):
+    """Traced, and run without a compiler: that takes seconds, and what it makes is torch's."""
+    module, x = make(name), inputs(name)
+    expected = step(copy.deepcopy(module), x)
+    torch.compiler.reset()
+    module.compile(backend="eager")
+    found = step(module, x)
+    assert_near(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert_near(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_row_is_what_it_is_among_others_and_no_rows_give_none(name):
     """An expert of a data-parallel job may get nothing; its step must not spoil the others'."""
