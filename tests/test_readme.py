@@ -108,13 +108,17 @@ def prose_of(method):
     return found, after_the_table.partition("\n## ")[0]
 
 
+def printed_by(result):
+    """Every figure that a run printed, and every column's mean over seeds."""
+    printed = figures_in(json.dumps(result["claims"], ensure_ascii=False))
+    printed += figures_in(json.dumps(result["results"]["tables"], ensure_ascii=False))
+    return printed + [(mean, None, 0) for mean in means_of(result)]
+
+
 @pytest.mark.parametrize("method", update_tables.PAPERS)
 def test_figures_in_the_prose_stand_in_the_committed_result(method):
     """Each is one that the run printed, perhaps with more digits, or a column's mean over seeds."""
-    result = update_tables.report(method)
-    printed = figures_in(json.dumps(result["claims"], ensure_ascii=False))
-    printed += figures_in(json.dumps(result["results"]["tables"], ensure_ascii=False))
-    printed += [(mean, None, 0) for mean in means_of(result)]
+    printed = printed_by(update_tables.report(method))
     found, paragraphs = prose_of(method)
     assert figures_in(found)
     for figure, half, digits in [*figures_in(found), *figures_in(paragraphs)]:
@@ -124,6 +128,18 @@ def test_figures_in_the_prose_stand_in_the_committed_result(method):
             near = [other for other in near if other[1] is not None]
             near = [other for other in near if abs(other[1] - half) <= slack]
         assert near, f"{figure} ± {half}" if half else figure
+
+
+@pytest.mark.parametrize("method", ("adamoe", "mcsmoe", "home", "mowst"))
+def test_figures_of_break_it_yourself_stand_in_committed_results(method):
+    printed = printed_by(update_tables.report(method))
+    for path in update_tables.RESULTS.glob(f"{method}-break*.json"):
+        printed += printed_by(json.loads(path.read_text()))
+    edits = importlib.import_module(method).__doc__.partition("Break it yourself")[2]
+    assert figures_in(edits)
+    for figure, _, digits in figures_in(edits):
+        slack = 0.5 * 10**-digits + 1e-9
+        assert any(abs(other[0] - figure) <= slack for other in printed), figure
 
 
 @pytest.mark.parametrize("method", update_tables.PAPERS)
