@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -233,16 +232,17 @@ def test_missing_labels_are_refused_or_masked():
 
 
 def test_bad_groups_and_sizes_name_the_culprit():
-    ones, model = torch.ones(1, 2, dtype=torch.bool), home.Ranker([3, 5], GROUPS).eval()
-    layer = partial(home.MaskedExpertLayer, d_in=2, widths=(2,))
+    model = home.Ranker([3, 5], GROUPS).eval()
     for function, *arguments, told in [
         (home.masks, "home", {"a": ["view"], "b": ["view"]}, "task 'view' is in 2 groups"),
         (core(), torch.zeros(1, 6, dtype=F64), "batch of 1 row"),  # in training
-        (layer, torch.cat([ones, ~ones]), "row 1 of the mask allows no expert"),
         (model, torch.tensor([[2, 4], [0, 5]]), "field 1 has id 5 in row 1; its table has 5 rows"),
     ]:
         with pytest.raises(ValueError, match=told):
             function(*arguments)
+    model(torch.tensor([[2, 4], [0, 1]])).sum().backward()  # a row of the table for every id
+    rows = model.embedding.weight.grad.any(dim=1).nonzero()[:, 0].tolist()
+    assert rows == [0, 2, 3 + 1, 3 + 4]
 
 
 # --- the experiment -----------------------------------------------------------------------------
