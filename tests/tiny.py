@@ -44,6 +44,6 @@ EVERY_ARM = {  # what else the one run takes whose arms several tests look at (c
     "dual_head_kd": ["--ablate"],
     "home": ["--ablate"],
     "mcsmoe": ["--ablate"],
-    "mowst": [],
+    "mowst": ["--ablate"],
     "smoe_dropout": ["--ablate"],
 }
