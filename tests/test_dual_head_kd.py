@@ -148,6 +148,21 @@ def test_alignment_leaves_agreeing_and_empty_gradients_alone():
     assert torch.equal(dhkd.align_gradients(torch.zeros(3, dtype=F64), second), second)
 
 
+def test_a_step_along_aligned_gradients_follows_cross_entropy():
+    student = dhkd.make_model("resnet8x0.5", 4, 2, 0)
+    model = dhkd.DualHead(student, 4)
+    model.aux.load_state_dict(student.fc.state_dict())
+    y = torch.arange(6) % 4
+    main, aux = model(torch.randn(6, 3, 16, 16))
+    ce, logit = F.cross_entropy(main, y), 4 * dhkd.binary_kl_norm_loss(aux, -9 * F.one_hot(y, 4))
+    first, second = (dhkd.flat_gradient(loss, list(model.parameters())) for loss in (ce, logit))
+    assert second @ first < 0
+    dhkd.aligned_backward(model)((ce, logit))
+    merged = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    expected = first + second - (second @ first) / (first @ first) * first
+    torch.testing.assert_close(merged, expected)
+
+
 def test_agreement_of_two_gradients():
     backbone = torch.ones(2, dtype=F64, requires_grad=True)
     head = torch.ones(2, 2, dtype=F64, requires_grad=True)
