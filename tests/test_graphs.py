@@ -260,6 +260,7 @@ def test_ogb_folder_and_its_cache(tmp_path, monkeypatch):
 
 def write_flickr(folder, **changes):
     """REFERENCE in the files of GraphSAINT."""
+    folder.mkdir(exist_ok=True)
     target, pointers = [1, 0, 2, 1, 3, 2], [0, 1, 3, 5, 6]
     arrays = {"data": np.ones(6), "indices": np.array(target), "indptr": np.array(pointers)}
     np.savez(folder / "adj_full.npz", **{**arrays, "shape": np.array([4, 4]), **changes})
@@ -267,6 +268,7 @@ def write_flickr(folder, **changes):
     classes = {str(i): int(label) for i, label in enumerate(Y)}
     (folder / "class_map.json").write_text(json.dumps(classes))
     (folder / "role.json").write_text(json.dumps({"tr": [0, 1], "va": [2], "te": [3]}))
+    return folder
 
 
 def test_flickr_files(tmp_path):
