@@ -247,9 +247,6 @@ def test_kuairand_cache_is_used_and_noticed_when_stale_or_damaged(tmp_path, monk
         load(tmp_path)
 
 
-# --- Census-Income --------------------------------------------------------------------------------
-
-
 def census_lines(rows, seed=0, change=lambda cells, i: cells):
     rng = np.random.default_rng(seed)
     lines = []

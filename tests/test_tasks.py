@@ -155,9 +155,6 @@ ARC = {"question": WHY, "answerKey": "2"}
 ENDINGS = {"ctx": "He", "endings": ["a", "b", "c", "d"], "label": 3}
 SIQA = {"context": "Ann ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c"}
 PIQA = {"goal": "open", "sol1": "push", "sol2": "pull"}
-
-CORPUS, IDS = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"  # read by read_mrpc
-
 REVERSED = {**STEM, "choices": CHOICES[::-1]}
 REFUSED = [  # one case of a kind
     (tasks.read_sst2, "good\t1\nbad\t2\n", "line 2: label '2' is not one of 0, 1"),
@@ -166,7 +163,6 @@ REFUSED = [  # one case of a kind
     (tasks.read_math, MATH.replace("9 2 3", "9 2"), "line 3: equation .* cannot apply 'number2'"),
     (tasks.read_math, MATH.replace("+ number0", "__import__"), "cannot apply '__import__'"),
     (tasks.read_copa, lines({**COPA, "label": 1.0}), "label 1.0 is not one of 0, 1"),
-    (tasks.read_squad, json.dumps({"data": []}), "no examples"),
 ]
 
 
