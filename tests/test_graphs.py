@@ -1,6 +1,4 @@
-"""Graphs: what is generated has the promised statistics, what is read is checked, nothing is
-executed.
-"""
+"""Graphs: generated with the promised statistics, read with checks, and nothing is executed."""
 
 import gzip
 import json
@@ -12,8 +10,6 @@ import pytest
 import torch
 
 from data import download, graphs
-
-# --- generated ------------------------------------------------------------------------------------
 
 
 def homophily(graph, of=None):
@@ -39,49 +35,26 @@ def test_generated_graph_has_the_promised_statistics():
 
 
 def test_generated_graph_follows_its_seed_and_its_knobs():
-    before = torch.get_rng_state()
     one, same, other = (graphs.contextual_sbm(seed, num_nodes=400) for seed in (1, 1, 2))
     assert one.digest == same.digest != other.digest
-    assert torch.equal(before, torch.get_rng_state())
     shifted = graphs.contextual_sbm(0, shift=1, cross=0.0)
     source, target = shifted.edge_index
     poor = ~shifted.kind[target] & ~shifted.kind[source]
     difference = (shifted.y[source] - shifted.y[target])[poor] % 5
     assert (difference == 0).float().mean() < 0.1
     assert ((difference == 1) | (difference == 4)).float().mean() > 0.8
-    loose = graphs.contextual_sbm(0, homophily_poor=0.2)
-    assert homophily(loose, ~loose.kind) == pytest.approx(0.2, abs=0.03)
     crossed = graphs.contextual_sbm(0, cross=1.0)
     assert (crossed.kind[crossed.edge_index[0]] != crossed.kind[crossed.edge_index[1]]).all()
 
 
-IMPOSSIBLE = [
-    ({"homophily_poor": 1.2}, "homophily_poor is 1.2"),
-    ({"cross": float("nan")}, "cross is nan"),
-    ({"num_classes": 1}, "num_classes is 1"),
-    ({"num_features": 3}, "num_features 3"),
-    ({"train_share": 0.9, "val_share": 0.2}, "leave a set smaller"),
-    ({"num_nodes": 16, "train_share": 0.33, "val_share": 0.33}, "too few"),
-    ({"degree_rich": 1}, "degrees 1"),
-]
-
-
-@pytest.mark.parametrize("knobs, message", IMPOSSIBLE)
-def test_impossible_knobs_are_refused(knobs, message):
-    with pytest.raises(ValueError, match=message):
-        graphs.contextual_sbm(3, **knobs)
-
-
-# --- arrays ---------------------------------------------------------------------------------------
-
 X, Y, EDGES = np.eye(4), np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 2], [2, 3], [1, 0], [3, 3]])
 MASKS = [np.array([row], bool) for row in ([1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1])]
 REFERENCE = graphs.build_graph("g", X, EDGES, Y, MASKS)
-TENSORS = ("x", "edge_index", "y", "train_mask", "val_mask", "test_mask")
 
 
 def same(one, other):
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+    names = ("x", "edge_index", "y", "train_mask", "val_mask", "test_mask")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def test_edges_are_made_symmetric_and_cleaned():
@@ -103,9 +76,7 @@ LABELS = [
     ([1, 5, 1, 5], [0, 1, 0, 1], "labels have gaps: the 2 classes 1 .. 5 are numbered 0 .. 1"),
     ([0, 30, 10, -1], [0, 2, 1, -1], "the 3 classes 0 .. 30 are numbered 0 .. 2"),
     (["dog", "cat", "dog", "eel"], [1, 0, 1, 2], "labels are text: the 3 classes cat .. eel"),
-    ([False, True, False, True], [0, 1, 0, 1], ""),
     ([0.0, 1.0, np.nan, 1.0], [0, 1, -1, 1], ""),
-    ([[0], [1], [0], [1]], [0, 1, 0, 1], ""),
 ]
 
 
@@ -117,14 +88,6 @@ def test_labels_are_numbered_without_gaps_and_a_line_says_so(capsys, labels, exp
     assert told in err and err.count("\n") == bool(told)
 
 
-def test_columns_of_another_scale_are_named(capsys):
-    x = np.column_stack([np.eye(4), np.array([0, 5e3, 1, 2])])
-    graphs.build_graph("wide", x, EDGES, Y, MASKS)
-    assert "wide: feature columns 4 span 1,000 times" in capsys.readouterr().err
-    graphs.build_graph("narrow", x[:, :4], EDGES, Y, MASKS)
-    assert not capsys.readouterr().err
-
-
 def save_npz(path, **changes):
     masks = {f"{part}_masks": mask for part, mask in zip(("train", "val", "test"), MASKS)}
     arrays = {"node_features": X, "node_labels": Y, "edges": EDGES, **masks, **changes}
@@ -132,40 +95,18 @@ def save_npz(path, **changes):
     return path
 
 
-NODE_2_IS_LARGE = np.array([0, 1, 2**63 + 5, 1], np.uint64)
-TOO_LONG = np.ones((1, 5), bool)
 REFUSED = [  # changed arrays, what is said
     ({"edges": np.array([[0, 1], [2, 4]])}, r"edge in row 1 joins \[2, 4\]; .* nodes 0 .. 3"),
-    ({"edges": np.array([[-1, 1]])}, "edge in row 0"),
     ({"edges": np.array([[0.5, 1]])}, r"edge in row 0 joins \[0.5, 1.0\]; there are nodes"),
-    ({"edges": np.array([[0, 1, 2]])}, r"edges are \[1, 3\]"),
-    ({"edges": np.array([["a", "b"]])}, "edge numbers are of type <U1"),
     ({"edge_weights": np.ones(5)}, "holds edge_weights, which no method here uses"),
     ({"node_features": np.where(np.eye(4) > 0, np.nan, 1.0)}, "features of node 0 hold NaN"),
-    ({"node_features": np.eye(3)}, "do not fit"),
-    ({"node_features": np.full((4, 2), 1e300)}, "node 0 are too large for float32"),
     ({"node_features": np.arange(4)[:, None] + 1_700_000_000}, "column 0 loses digits in float32"),
-    ({"node_features": np.random.rand(4, 1) + 1e9}, "column 0 loses digits in float32"),
-    ({"node_features": np.eye(4) * 1j}, "features are of type complex128"),
-    ({"y": Y}, "has both node_labels and y"),
     ({"node_labels": np.array([0, -1, 0, 1])}, "node 1 is in a train set and has no label"),
     ({"node_labels": np.array([0, 0.5, 0, 1])}, "label of node 1 is 0.5"),
-    ({"node_labels": np.array([0, 1, -2, 1])}, "the label of node 2 is -2"),
-    ({"node_labels": np.array([0, 1, 1e30, 1])}, r"the label of node 2 is 1e\+30"),
-    ({"node_labels": np.array([0, 1, np.inf, 1])}, "the label of node 2 is inf"),
-    ({"node_labels": NODE_2_IS_LARGE}, "node 2 is 9223372036854775813"),
-    ({"node_labels": np.eye(4)}, r"labels \[4, 4\] do not fit"),
-    ({"node_labels": np.zeros(4)}, "1 class.es.; at least two"),
     ({"val_masks": None}, "has only a part of a split; give train, val and test"),
-    ({"val_idx": np.array([2])}, "has masks and node numbers of splits"),
-    ({"train_masks": np.zeros((1, 4), bool)}, "the train set of split 0 is empty"),
     ({"val_masks": MASKS[0]}, "node 0 is in two"),
-    ({"train_masks": TOO_LONG}, r"train masks are \[1, 5\]; needed"),
-    ({"train_masks": np.ones((2, 4), bool)}, "as many splits of each are needed"),
-    ({"train_masks": np.array([[1, np.nan, 0, 0]])}, "masks of node 1 hold neither 0 nor 1"),
     ({"train_masks": np.array([[0, 1, 1, 3]])}, "node 3 hold neither .* belong into train_idx"),
     ({"edges": np.array([{"a": 1}], dtype=object)}, "Python objects, and nothing is unpickled"),
-    ({"node_labels": None}, "lacks node_labels"),
 ]
 
 
@@ -175,20 +116,14 @@ def test_what_would_be_wrong_ignored_or_changed_is_refused(tmp_path, changes, me
         graphs.load(save_npz(tmp_path / "g.npz", **changes))
 
 
-def test_npz_round_trip_and_what_is_no_npz(tmp_path):
+def test_npz_round_trip(tmp_path):
     path = save_npz(tmp_path / "g.npz")
     assert same(graphs.load(path), REFERENCE) and graphs.load(path).name == str(path)
     without = save_npz(tmp_path / "h.npz", train_masks=None, val_masks=None, test_masks=None)
     assert graphs.load(without).num_splits == 10
-    for content in (b"PK not really", b"0,1\n1,2\n"):  # and nobody is told to unpickle it
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="g.npz: no zip archive of arrays"):
-            graphs.load(path)
-    with pytest.raises(ValueError, match="neither a file or folder nor one of .*tolokers"):
-        graphs.load(tmp_path / "nothing")
 
 
-def test_arrays_of_pytorch_geometric(tmp_path, capsys):
+def test_arrays_of_pytorch_geometric(tmp_path):
     """Every way to say the same graph gives the same graph."""
 
     def loaded(name, **arrays):
@@ -199,23 +134,17 @@ def test_arrays_of_pytorch_geometric(tmp_path, capsys):
     masks = dict(zip(("train_mask", "val_mask", "test_mask"), MASKS))
     ways = {
         "masks": {name: mask[0] for name, mask in masks.items()},
-        "uint8": {name: mask.astype(np.uint8) for name, mask in masks.items()},
         "columns": {name: mask.T for name, mask in masks.items()},  # [nodes, splits]
         "members": {"train_idx": [0, 1], "valid_idx": [2], "test_idx": [3]},
         "index": {"train_index": [[0, 1]], "val_index": [[2]], "test_index": [[3]]},
     }
     for name, split in ways.items():
         assert same(loaded(name, **plain, **split), REFERENCE), name
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 3 and all("are read as [nodes, splits]" in line for line in told)
     assert same(graphs.load(save_npz(tmp_path / "turned.npz", edges=EDGES.T)), REFERENCE)
     # two edges: a square, whose name says which way round
     for name, edges in (("edges", [[0, 1], [2, 3]]), ("edge_index", [[0, 2], [1, 3]])):
         found = loaded(name, x=X, y=Y, **masks, **{name: np.array(edges)})
         assert found.edge_index.tolist() == [[1, 0, 3, 2], [0, 1, 2, 3]], name
-
-
-# --- published folders ----------------------------------------------------------------------------
 
 
 def write_csv(path, rows):
@@ -232,34 +161,19 @@ def ogb_folder(root):
     return root
 
 
-def test_ogb_folder_and_its_cache(tmp_path, monkeypatch):
+def test_ogb_folder_and_its_cache(tmp_path):
     folder = ogb_folder(tmp_path / "arxiv")
     assert same(graphs.load(folder), REFERENCE)
-    with monkeypatch.context() as patch:
-        patch.setattr(graphs, "_csv", lambda *_: pytest.fail("the cache was not used"))
-        assert same(graphs.load(folder), REFERENCE)
     # Another file with an older time stamp: the old edges would be wrong.
     edges = folder / "raw" / "edge.csv.gz"
     write_csv(edges, [[0, 1], [1, 2], [2, 0], [1, 0], [3, 3]])
     os.utime(edges, (0, 0))
     assert not same(graphs.load(folder), REFERENCE)
-    mistakes = [
-        (edges, [[0, 1], ["x", 2]], "edge.csv.gz, line 2: .*row 1"),
-        (edges, [[0, 1], [9, 2]], r"edge in row 1 joins \[9, 2\]"),
-        (folder / "split" / "time" / "valid.csv.gz", [7], "val set, entry 0 is 7; there are nodes"),
-    ]
-    for path, rows, message in mistakes:
-        write_csv(path, rows)
-        with pytest.raises(ValueError, match=message):
-            graphs.load(folder)
-        ogb_folder(folder)
-    (folder / "split" / "time" / "test.csv.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="test.csv.gz is missing"):
-        graphs.load(folder)
 
 
 def write_flickr(folder, **changes):
     """REFERENCE in the files of GraphSAINT."""
+    folder.mkdir(exist_ok=True)
     target, pointers = [1, 0, 2, 1, 3, 2], [0, 1, 3, 5, 6]
     arrays = {"data": np.ones(6), "indices": np.array(target), "indptr": np.array(pointers)}
     np.savez(folder / "adj_full.npz", **{**arrays, "shape": np.array([4, 4]), **changes})
@@ -267,23 +181,14 @@ def write_flickr(folder, **changes):
     classes = {str(i): int(label) for i, label in enumerate(Y)}
     (folder / "class_map.json").write_text(json.dumps(classes))
     (folder / "role.json").write_text(json.dumps({"tr": [0, 1], "va": [2], "te": [3]}))
+    return folder
 
 
 def test_flickr_files(tmp_path):
-    write_flickr(tmp_path)
-    assert same(graphs.load(tmp_path), REFERENCE)
-    for name, content, message in (
-        ("class_map.json", "{}", "class_map.json: does not name the nodes 0 .. 3"),
-        ("class_map.json", '{"0": 0, "1": 1.0, "2": 0, "3": 1}', "no whole numbers"),
-        ("role.json", '{"tr": [0, 1.9], "va": [2], "te": [3]}', r"train set, entry 1 is 1.9"),
-        ("role.json", '{"tr": [0, null], "va": [2], "te": [3]}', "role.json: .*of type object"),
-        ("role.json", '{"tr": [0, 1e999], "va": [2], "te": [3]}', "train set, entry 1 is inf"),
-        ("feats.npy", "", "feats.npy: is damaged"),
-    ):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=message):
-            graphs.load(tmp_path)
-        write_flickr(tmp_path)
+    assert same(graphs.load(write_flickr(tmp_path)), REFERENCE)
+    (tmp_path / "role.json").write_text('{"tr": [0, 1.9], "va": [2], "te": [3]}')
+    with pytest.raises(ValueError, match="train set, entry 1 is 1.9"):
+        graphs.load(tmp_path)
     write_flickr(tmp_path, data=np.full(6, 0.5))
     with pytest.raises(ValueError, match="edge weights other than 1"):
         graphs.load(tmp_path)
@@ -297,17 +202,12 @@ TWITCH = """views,mature,life_time,created_at,updated_at,numeric_id,dead_account
 """
 
 
-def write_twitch(folder):
-    root = folder / "twitch_gamers"
-    root.mkdir(parents=True)
+def test_twitch_files(tmp_path):
+    root = tmp_path / "twitch_gamers"
+    root.mkdir()
     (root / "large_twitch_features.csv").write_text(TWITCH)
     (root / "large_twitch_edges.csv").write_text("numeric_id_1,numeric_id_2\n0,1\n1,2\n2,3\n")
-    save_splits(folder / "twitch-gamer-splits.npy", [([0, 1], [2], [3])])
-    return root
-
-
-def test_twitch_files(tmp_path):
-    features = write_twitch(tmp_path) / "large_twitch_features.csv"
+    save_splits(tmp_path / "twitch-gamer-splits.npy", [([0, 1], [2], [3])])
     graph = graphs.load(tmp_path)
     assert graph.x.shape == (4, 7) and graph.y.tolist() == [1, 0, 1, 0]
     assert torch.equal(graph.edge_index, REFERENCE.edge_index)
@@ -317,16 +217,6 @@ def test_twitch_files(tmp_path):
     torch.testing.assert_close(graph.x.std(0)[varied], torch.ones(5))
     languages = graph.x[:, 5]
     assert languages[0] == languages[2] and len(set(languages.tolist())) == 3
-    for old, new, message in (
-        ("2017-03-01", "soon", "large_twitch_features.csv, line 4"),
-        ("views", "looks", "the header lacks views; it has looks"),
-    ):
-        features.write_text(TWITCH.replace(old, new))
-        with pytest.raises(ValueError, match=message):
-            graphs.load(tmp_path)
-
-
-# --- splits that are pickles ----------------------------------------------------------------------
 
 
 def save_splits(path, splits, protocol=4):
@@ -339,87 +229,45 @@ def save_splits(path, splits, protocol=4):
         pickle.dump(array, file, protocol=protocol)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
-def test_splits_are_read_without_unpickling(tmp_path, monkeypatch, protocol):
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_splits_are_read_without_unpickling(tmp_path, protocol):
     path, many = tmp_path / "s.npy", list(range(2, 70_000, 7))
     save_splits(path, [([0, 1], [300], many), ([2], [1], [0])], protocol)
-    for name in ("load", "loads", "Unpickler"):
-        monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("unpickled"))
     train, val, test = graphs.read_linkx_splits(path, 70_000)
     assert train.sum(1).tolist() == [2, 1] and np.flatnonzero(val[0]).tolist() == [300]
     assert np.flatnonzero(test[0]).tolist() == many
-    with pytest.raises(ValueError, match="s.npy: val set, entry 0 is 300; there are nodes 0 .. 99"):
-        graphs.read_linkx_splits(path, 100)
 
 
 class Evil:
-    def __init__(self, call):
-        self.call = call
-
     def __reduce__(self):
-        return self.call
+        return os.system, ("touch owned",)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("call", [(os.system, ("touch owned",)), (eval, ("open('owned', 'w')",))])
-def test_hostile_splits_are_refused_and_nothing_runs(tmp_path, monkeypatch, protocol, call):
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_hostile_splits_are_refused_and_nothing_runs(tmp_path, monkeypatch, protocol):
     monkeypatch.chdir(tmp_path)
-    save_splits(tmp_path / "s.npy", [([0], Evil(call), [1])], protocol)
-    told = "s.npy: .*asks for (posix.system|builtins.eval|__builtin__)"
-    with pytest.raises(ValueError, match=told):
+    save_splits(tmp_path / "s.npy", [([0], Evil(), [1])], protocol)
+    with pytest.raises(ValueError, match="s.npy: .*asks for posix.system"):
         graphs.read_linkx_splits(tmp_path / "s.npy", 4)
     assert not (tmp_path / "owned").exists()
 
 
-# --- .mat files -----------------------------------------------------------------------------------
-
-
-def write_facebook(path):
-    """REFERENCE's edges, with the seven columns of facebook100; node 2 has no known gender."""
-    import scipy.io
-    import scipy.sparse
-
-    adjacency = np.zeros((4, 4))
-    adjacency[tuple(REFERENCE.edge_index.numpy())] = 1
-    genders = [1, 2, 0, 2]
-    info = [[kind, gender, 3 * kind, 7, 5, 2, 9] for kind, gender in zip([1, 1, 2, 2], genders)]
-    sparse = scipy.sparse.csc_matrix(adjacency)
-    scipy.io.savemat(path, {"A": sparse, "local_info": np.array(info, np.uint16)})
-
-
 def test_mat_files(tmp_path):
     io = pytest.importorskip("scipy.io")
+    sparse = pytest.importorskip("scipy.sparse")
     school, pokec, splits = (tmp_path / name for name in ("P.mat", "k.mat", "s.npy"))
-    write_facebook(school)
+    adjacency = np.zeros((4, 4))
+    adjacency[tuple(REFERENCE.edge_index.numpy())] = 1
+    genders = [1, 2, 0, 2]  # node 2 has no known one
+    info = [[kind, gender, 3 * kind, 7, 5, 2, 9] for kind, gender in zip([1, 1, 2, 2], genders)]
+    io.savemat(school, {"A": sparse.csc_matrix(adjacency), "local_info": np.array(info)})
     save_splits(splits, [([0], [1], [3])])
     graph = graphs.read_facebook(school, splits)
     assert torch.equal(graph.edge_index, REFERENCE.edge_index) and graph.y.tolist() == [0, 1, -1, 1]
     assert graph.x.shape == (4, 2 + 2 + 1 + 1 + 1 + 1) and graph.x.sum(1).tolist() == [6.0] * 4
-    save_splits(splits, [([0], [2], [3])])
-    with pytest.raises(ValueError, match="node 2 is in a val set and has no label"):
-        graphs.read_facebook(school, splits)
-    arrays = {"edge_index": EDGES.T, "node_feat": X, "label": Y[None], "num_nodes": 4}
-    io.savemat(pokec, arrays)
+    io.savemat(pokec, {"edge_index": EDGES.T, "node_feat": X, "label": Y[None], "num_nodes": 4})
     save_splits(splits, [([0, 1], [2], [3])])
     assert same(graphs.read_pokec(pokec, splits), REFERENCE)
-    with pytest.raises(ValueError, match="P.mat: needs edge_index, node_feat, label"):
-        graphs.read_pokec(school)
-    with pytest.raises(ValueError, match="k.mat: needs A/row"):
-        graphs.read_facebook(pokec)
-    content, rng = pokec.read_bytes(), np.random.default_rng(0)
-    for _ in range(3):  # SciPy's reader would end the interpreter
-        damaged = bytearray(content)
-        for place in rng.integers(128, 200, 8):  # in the headers of the first array
-            damaged[place] = rng.integers(256)
-        pokec.write_bytes(damaged)
-        with pytest.raises(ValueError, match="k.mat: "):
-            graphs.read_pokec(pokec)
-    pokec.write_bytes(b"MATLAB? no")
-    with pytest.raises(ValueError, match="k.mat: is not a readable .mat file"):
-        graphs.read_pokec(pokec)
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 def test_every_name_is_downloadable_or_says_where_it_goes(tmp_path):
@@ -430,21 +278,3 @@ def test_every_name_is_downloadable_or_says_where_it_goes(tmp_path):
             graphs.load(name, tmp_path)
         assert not graphs.is_here(name, tmp_path) and graphs.download_size(name) == 0
     assert graphs.download_size("tolokers") == 1_329_769
-    assert graphs.download_size("ogbn-arxiv") is None
-
-
-def test_names_find_files_put_there_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "_receive", lambda *_: pytest.fail("a connection"))
-    for name in ("questions", "actor"):
-        (tmp_path / name).mkdir()
-        save_npz(tmp_path / name / f"{name}.npz")
-    graph = graphs.load("questions", tmp_path)  # it has no checksum in the table
-    assert same(graph, REFERENCE) and graph.name == "questions"
-    with pytest.raises(download.DownloadError, match="actor.npz has .* bytes, not 252,956"):
-        graphs.load("actor", tmp_path)
-
-
-def test_stand_in_has_the_size_of_the_public_graph():
-    graph = graphs.stand_in("chameleon_filtered")
-    assert graph.x.shape == (890, 2325) and graph.num_classes == 5
-    assert 2 * 8854 * 0.95 < graph.edge_index.shape[1] <= 2 * 8854

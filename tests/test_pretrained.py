@@ -1,16 +1,14 @@
 """data/pretrained.py, data/targets.py and `mcsmoe.py --full` on tiny models of transformers."""
 
 import functools
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 
 import common
 import mcsmoe
-from data import pretrained, tasks
+from data import pretrained
 
 WORDS = (
     "a gorgeous film dull and long yes no 1 2 negative positive sst2 sentence : sentence1 "
@@ -97,12 +95,6 @@ QUESTIONS = [
     {"question": "the film it was ?", "answers": [{"text": "gorgeous and long"}, {"text": "long"}]},
     {"question": "it was ?", "answers": [{"text": "dull"}]},
 ]
-PAGES = [["Film", ["It was dull.", " It was long."]], ["Other", ["A gorgeous film."]]]
-FACTS = [
-    {"question": "the film it was ?", "answer": "dull", "supporting_facts": [["Film", 0]]},
-    {"question": "it was long ?", "answer": "yes", "supporting_facts": [["Film", 1], ["Other", 0]]},
-]
-FACTS = [asked | {"context": PAGES} for asked in FACTS]
 
 
 def squad(times):
@@ -115,8 +107,6 @@ FILES = {
     "sst2/SST-2/dev.tsv": "sentence\tlabel\n" + SST2 * 5,
     "squad/train-v1.1.json": squad(8),
     "squad/dev-v1.1.json": squad(3),
-    "hotpotqa/hotpot_train_v1.1.json": json.dumps(FACTS * 8),
-    "hotpotqa/hotpot_dev_distractor_v1.json": json.dumps(FACTS * 3),
 }
 
 
@@ -147,27 +137,12 @@ def test_the_patched_model_equals_the_original(transformers, checkpoint):
     original = switch.from_pretrained(checkpoint).eval()
     patched = load_switch(checkpoint)
     layers = mcsmoe.moe_layers(patched)
-    names = ["encoder.block.{}.layer.1.mlp", "decoder.block.{}.layer.2.mlp"]
-    assert list(layers) == [name.format(block) for name in names for block in (1, 3)]
     with torch.no_grad():
         ours, theirs = patched(**a_batch()).logits, original(**a_batch()).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         for layer in layers.values():
             layer.capacity = None
         assert (patched(**a_batch()).logits - theirs).abs().max() > 1e-4  # it was binding
-    assert common.count_parameters(patched) == sum(p.numel() for p in original.parameters())
-
-
-def test_an_export_fills_an_empty_model(checkpoint, tmp_path):
-    model = load_switch(checkpoint)
-    empty = pretrained.empty_switch(checkpoint, mcsmoe.switch_layer)
-    assert all(p.is_meta for p in empty.parameters())
-    size = mcsmoe.export_model(model, tmp_path / "model.pt")
-    assert size < 4 * common.count_parameters(model) + 60_000  # tied embeddings are stored once
-    again = mcsmoe.import_model(tmp_path / "model.pt", empty)
-    with torch.no_grad():
-        assert torch.equal(again(**a_batch()).logits, model(**a_batch()).logits)
-    assert again.lm_head.weight is again.shared.weight
 
 
 def test_the_ledger_of_switch_base_32_is_the_papers(transformers):
@@ -176,7 +151,6 @@ def test_the_ledger_of_switch_base_32_is_the_papers(transformers):
     model = pretrained.empty_switch_like(config, mcsmoe.switch_layer)
     sizes = mcsmoe.ledger(model, mcsmoe.FULL)
     assert sizes["full"] == 1_978_514_688 == common.count_parameters(model)
-    assert sizes["full"] - sizes["M-SMoE"] == 11 * 24 * 2 * 768 * 3072
     millions = [size / 1e6 for size in sizes.values()]
     assert millions == pytest.approx([1979, 733, 381, 571], abs=1.0)
 
@@ -193,14 +167,11 @@ def report_of(tmp_path):
     return report, {arm: found[0] for arm, found in report["results"]["arms"].items()}
 
 
-def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
-    plot = ["--plot"] if importlib.util.find_spec("matplotlib") else []
-    done = command_line(mcsmoe, *SWITCH, "--model", checkpoint, "--data-dir", data_dir, *plot)
+def test_full_scale_end_to_end(command_line, transformers, checkpoint, data_dir, tmp_path):
+    done = command_line(mcsmoe, *SWITCH, "--model", checkpoint, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
     report, arms = report_of(tmp_path)
     assert set(mcsmoe.DEFAULT) == set(arms)
-    assert arms["full"]["flops"] == pytest.approx(arms["msmoe"]["flops"], rel=0.01)  # capacity
-    assert arms["mc"]["flops"] < arms["msmoe"]["flops"]
     assert arms["full"]["parameters"] - arms["msmoe"]["parameters"] == 3 * 2 * (2 * 16 * 24)
     empty = pretrained.empty_switch(checkpoint, mcsmoe.switch_layer)
     sizes = mcsmoe.ledger(empty, mcsmoe.Config(**report["config"]))
@@ -209,45 +180,20 @@ def test_full_scale_end_to_end(command_line, checkpoint, data_dir, tmp_path):
     merged = [layer["layer"] for layer in arms["msmoe"]["layers"]]
     names = ["encoder.block.3.layer.1", "decoder.block.1.layer.2", "decoder.block.3.layer.2"]
     assert merged == [f"{name}.mlp" for name in names]
-    assert "points" in report["claims"][1]["measured"]
     out = tmp_path / "runs" / "mcsmoe-full"
     loaded = mcsmoe.load_trained(out / "arms" / "mc-seed0.pt")
     run = common.Run("mcsmoe", "full", "cpu", torch.float32, [0], out, data_dir=data_dir)
     run.config = mcsmoe.Config(**report["config"])
     task = mcsmoe.make_task(common.Job(run, "mc", 0), 1)
     assert mcsmoe.evaluate(loaded, task, run)["loss"] == pytest.approx(arms["mc"]["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("task", ["squad", "hotpotqa"])
-def test_answers_in_words_are_generated_and_scored(
-    command_line, transformers, checkpoint, data_dir, tmp_path, monkeypatch, task
-):
-    monkeypatch.setattr(tasks.PromptBatches, "MAX_ANSWER", 4)  # to be quick
-    flags = ["--task", task, "--arms", "mc", "redirect"]
-    done = command_line(mcsmoe, *SWITCH, *flags, "--model", checkpoint, "--data-dir", data_dir)
-    assert done.returncode == 0, done.stderr
-    report, arms = report_of(tmp_path)
-    assert list(arms) == ["full", "msmoe", "mc", "redirect"]  # and what they go on from
-    header = ", ".join(report["results"]["tables"][0]["header"])
-    assert "f1 % at once, f1 %, exact match % at once, exact match %" in header
-    assert 0 <= arms["mc"]["exact_match"] <= arms["mc"]["f1"] <= 100
     # and what it wrote is a model of the library
-    path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
+    path = out / "arms" / "msmoe-seed0.pt"
     mcsmoe.to_transformers(path, tmp_path / "plain")
     switch = transformers.SwitchTransformersForConditionalGeneration
     plain = switch.from_pretrained(tmp_path / "plain").eval()
     with torch.no_grad():
         ours = mcsmoe.load_trained(path)(**a_batch()).logits
         torch.testing.assert_close(plain(**a_batch()).logits, ours, atol=1e-5, rtol=1e-5)
-
-
-def written_back(transformers, path, folder, tokens):
-    """The logits of plain transformers for what to_transformers wrote, and of load_trained."""
-    mcsmoe.to_transformers(path, folder)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert not mcsmoe.moe_layers(plain)
-    with torch.no_grad():
-        return plain(tokens).logits, mcsmoe.load_trained(path)(tokens).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,13 +208,11 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
     with torch.no_grad():
         logits = original(tokens).logits
         torch.testing.assert_close(converted(tokens).logits, logits, atol=1e-6, rtol=0)
-    if family == "Qwen2Moe":
-        assert all(layer.shared is not None for layer in mcsmoe.moe_layers(converted).values())
 
     (tmp_path / "own.txt").write_text(f"{WORDS} . " * 40)
     flags = ["--model", folder, "--text", tmp_path / "own.txt", "--context", 16]
     flags += ["--eval-sequences", 8]
-    arms = ["full", "full@top_k=1", "msmoe", "pruning", "mc"]
+    arms = ["full", "full@top_k=1", "msmoe", "mc"]
     done = command_line(mcsmoe, *FLAGS, *flags, "--arms", *arms)
     assert done.returncode == 0, done.stderr
     _, found = report_of(tmp_path)
@@ -276,32 +220,12 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
     assert found["full"]["loss"] != found["full@top_k=1"]["loss"]
     assert found["msmoe"]["loss"] != found["msmoe"]["loss at once"]  # a few steps of recovery
     out = tmp_path / "runs" / "mcsmoe-full" / "arms"
-    written = {path.name.removesuffix("-seed0.pt") for path in out.glob("*.pt")}
-    assert written == {"mc", "msmoe", "pruning"}
     for arm in ("msmoe", "mc"):
-        plain, ours = written_back(transformers, out / f"{arm}-seed0.pt", tmp_path / arm, tokens)
-        torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-5)
-    model = mcsmoe.load_trained(out / "mc-seed0.pt")
-    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
-    with pytest.raises(ValueError, match="a pruned router masks logits"):
-        mcsmoe.to_transformers(out / "pruning-seed0.pt", tmp_path / "pruned")
-
-
-def test_letters_of_a_causal_model(command_line, causal, tmp_path, monkeypatch):
-    """Accuracy is over the letters, padding counts nowhere, and the picture of a task is in points."""
-    example = tasks.Example(text="film", label=1, choices=("dull", "long"))
-    longer = example._replace(text="the film it was")
-    monkeypatch.setattr(tasks, "load_task", lambda *_: ([example] * 12, [longer] * 5))
-    monkeypatch.setattr(tasks, "task_files", lambda *_: (causal("Mixtral") / "config.json",))
-    monkeypatch.setattr(pretrained, "answer_ids", lambda *_: [5, 7])
-    flags = ["--model", causal("Mixtral"), "--task", "arc-e", "--arms", "msmoe", "full"]
-    done = command_line(mcsmoe, *FLAGS, *flags)
-    assert done.returncode == 0, done.stderr
-    _, arms = report_of(tmp_path)
-    assert arms["full"]["accuracy"] in (0, 100) and 0 < arms["full"]["loss"] < 3
-    refused = command_line(mcsmoe, *FLAGS, "--model", causal("Mixtral"), "--out", tmp_path / "b")
-    assert refused.returncode == 2 and "task sst2 does not go with" in refused.stderr
-    assert "arc-c" in refused.stderr and "--text FILE" in refused.stderr
+        mcsmoe.to_transformers(out / f"{arm}-seed0.pt", tmp_path / arm)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / arm).eval()
+        with torch.no_grad():
+            ours = mcsmoe.load_trained(out / f"{arm}-seed0.pt")(tokens).logits
+            torch.testing.assert_close(plain(tokens).logits, ours, atol=1e-6, rtol=1e-5)
 
 
 def prompts(checkpoint, data_dir, tmp_path, name, **options):
@@ -313,35 +237,9 @@ def prompts(checkpoint, data_dir, tmp_path, name, **options):
     return mcsmoe.make_task(job, 1), job
 
 
-@torch.no_grad()
-def outspoken(checkpoint):
-    """A model whose answers differ."""
-    model, generator = load_switch(checkpoint), torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def test_generation_is_greedy_and_sees_no_label(checkpoint, data_dir, tmp_path):
-    model = outspoken(checkpoint)
-    with torch.no_grad():
-        batch = a_batch()
-        ids = torch.zeros(5, 1, dtype=torch.long)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        for _ in range(6):
-            logits = model(**inputs, decoder_input_ids=ids).logits[:, -1:]
-            ids = torch.cat([ids, logits.argmax(-1)], dim=1)
-        found = pretrained.generate(model, batch, 6)
-    ended = (ids[:, 1:] == 1).cumsum(1).cumsum(1) > 1  # after the first end of text
-    assert torch.equal(found, ids[:, 1:].masked_fill(ended, 0)[:, : found.shape[1]])
-    assert len(found.unique(dim=0)) > 1
-
-
 def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
     task, job = prompts(checkpoint, data_dir, tmp_path, "squad", batch_size=4, calibration=8)
-    batch, tokenizer = task.validation[0], pretrained.load_tokenizer(checkpoint)
-    words = tokenizer.batch_decode(batch["labels"].clamp(min=0)[:2])
-    assert words == ["gorgeous and long </s>", "dull </s> <pad> <pad>"]
+    batch = task.validation[0]
     assert batch["labels"][1].tolist()[1:] == [1, -100, -100]
     model = load_switch(checkpoint)
     seen = mcsmoe.calibrate(model, task)
@@ -353,31 +251,23 @@ def test_answers_of_several_tokens(checkpoint, data_dir, tmp_path):
         own = model(**inputs).logits
         torch.testing.assert_close(logits, own)  # as the library shifts labels, start token first
         given = labels >= 0
-        # padding is seen by no answer before it
-        other_padding = batch | {"labels": torch.where(given, labels, 5)}
-        changed, _ = task.outputs(model, other_padding)
-        torch.testing.assert_close(changed[given], logits[given])
         log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         means = [row[kept].mean() for row, kept in zip(log_probs, given)]
         loss = -torch.stack(means).mean()
     assert mcsmoe.evaluate(model, task, job.run)["loss"] == pytest.approx(float(loss), rel=1e-5)
-    task.dev = task.dev[:2]
-    found = task.scores(["Gorgeous, and long!", "the dull film"])
-    assert found == {"f1": pytest.approx(500 / 6), "exact_match": 50}
 
 
-def test_answers_come_from_the_model_alone(checkpoint, data_dir, tmp_path):
-    model = outspoken(checkpoint)
+@torch.no_grad()
+def test_answers_come_from_the_model_alone(checkpoint, data_dir):
+    model, generator = load_switch(checkpoint), torch.Generator().manual_seed(3)
+    for parameter in model.parameters():  # so that its answers differ
+        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     data = pretrained.TextToText("squad", data_dir, checkpoint, 64, "cpu")
     batch = data.encode(data.dev[:2])
     logits = torch.zeros(2, 4, 40)  # of the right answer, token by token: not to be looked at
-    with torch.no_grad():
-        generated = pretrained.generate(model, batch, 64)
+    generated = pretrained.generate(model, batch, 64)
     expected = data.tokenizer.batch_decode(generated, skip_special_tokens=True)
     assert data.answers(model, batch, logits) == expected and any(expected)
-    long = data.encode([data.dev[0]._replace(answers=("long " * 99,))])["labels"]
-    # what fits a decoder's experts, the end included
-    assert long.shape == (1, 64) and long[0, -1] == 1
     words = pretrained.TextToText("sst2", data_dir, checkpoint, 64, "cpu")
     for first, expected in ((words.words[1], 1), (words.words[0], 0), (3, None)):
         logits = torch.zeros(1, 2, 40)
@@ -404,8 +294,7 @@ def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_di
     # five epochs of 48 rows
     batches = [task.train_batch(step)["input_ids"] for step in range(24)]
     padded = [torch.nn.functional.pad(ids, (0, 20 - ids.shape[1])) for ids in batches]
-    rows = torch.cat(padded)
-    _, counts = rows.unique(dim=0, return_counts=True)
+    _, counts = torch.cat(padded).unique(dim=0, return_counts=True)
     assert counts.tolist() == [60] * 4
     model = load_switch(checkpoint)
     seen = mcsmoe.calibrate(model, task)
@@ -413,66 +302,9 @@ def test_epochs_cover_the_training_set_and_padding_stays_out(checkpoint, data_di
     width = task.calibration[0]["input_ids"].shape[1]
     assert len(seen["encoder.block.1.layer.1.mlp"]) == valid < 20 * width
     assert len(seen["decoder.block.1.layer.2.mlp"]) == 20 * 2
-    batch = task.validation[0]
-    assert batch["labels"][:, 1].unique().tolist() == [1]  # the answer, then the end
-    tokenizer = pretrained.load_tokenizer(checkpoint)
-    assert set(tokenizer.convert_ids_to_tokens(batch["labels"][:, 0])) == {"positive", "negative"}
 
 
-def test_mistakes_are_one_line(command_line, checkpoint, data_dir, tmp_path, monkeypatch):
-    def refused(*flags, expected, code=2):
-        done = command_line(mcsmoe, "--full", "--data-dir", data_dir, *flags)
-        assert done.returncode == code and expected in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
-
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    refused("--model", "no/such/folder/here", expected="no such folder")
-    lacking = "lacks config.json, tokenizer.json, model.safetensors or pytorch_model.bin"
-    refused("--model", broken, expected=lacking)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (broken / name).write_bytes((checkpoint / name).read_bytes())
-    weights = (checkpoint / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(weights[:5000])
-    refused("--model", broken, expected="holds no readable weights")
-    config = json.loads((checkpoint / "config.json").read_text())
-    (broken / "model.safetensors").write_bytes(weights)
-    (broken / "config.json").write_text(json.dumps({**config, "num_experts": 5}))
-    refused("--model", broken, expected="weights missing or of another shape")
-    (broken / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    refused("--model", broken, expected="holds a t5 model")
-    (broken / "config.json").write_text("{")
-    refused("--model", broken, expected="config.json cannot be read")
-    refused("--model", checkpoint, "--kept", "9", expected="the model has 4 experts")
-    (data_dir / "sst2" / "SST-2" / "train.tsv").write_text("sentence\tlabel\nfine\tgood\n")
-    refused("--model", checkpoint, expected="train.tsv, line 2")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    (data_dir / "sst2" / "SST-2" / "train.tsv").write_text("fine\t1\n")
-    refused("--model", checkpoint, expected="pip install -r requirements-full.txt")
-
-
-def test_a_model_that_cannot_be_downloaded_says_what_to_put_where(
-    transformers, tmp_path, monkeypatch
-):
-    import huggingface_hub
-
-    def offline(*args, **options):
-        raise ConnectionError("nobody there")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    told = "put config.json, tokenizer.json .*huggingface.co/google/x into .*google--x"
-    with pytest.raises(FileNotFoundError, match=told):
-        pretrained.locate("google/x", tmp_path)
-
-
-def test_answers_must_be_one_token(checkpoint):
-    tokenizer = pretrained.load_tokenizer(checkpoint)
-    for prompt in filter(lambda prompt: prompt.words, tasks.PROMPTS.values()):
-        assert len(set(tasks.word_ids(tokenizer, prompt.words))) == 2
-    for words, expected in (
-        (("yes", "unheard"), "'unheard' is not one token"),
-        (("yes no",), "not one token"),
-        (("yes", "yes"), "the same token"),
-    ):
-        with pytest.raises(ValueError, match=expected):
-            tasks.word_ids(tokenizer, words)
+def test_a_folder_without_a_model_is_one_line(command_line, data_dir, tmp_path):
+    done = command_line(mcsmoe, "--full", "--data-dir", data_dir, "--model", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "lacks config.json, tokenizer.json, model.safetensors" in done.stderr

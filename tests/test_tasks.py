@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -23,9 +22,8 @@ QUESTION = {"answerKey": "C", "id": "1", "question": STEM}
 @pytest.fixture
 def write(tmp_path):
     def write(content, name="file.txt"):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
+        (tmp_path / name).write_bytes(content.encode())
+        return tmp_path / name
 
     return write
 
@@ -33,7 +31,7 @@ def write(tmp_path):
 def test_sst2_with_and_without_glue_header(write):
     expected = [Example("a gorgeous film", 1), Example("no 'fun' \"at\" all", 0)]
     rows = "a gorgeous film \t1\nno 'fun' \"at\" all\t0\n"
-    windows = b"\xef\xbb\xbfsentence\tlabel\r\n" + rows.replace("\n", "\r\n").encode()
+    windows = "\ufeffsentence\tlabel\r\n" + rows.replace("\n", "\r\n")
     for content in (rows, "sentence\tlabel\n" + rows, windows, rows + "\n"):
         assert tasks.read_sst2(write(content)) == expected
 
@@ -71,24 +69,6 @@ def test_files_that_are_there_are_used_and_nothing_is_downloaded(tmp_path, monke
         (folder / "dev.csv").write_text("".join(MATH.splitlines(keepends=True)[: 1 + count]))
         train, dev = tasks.load_task("mawps", tmp_path, fold=fold)
         assert (len(train), len(dev)) == (2, count)
-    with pytest.raises(ValueError, match="task is 'mnli', fold 0; allowed: sst2, csqa"):
-        tasks.load_task("mnli", tmp_path)
-    with pytest.raises(ValueError, match="fold 5"):
-        tasks.load_task("mawps", tmp_path, fold=5)
-
-
-def test_missing_files_are_asked_of_the_download_table(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(tasks.download, "fetch", lambda name, root: asked.append((name, root)))
-    for name in tasks.TASKS:
-        with pytest.raises(FileNotFoundError):
-            tasks.load_task(name, tmp_path)
-    assert [name for name, _ in asked] == [dataset for _, dataset, *_ in tasks.TASKS.values()]
-    for name, (_, dataset, *files) in tasks.TASKS.items():  # the table has what the readers ask for
-        rows = tasks.download.DATASETS[dataset].files
-        offered = [file.path(Path()).as_posix() for file in rows]
-        offered += [member for file in rows for member in file.members]
-        assert all(file.format(fold=fold) in offered for file in files for fold in range(5)), name
 
 
 MRPC = """Quality\t#1 ID\t#2 ID\t#1 String\t#2 String
@@ -142,14 +122,9 @@ def test_labels_in_a_file_of_their_own(write):
     first = Example("Why?", 2, choices=("a", "b", "c"), context="Ann ran.")
     assert tasks.read_siqa(siqa) == [first, first._replace(label=0)]
     assert tasks.read_piqa(piqa) == [Example("open", 1, choices=("push", "pull"))]
-    for labels, message in (
-        ("3\n4\n", "siqa-labels.lst, line 2: label '4'"),
-        ("3\n", "has 2 lines.*has 1"),
-        ("1\n2\n3\n", "has 2 lines.*has 3"),
-    ):
-        write(labels, "siqa-labels.lst")
-        with pytest.raises(ValueError, match=message):
-            tasks.read_siqa(siqa)
+    write("3\n", "siqa-labels.lst")
+    with pytest.raises(ValueError, match="has 2 lines.*has 1"):
+        tasks.read_siqa(siqa)
 
 
 FOX = {"context": "A fox ran. It was red.", "qas": [
@@ -175,130 +150,35 @@ def test_questions_with_answers_in_words(write):
     assert tasks.read_hotpotqa(write(json.dumps([HOTPOTQA]))) == [shown]
 
 
-def with_math(old, new):
-    assert old in MATH
-    return MATH.replace(old, new, 1)
-
-
-def changed(document, *path, to):
-    """A copy with one value replaced."""
-    document = json.loads(json.dumps(document))
-    inner = document
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = to
-    return json.dumps(document)
-
-
-def without(document, key):
-    return {name: value for name, value in document.items() if name != key}
-
-
 WHY = {"stem": "why ?", "choices": [{"text": "so", "label": "1"}, {"text": "not", "label": "2"}]}
 ARC = {"question": WHY, "answerKey": "2"}
 ENDINGS = {"ctx": "He", "endings": ["a", "b", "c", "d"], "label": 3}
 SIQA = {"context": "Ann ran.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c"}
 PIQA = {"goal": "open", "sol1": "push", "sol2": "pull"}
-QAS = ("data", 0, "paragraphs", 0, "qas", 1)
-
-# Short names for the table below.
-sst2, csqa, arc, swag = tasks.read_sst2, tasks.read_csqa, tasks.read_arc, tasks.read_hellaswag
-math_, wikiqa = tasks.read_math, tasks.read_wikiqa
-copa, gap = tasks.read_copa, tasks.read_winogrande
-multirc, squad, hotpot = tasks.read_multirc, tasks.read_squad, tasks.read_hotpotqa
-CUT_SHORT = "Question,Numbers,Equation,Answer\nhow many ?,1 2,+ number0 number1,12"
-FACT = (0, "supporting_facts", 0)
-CORPUS, IDS = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"  # read by read_mrpc
-
-REFUSED = [
-    (sst2, "good\t1\nbad\t2\n", "line 2: label '2' is not one of 0, 1"),
-    (sst2, "good\t1\nbad\n", "line 2: 1 tab-separated columns, not 2"),
-    (sst2, "good\t1\n \t0\n", "line 2: the sentence is empty"),
-    (sst2, "index\tsentence\n0\tgood\n", "line 1: GLUE's test file hides the labels"),
-    (sst2, "good\t1\nsentence\tlabel\n", "line 2: label 'label'"),
-    (sst2, "sentence\tlabel\n", "no examples"),
-    (csqa, lines(QUESTION, without(QUESTION, "answerKey")), "line 2: has no answerKey"),
-    (csqa, lines({**QUESTION, "answerKey": "F"}), "answerKey 'F' is not one of A, B"),
-    (csqa, changed(QUESTION, "question", "choices", to=CHOICES[:4]), "needs five choices"),
-    (csqa, changed(QUESTION, "question", "choices", to=CHOICES[::-1]), "five choices"),
-    (csqa, changed(QUESTION, "question", "stem", to=5), "stem is no text: 5"),
-    (csqa, changed(QUESTION, "question", to=None), "needs an object .*None"),
-    (arc, lines(ARC, {**ARC, "answerKey": "C"}), "line 2: answerKey 'C'"),
-    (arc, changed(ARC, "question", "choices", 0, "label", to="2"), "stands at two choices"),
-    (swag, lines({**ENDINGS, "label": ""}), "line 1: label ''"),
-    (swag, lines({**ENDINGS, "label": True}), "line 1: label True"),
-    (swag, lines({**ENDINGS, "endings": ["a", "b"]}), "needs four endings, not 2"),
-    (math_, with_math(",Answer", ",Result"), "line 1: the header lacks Answer"),
-    (math_, with_math("7.0,Addition", "seven,Addition"), "line 2: Answer 'seven' is not"),
-    (math_, with_math("9 2 3", "9 two 3"), "line 3: .*'two' is not numeric"),
-    (math_, with_math("9 2 3", "9 2"), "line 3: equation .* cannot apply 'number2'"),
-    (math_, with_math("+ number0 number1", "number0 number1"), "line 2: .* 2 values"),
-    (math_, with_math("+ number0 number1", "+ number0"), "line 2: .* cannot apply '\\+'"),
-    (math_, with_math("+ number0", "__import__"), "line 2: .* cannot apply '__import__'"),
-    (math_, with_math("7.0", "nan"), "line 2: .* not finite"),
-    (math_, with_math('days ?"', "days ?"), "line 3: .*unexpected end"),
-    (math_, CUT_SHORT, "cut"),
-    (wikiqa, WIKIQA.replace("Label", "Answer"), "line 1: the header lacks Label"),
-    (wikiqa, WIKIQA + "Q1\t\tD\tT\tS\tyes\t1\n", "line 4: the question is empty"),
-    (CORPUS, MRPC.split("\n", 1)[1], "line 1: the header lacks Quality"),
-    (CORPUS, MRPC + "2\t1\t2\ta\tb\n", "line 4: label '2'"),
-    (CORPUS, MRPC + "1\t1\t2\ta\t\n", "line 4: a sentence is empty"),
-    (IDS, "9 10\n", "line 1: 1 tab-separated columns, not 2"),
-    (IDS, "9\t10\n9\t11\n", "lacks: .*'9', '11'"),  # a development set cut short
-    (copa, lines(COPA, {**COPA, "label": 2}), "line 2: label 2 is not one of 0, 1"),
-    (copa, lines({**COPA, "label": 1.0}), "label 1.0 is not one of 0, 1"),
-    (copa, lines({**COPA, "question": "why"}), "question 'why' is not one of cause"),
-    (copa, lines({**COPA, "choice2": " "}), "choice2 is empty"),
-    (gap, lines({**GAP, "sentence": "no gap"}), "line 1: the sentence has no gap"),
-    (gap, lines({**GAP, "answer": ""}), "line 1: answer is empty"),
-    (multirc, lines({"passage": {"text": "x"}}), "line 1: .*'questions' is missing"),
-    (multirc, lines({"passage": {"text": "x", "questions": {}}}), "a list is needed"),
-    (multirc, lines({"passage": {"text": "x", "questions": []}}), "no examples"),
-    (squad, json.dumps([SQUAD]), "needs an object with data"),
-    (squad, changed(SQUAD, *QAS, "answers", to=[]), "question 2: .* version 2.0"),
-    (squad, changed(SQUAD, *QAS, "question", to=" "), "question 2: question is empty"),
-    (squad, changed(SQUAD, *QAS, "answers", 0, "text", to=7), "question 2: text is no"),
-    (squad, json.dumps({"data": []}), "no examples"),
-    (hotpot, json.dumps({"data": [HOTPOTQA]}), "a list is needed"),
-    (hotpot, changed([HOTPOTQA], *FACT, to=["Cat", 0]), "names 'Cat'"),
-    (hotpot, changed([HOTPOTQA], *FACT, 1, to=-1), "-1 counts from 0"),
-    (hotpot, changed([HOTPOTQA], *FACT, 1, to=True), "True counts"),
-    (hotpot, changed([HOTPOTQA], 0, "context", 0, 0, to="Fox"), "two paragraphs are"),
-    (hotpot, changed([HOTPOTQA] * 2, 1, "supporting_facts", to=[]), "question 2: supporting"),
-    (hotpot, json.dumps([without(HOTPOTQA, "answer")]), "'answer' is missing"),
+REVERSED = {**STEM, "choices": CHOICES[::-1]}
+REFUSED = [  # one case of a kind
+    (tasks.read_sst2, "good\t1\nbad\t2\n", "line 2: label '2' is not one of 0, 1"),
+    (tasks.read_csqa, lines({**QUESTION, "answerKey": "F"}), "answerKey 'F' is not one of A, B"),
+    (tasks.read_csqa, lines({**QUESTION, "question": REVERSED}), "needs five choices"),
+    (tasks.read_math, MATH.replace("9 2 3", "9 2"), "line 3: equation .* cannot apply 'number2'"),
+    (tasks.read_math, MATH.replace("+ number0", "__import__"), "cannot apply '__import__'"),
+    (tasks.read_copa, lines({**COPA, "label": 1.0}), "label 1.0 is not one of 0, 1"),
 ]
 
 
 @pytest.mark.parametrize("read, content, expected", REFUSED)
 def test_what_is_not_understood_is_refused_by_file_and_place(write, read, content, expected):
-    write(MRPC, CORPUS)
-    write("9\t10\n", IDS)
-    name = read if read in (CORPUS, IDS) else "file.txt"
-    path = write(content, name)
-    with pytest.raises(ValueError, match=expected) as caught:
-        (tasks.read_mrpc if path.name in (CORPUS, IDS) else read)(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_keys_and_columns_that_are_not_used_are_printed(write, capsys):
-    path = write(lines({**COPA, "weight": 3, "idx": 1}, {**COPA, "why": ""}), "copa-odd.jsonl")
-    tasks.read_copa(path)
-    assert capsys.readouterr().err == f"{path}: there and not used: 'weight', 'why'\n"
-    path = write(MATH.replace("Type", "Difficulty"), "math-odd.csv")
-    tasks.read_math(path)
-    assert capsys.readouterr().err == f"{path}: there and not used: 'Difficulty'\n"
+    path = write(content)
+    with pytest.raises(ValueError, match=f"{path}.*{expected}"):
+        read(path)
 
 
 MATCHES = [  # answer, references, F1, exact match
-    # case, article and punctuation do not count
-    ("The Broncos!", ["Denver Broncos", "Broncos"], 1, 1),
-    # a hyphen is dropped, not a space: big olddog
-    ("the big  old-dog", ["a big dog", "olddog"], 2 / 3, 0),
+    ("The Broncos!", ["Denver Broncos", "Broncos"], 1, 1),  # without case, article, punctuation
+    ("the big  old-dog", ["a big dog", "olddog"], 2 / 3, 0),  # a hyphen is dropped: big olddog
     ("dog dog", ["dog"], 2 / 3, 0),  # every word counts once
     ("theatre", ["the atre"], 0, 0),  # only whole articles go
-    ("big dog cat", ["dog", "cat big"], 0.8, 0),
     ("dog", ["dog", "cat", "big cat"], 1, 1),  # the best of them, wherever it stands
-    ("cat", ["dog"], 0, 0),
     ("The", ["a"], 0, 1),  # nothing is left of either: equal, and no word in common
 ]
 
@@ -334,26 +214,15 @@ def test_scores_by_hand():
     assert tasks.scores("multirc", [answers[0]], [0]) == perfect
 
 
-def test_prompts_show_all_parts_of_an_example(tmp_path):
+def test_prompts_show_all_parts_of_an_example():
     example = Example("first part", 1, "second part", ("left choice", "right choice"))
     for name, prompt in tasks.PROMPTS.items():
-        assert name in tasks.TASKS
         if not prompt.words:
             asked = prompt.write(Question("who?", "a context", ("x",)))
             assert asked == f"{name} question: who? context: a context"
             continue
-        parts = ["first part"]
-        if name not in ("sst2", "winogrande"):
-            parts.append("second part")
-        if name in ("copa", "winogrande"):
-            parts += ["left choice", "right choice"]
         written = prompt.write(example)
-        assert written.startswith(name) and len(prompt.words) == 2
-        assert all(part in written for part in parts)
-    (tmp_path / "mrpc").mkdir()
-    (tmp_path / "mrpc" / CORPUS).write_text(MRPC)
-    (tmp_path / "mrpc" / IDS).write_text("9\t10\n")
-    train, dev = tasks.load_prompts("mrpc", tmp_path)
-    assert (len(train), len(dev)) == (1, 1) and dev == [Example("One .", 0, "Two .")]
-    with pytest.raises(ValueError, match="task is 'svamp'; as text to text there are sst2"):
-        tasks.load_prompts("svamp", tmp_path)
+        assert written.startswith(name) and "first part" in written
+        assert name in ("sst2", "winogrande") or "second part" in written
+        if name in ("copa", "winogrande"):
+            assert "left choice" in written and "right choice" in written
