@@ -341,6 +341,17 @@ def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_pa
     torch.set_rng_state(random)
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
+    """torch compares no checksums."""
+    path, weights = tmp_path / "a.ckpt", torch.arange(400.0)
+    common.save(path, {"w": weights})
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(common.UsageError, match="a.ckpt is not a readable file of tensors"):
+        common.load(path)
+
+
 def test_what_a_killed_run_left_half_done_is_put_in_order(command_line, tmp_path):
     out = tmp_path / "out"
     assert command_line(toy, *FOUR_STEPS).returncode == 0
