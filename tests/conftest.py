@@ -3,6 +3,7 @@ script that several tests look at.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,34 +39,31 @@ def pytest_runtest_setup():
     torch.set_num_threads(1)
 
 
-def place(item):
-    if item.name in ("test_the_long_runs_begin", "test_the_interpreter_begins"):
-        return 0
-    return 2 if "beside" in item.fixturenames else 1
+def is_long(item):
+    return item.get_closest_marker("beside") is not None
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=place)  # what goes on beside the others begins first and is looked at last
+    items.sort(key=is_long)  # they go on beside the others from the start, and are looked at last
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords know folders, too
                 item.add_marker(pytest.mark.skip(reason="needs CUDA, and -m gpu"))
 
 
+def run_script(name, *flags, cwd, **options):
+    """`python name flags` with one thread -> CompletedProcess."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    path = ROOT / name if not Path(name).is_absolute() else name
+    command = [sys.executable, str(path), *map(str, flags)]
+    given = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, **{"timeout": PATIENCE, **given, **options})
+
+
 @pytest.fixture
 def script(tmp_path):
-    """script("adamoe.py", "--steps", "3") -> CompletedProcess, run from an empty folder with one
-    thread.
-    """
-
-    def run(name, *flags, cwd=tmp_path, **options):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-        path = ROOT / name if not Path(name).is_absolute() else name
-        command = [sys.executable, str(path), *map(str, flags)]
-        given = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
-        return subprocess.run(command, check=False, **{"timeout": PATIENCE, **given, **options})
-
-    return run
+    """script("adamoe.py", "--steps", "3") -> CompletedProcess, run from an empty folder."""
+    return functools.partial(run_script, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +76,42 @@ def fork():
     server = ForkServer()
     yield server
     server.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_runs(request, tmp_path_factory):
+    """All that the tests marked `beside` wait for begins before the first test.
+
+    Of `@pytest.mark.beside(run=...)`, run(fork, folder, **parameters of the test) is called
+    in a thread, once for all tests that want the same; it starts processes and waits for them.
+    """
+    chosen = list(filter(is_long, request.session.items))
+    if not chosen or "forkserver" not in multiprocessing.get_all_start_methods():
+        return lambda item: pytest.skip("this system cannot fork")
+    fork, begun = request.getfixturevalue("fork"), {}
+    pool = ThreadPoolExecutor(common.num_cores())
+    request.addfinalizer(functools.partial(pool.shutdown, cancel_futures=True))
+
+    def begin(item):
+        function = item.get_closest_marker("beside").kwargs["run"]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        key = (function, *parameters.values())
+        if key not in begun:
+            folder = tmp_path_factory.mktemp(function.__name__)
+            begun[key] = pool.submit(function, fork, folder, **parameters)
+        return begun[key]
+
+    for item in chosen:
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        if not skipped and not hasattr(request.config, "workerinput"):  # of pytest-xdist
+            begin(item)
+    return begin
+
+
+@pytest.fixture
+def beside(request, long_runs):
+    """What `run` of this test's mark has returned."""
+    return long_runs(request.node).result()
 
 
 @contextlib.contextmanager

