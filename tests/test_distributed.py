@@ -50,26 +50,32 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path, fork, name):
     assert [claim["id"] for claim in reports[0]] == [claim["id"] for claim in reports[1]]
 
 
-def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(tmp_path, fork):
-    """Interrupted under torchrun, which hands the signal on."""
-    hold = tmp_path / "hold"
+def interrupted(fork, folder):
+    """Two processes that torchrun started and interrupted, resumed; and two that ran through."""
+    hold = folder / "hold"
     hold.touch()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     flags = ["--steps", "400", "--hold", str(hold), "--out"]
+    arms = folder / "cut" / "arms"
     command = [*TORCHRUN, str(ROOT / TOY), *flags, "cut"]
-    whole = fork.two(TOY, "--steps", 400, "--out", tmp_path / "whole", folder=tmp_path / "a")
-    assert [ended(process) for process in whole] == [0, 0]
-    arms = tmp_path / "cut" / "arms"
-    cut = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, **pipes)
+    cut = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
     wait_until((arms / "one-seed0.jsonl").exists)
-    cut.send_signal(signal.SIGTERM)
+    cut.send_signal(signal.SIGTERM)  # torchrun hands it on
     _, err = cut.communicate(timeout=PATIENCE)
-    assert cut.returncode != 0 and (arms / "one-seed0.ckpt").exists(), err
+    was_saved = (arms / "one-seed0.ckpt").exists()
     hold.unlink()
-    again = fork.two(TOY, *flags, tmp_path / "cut", "--resume", folder=tmp_path / "b")
-    done = [finished(process) for process in again]
-    assert [process.returncode for process in done] == [0, 0], done
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    again = fork.two(TOY, *flags, folder / "cut", "--resume", folder=folder / "b")
+    whole = fork.two(TOY, "--steps", 400, "--out", folder / "whole", folder=folder / "a")
+    codes = [ended(process) for process in (*again, *whole)]
+    return cut.returncode, was_saved, err, codes, folder
+
+
+@pytest.mark.beside(run=interrupted)
+def test_an_interrupted_run_of_two_processes_resumes_to_the_same_numbers(beside):
+    code, was_saved, err, codes, folder = beside
+    assert code != 0 and was_saved, err
+    assert codes == [0, 0, 0, 0]
+    assert losses(folder / "cut") == losses(folder / "whole")
 
 
 def test_where_one_process_dies_the_other_says_so_in_a_line(tmp_path, fork):
