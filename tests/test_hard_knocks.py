@@ -166,7 +166,7 @@ def test_a_folder_that_is_held_or_none_is_refused_in_one_line(fork, tmp_path):
     before = {path: (tmp_path / "held" / path).read_bytes() for path in files(tmp_path / "held")}
     held, release = fork.context.Event(), fork.context.Event()
     holder = fork.call(hold, tmp_path / "held", held, release)
-    assert held.wait(60)
+    assert held.wait(PATIENCE)
     for flag in ("--resume", "--overwrite"):
         ask("is in use by another run (process ", tmp_path / "held", flag)
     assert before == {path: (tmp_path / "held" / path).read_bytes() for path in before}
