@@ -547,3 +547,8 @@ def test_figures_of_the_docstring_are_those_of_the_committed_result():
         f"is {gaps[0]} of the weight in CGC, {gaps[1]} in HoME, {gaps[2]} by its gates alone",
     ):
         assert part in found, part
+
+
+def test_a_group_may_not_be_called_as_the_experts_of_all_groups():
+    with pytest.raises(ValueError, match="group 'shared' has the name of"):
+        home.HoME(8, {"shared": ["a", "b"], "inter": ["c"]})
