@@ -1432,6 +1432,7 @@ def plan(waves: Sequence[Sequence[str]], config: Config, run: Run) -> None:
     windows = torch.zeros(rows, config.context + 1, dtype=torch.long, device=run.device)
     reads = sum(sequences(arm, config) for wave in waves for arm in wave) * len(run.seeds)
     text = f"{len(run.data)} domains {common.digest(run.data)[:12]}"
+    run.num_jobs = max(len(wave) for wave in waves) * len(run.seeds)
     run.plan(text, model, lambda: common.lm_loss(model, windows).mean().backward(), reads / rows)
 
 

@@ -604,7 +604,11 @@ class MetricsLog:
 
     def forget(self, first_step: int, start_step: int) -> None:
         """Drop the lines of steps that run again, and a torn last one. Raises UsageError."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        if not self.path.exists():
+            if start_step > first_step:
+                raise UsageError(f"{self.path} is missing; {afresh(self.path)}")
             return
         kept, steps = [], []
         try:
@@ -1214,6 +1218,8 @@ class Run:
     actions: dict[str, Any] = field(default_factory=dict)  # the script's own flags that were given
     data: dict[str, str] = field(default_factory=dict)  # name -> digest of what main trains on
     tables: list[dict] = field(default_factory=list)
+    pictures: list[tuple] = field(default_factory=list)
+    num_jobs: int = 1  # that can be trained at a time; `choose` counts them
     begun: bool = False
     lock: int | None = None  # file descriptor, in the process that holds it
 
@@ -1240,7 +1246,11 @@ class Run:
                 there = f"the nearest is {near!r}, all: {', '.join(known)}"
                 raise UsageError(f"--arms: there is no arm {method!r}; {there}")
             arm_config(self.config, arm)  # refuses settings
-        return list(dict.fromkeys(chosen))
+            if "/" in arm:
+                raise UsageError(f"arm {arm}: files are named after it; give a path as a flag")
+        chosen = list(dict.fromkeys(chosen))
+        self.num_jobs = len(chosen) * len(self.seeds)
+        return chosen
 
     def plan(
         self,
@@ -1256,16 +1266,17 @@ class Run:
         """
         count = len(self.seeds)
         seeds = f"seed {self.seed}" if count == 1 else f"seeds {self.seed}-{self.seeds[-1]}"
-        seconds = median_seconds(step, self.device) * steps / self.workers
+        at_once = min(self.workers, self.num_jobs)
+        seconds = median_seconds(step, self.device) * steps / at_once
         where = [self.method, f"{self.scale} scale", self.device, self.dtype_name]
         say(" · ".join([*where, seeds, text, f"about {seconds:,.0f} s"]))
         if not self.dry_run:
             return
-        at_a_time = f"{self.workers} {'arms' if self.workers > 1 else 'arm'} at a time"
+        at_a_time = f"{at_once} {'arms' if at_once > 1 else 'arm'} at a time"
         download = "not known" if download_bytes is None else f"{download_bytes:,}"
         rows = [
             ["parameters", f"{count_parameters(model):,}"],
-            ["training FLOPs", f"{count_flops(step)['Global'] * steps:.2e}"],
+            ["training FLOPs", f"{count_flops(step).get('Global', 0) * steps:.2e}"],
             ["bytes to download", download],
             ["peak memory of a step", f"{peak_memory(self.device) / 2**20:,.0f} MiB"],
             ["training time", f"{seconds / 3600:.3f} hours, {at_a_time}"],
@@ -1281,9 +1292,16 @@ class Run:
     def plot(
         self, panels: Sequence[Callable], width: float = 4.6, height: float = 3.8, name: str = ""
     ) -> None:
-        """With --plot, draw panels (functions of a matplotlib axis), three a row at most."""
-        if not self.draw:
-            return
+        """With --plot, draw panels (functions of a matplotlib axis), three a row at most.
+
+        Once results.json is written: a mistake in a panel loses no result. Train nothing after it.
+        """
+        if self.draw:
+            self.pictures.append((panels, width, height, name or self.method))
+
+    def draw_picture(
+        self, panels: Sequence[Callable], width: float, height: float, name: str
+    ) -> None:
         from matplotlib.figure import Figure
 
         columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
@@ -1300,7 +1318,7 @@ class Run:
             figure.legend(named.values(), named.keys(), loc="outside lower center",
                           ncols=min(len(named), 2 + 2 * columns), frameon=False,
                           fontsize=8)  # fmt: skip
-        path = self.out / f"{name or self.method}.png"
+        path = self.out / f"{name}.png"
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=130)
         say(f"\nwrote {path}")
@@ -1340,9 +1358,10 @@ class Run:
             job.do(train_arm)
 
     def identity(self) -> dict:
-        """What all arms of a folder must have in common. Threads change the order of sums."""
+        """What all arms of a folder must have in common. Threads and --compile change digits."""
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # as it will be read back
         where = {"dtype": self.dtype_name, "device": self.device, "threads": self.threads}
+        where["compile"] = self.compile
         return {"config": config, "data": self.data, **where, "torch": torch.__version__}
 
     def record(self) -> dict:
@@ -1393,7 +1412,7 @@ class Run:
             if left["method"] != self.method:
                 whose = f"{self.out} was left by {left['method']}.py"
                 raise UsageError(f"--resume: {whose}; choose another --out")
-            before = left["identity"]
+            before = {"compile": False, **left["identity"]}  # an earlier version did not note it
             for old, new in [(before.get("config", {}), now["config"]), (before, now)]:
                 for key in new:
                     if key not in old:
@@ -1821,6 +1840,8 @@ def run_script(
     if run.dry_run or run.actions or processes()[0] > 0:
         return 0
     code = report(main, run, claims, results or Results(), options["strict"], start)
+    for picture in run.pictures:
+        run.draw_picture(*picture)
     if options["compare"]:
         say(f"\n{format_comparison(committed, claims)}")
     return code
@@ -1829,7 +1850,8 @@ def run_script(
 def committed_margins(script: Path, run: Run, settings: dict) -> dict[str, list[float]]:
     """The margins of each claim that were committed with the code: what --compare compares with.
 
-    Raises UsageError where a comparison would mean nothing: other settings, another scale.
+    Without those of the seeds of this run: a seed says nothing beside itself. Raises UsageError
+    where a comparison would mean nothing: other settings, another scale, no other seeds.
     """
     path = script.parent / "results" / "cpu-2-cores" / f"{script.stem}.json"
     if run.scale == "full" or not path.is_file():
@@ -1837,8 +1859,15 @@ def committed_margins(script: Path, run: Run, settings: dict) -> dict[str, list[
     if settings:
         flags = ", ".join(flag(name) for name in sorted(settings))
         raise UsageError(f"--compare: the committed seeds ran with the defaults; leave out {flags}")
-    claims = read_json(path, claims=list)["claims"]
-    return {claim["id"]: claim["margins"] for claim in claims if claim["margins"]}
+    left = read_json(path, seeds=list, claims=list)
+    if len(set(left["seeds"]) - set(run.seeds)) < 3:
+        way_out = f"take others, --seed {max(left['seeds']) + 1}"
+        raise UsageError(f"--compare: these seeds are the committed ones themselves; {way_out}")
+    others = {}
+    for claim in left["claims"]:
+        by_seed = zip(left["seeds"], claim["margins"])  # a dear control has only the first seeds
+        others[claim["id"]] = [margin for seed, margin in by_seed if seed not in run.seeds]
+    return others
 
 
 def format_comparison(committed: dict[str, list[float]], claims: Sequence[Claim]) -> str:

@@ -194,6 +194,8 @@ def check_groups(groups: dict[str, Sequence[str]]) -> list[str]:
     for group, members in groups.items():
         if not members:
             raise ValueError(f"group {group!r} has no task")
+        if group == "shared":
+            raise ValueError("group 'shared' has the name of the experts of all groups; rename it")
     for task in tasks:
         if tasks.count(task) > 1:
             raise ValueError(f"task {task!r} is in {tasks.count(task)} groups; one is needed")

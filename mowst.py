@@ -229,7 +229,7 @@ def mowst_star_loss(
 ) -> Tensor:
     """L*: the loss of the mixed prediction; never above L. As mowst_loss."""
     log_probs = mixture_log_probs(confidence, weak_logits, strong_logits)
-    return F.nll_loss(log_probs, labels, class_weights)
+    return F.nll_loss(log_probs, labels, class_weights, reduction="sum") / len(labels)
 
 
 def mixture_log_probs(confidence: Tensor, weak_logits: Tensor, strong_logits: Tensor) -> Tensor:
@@ -866,15 +866,19 @@ def method_of(arm: str) -> str:
     return arm.partition("@")[0]
 
 
-def experts_of(arm: str) -> list[str]:
+def experts_of(arm: str, config: Config = SMALL) -> list[str]:
     """The arms that train a mixture's experts: with its settings, as far as they concern them.
 
-    mowst@backbone=sage,gate=var -> mlp, gnn@backbone=sage
+    mowst@backbone=sage,gate=var -> mlp, gnn@backbone=sage; but mlp@backbone=sage where the MLP's
+    settings come from an official row, which belongs to a GNN. config: of the run
     """
+    own = common.arm_config(config, arm)
+    by_row = None in (own.hidden, own.layers, own.lr, own.weight_decay, own.dropout)
+    of_gnns = ("heads",) if by_row else ("heads", "backbone")
     settings = arm.partition("@")[2].split(",")
     found = []
     for expert in MIXTURES[method_of(arm)]:
-        other = (*OF_MIXTURES, "backbone", "heads") if expert == "mlp" else OF_MIXTURES
+        other = (*OF_MIXTURES, *of_gnns) if expert == "mlp" else OF_MIXTURES
         kept = [setting for setting in settings if setting.partition("=")[0] not in other]
         found.append(f"{expert}@{','.join(kept)}".rstrip("@"))
     return found
@@ -976,7 +980,7 @@ def train_arm(job: Job) -> dict:
 def start_from_experts(model: Mowst, job: Job, config: Config) -> None:
     """Those that were trained alone, as far as `pretrain` says so."""
     pretrain = config.pretrain if job.method in TRAINED else "both"
-    weak, strong = experts_of(job.arm)
+    weak, strong = experts_of(job.arm, job.run.config)
     for half, arm, name in ((model.weak, weak, "mlp"), (model.strong, strong, "gnn")):
         if pretrain in (name, "both"):
             half.load_state_dict(common.load(job.other(arm).path(".pt"))["model"])
@@ -1286,7 +1290,8 @@ def draw(results: Results, config: Config, run: Run) -> None:
         for label in CURVES:
             arm, key = ROWS[label]
             y = [results.of(f"{arm}{at}", f"{key}{nodes}") for at in swept.values()]
-            common.curve(ax, list(swept), np.stack(y, axis=1), label, colors[label])
+            color = common.color_of(label, CURVES)
+            common.curve(ax, list(swept), np.stack(y, axis=1), label, color)
         ax.set(xlabel="homophily of structure-rich nodes", ylabel="test accuracy, %", title=title)
         ax.set_ylim(0, 100)
 
@@ -1354,7 +1359,7 @@ def main(config: Config, run: Run) -> Results:
     mixtures = [arm for arm in arms if method_of(arm) in MIXTURES]
     experts = [arm for arm in arms if arm not in mixtures]
     for arm in mixtures:
-        experts += [expert for expert in experts_of(arm) if expert not in experts]
+        experts += [expert for expert in experts_of(arm, config) if expert not in experts]
     plan(config, run, [*experts, *mixtures])
     results = run.train_arms(train_arm, experts)
     results |= run.train_arms(train_arm, mixtures)

@@ -458,3 +458,48 @@ def import_scripts():
 
 def test_importing_has_no_side_effects(fork):
     assert ended(fork.call(import_scripts)) == 0
+
+
+def test_a_log_that_is_gone_is_told_before_training_goes_on(tmp_path):
+    log = common.MetricsLog(tmp_path / "a.jsonl", "a", {})
+    log.forget(3, 3)  # nothing has been logged yet
+    with pytest.raises(common.UsageError, match=r"a.jsonl is missing; delete .*a\.\*"):
+        log.forget(3, 4)
+
+
+def test_a_seed_is_not_compared_with_itself():
+    import home
+
+    def committed(*seeds):
+        run = common.Run("home", "small", "cpu", torch.float32, list(seeds), Path("runs"))
+        return common.committed_margins(Path(home.__file__), run, {})["home.collapse"]
+
+    assert committed(0, 2) == [committed(8)[seed] for seed in (1, 3, 4, 5, 6, 7)]
+    with pytest.raises(common.UsageError, match="take others, --seed 8"):
+        committed(*range(6))
+
+
+def test_idle_workers_shorten_no_estimate_and_a_path_is_no_name_of_an_arm(command_line):
+    flags = ("--dry-run", "--workers", 4, "--seeds", 2, "--arms")
+    assert "2 arms at a time" in command_line(toy, *flags, "one").stdout
+    done = command_line(toy, *flags, "one@hold=runs/wait")
+    assert done.returncode == 2 and "give a path as a flag" in done.stderr
+
+
+def test_compiled_arms_are_not_mixed_with_others(command_line, tmp_path):
+    assert command_line(toy, "--workers", 1).returncode == 0
+    mixed = command_line(toy, "--workers", 1, "--resume", "--compile")
+    assert mixed.returncode == 2 and "run with compile = False, not True" in mixed.stderr
+    mark = tmp_path / "runs" / "toy-small" / "run.json"
+    left = common.read_json(mark)
+    del left["identity"]["compile"]  # as an earlier version left it
+    common.write_json(mark, left)
+    assert command_line(toy, "--workers", 1, "--resume").returncode == 0
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_result(command_line, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(common, "dots", lambda ax, values: common.as_typed(1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        command_line(toy, "--plot", "--workers", 1)
+    assert report(tmp_path / "runs" / "toy-small")["results"]["arms"]

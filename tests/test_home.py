@@ -348,3 +348,8 @@ def test_whole_numbers_of_the_docstring_are_those_of_the_committed_result():
     shares = [row[2] for row in home.lead_table(results)[1]]
     assert f"already give {shares[0]} of that, feature gates {shares[3]}, the hierarchy" in found
     assert f"the hierarchy {shares[1]} and self gates {shares[2]}, both undecided" in found
+
+
+def test_a_group_may_not_be_called_as_the_experts_of_all_groups():
+    with pytest.raises(ValueError, match="group 'shared' has the name of"):
+        home.HoME(8, {"shared": ["a", "b"], "inter": ["c"]})

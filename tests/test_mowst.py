@@ -448,3 +448,33 @@ def test_mistakes_are_one_clear_line(command_line, tmp_path):
         done = command_line(mowst, flag, value)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("backbone, dataset", mowst.PRESETS)
+def test_at_full_scale_a_mixture_starts_from_experts_of_its_own_sizes(backbone, dataset):
+    config = replace(mowst.FULL, dataset=dataset, backbone=backbone)
+
+    def build(arm):
+        settled = mowst.settle(common.arm_config(config, arm))
+        return mowst.build(mowst.method_of(arm), settled, (10, 5))
+
+    for arm in mowst.default_arms(config):
+        if mowst.method_of(arm) in mowst.MIXTURES:
+            model = build(arm)
+            for half, expert in zip((model.weak, model.strong), mowst.experts_of(arm, config)):
+                half.load_state_dict(build(expert).state_dict())
+
+
+def test_class_weights_are_not_divided_out_again():
+    weak, strong = torch.randn(2, 4, 2, dtype=F64)
+    given = (torch.rand(4, dtype=F64), weak, strong, torch.tensor([0, 0, 0, 1]))
+    for loss in (mowst.mowst_loss, mowst.mowst_star_loss):
+        near(loss(*given, numbers(2, 2)), 2 * loss(*given))
+
+
+def test_a_few_arms_are_planned_and_drawn(command_line, tmp_path):
+    pytest.importorskip("matplotlib")
+    arms = ["mowst@homophily_poor=0.2", "mowst@homophily_poor=0.5"]
+    done = command_line(mowst, *MOWST, "--plot", "--workers", 1, "--arms", *arms)
+    assert done.returncode == 0 and (tmp_path / "runs" / "mowst-small" / "mowst.png").exists()
+    assert "0 GNN(s)" in command_line(mowst, "--arms", "mlp", "--dry-run").stdout
