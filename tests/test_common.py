@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest

@@ -88,6 +88,8 @@ def main(config: Config, run: Run) -> Results:
     step = lambda: model(torch.randn(8, 4)).sum().backward()
     run.plan("no text", model, step, config.steps * len(arms) * len(run.seeds))
     results = run.train_arms(train_arm, arms)
+    run.table("losses", *results.table(results, {"loss": ("loss", 3)}))
+    run.plot([lambda ax: common.dots(ax, {arm: results.of(arm, "loss") for arm in results})])
     return results
 
 
