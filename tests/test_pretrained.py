@@ -164,7 +164,7 @@ def test_an_export_fills_an_empty_model(checkpoint, tmp_path):
     assert all(p.is_meta for p in empty.parameters())
     size = mcsmoe.export_model(model, tmp_path / "model.pt")
     assert size < 4 * common.count_parameters(model) + 60_000  # tied embeddings are stored once
-    again = mcsmoe.import_model(tmp_path / "model.pt", empty)
+    again = mcsmoe.fill(empty, common.load(tmp_path / "model.pt"))
     with torch.no_grad():
         assert torch.equal(again(**a_batch()).logits, model(**a_batch()).logits)
     assert again.lm_head.weight is again.shared.weight
@@ -476,3 +476,18 @@ def test_answers_must_be_one_token(checkpoint):
     ):
         with pytest.raises(ValueError, match=expected):
             tasks.word_ids(tokenizer, words)
+
+
+def test_in_bf16_and_with_fewer_picks_what_was_measured_is_what_is_written(
+    command_line, transformers, causal, tmp_path
+):
+    """Tuning leaves the frequencies of rotary positions in fp32; --top-k is in the checkpoint."""
+    (tmp_path / "own.txt").write_text(f"{WORDS} . " * 80)
+    flags = ["--model", causal("Mixtral"), "--text", tmp_path / "own.txt", "--context", 128]
+    flags += ["--dtype", "bf16", "--top-k", 1, "--arms", "msmoe", "mc"]
+    assert command_line(mcsmoe, *FLAGS, *flags).returncode == 0
+    assert report_of(tmp_path)[1]["mc"]["reload_change"] < 0.1
+    path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
+    tokens = torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+    plain, ours = written_back(transformers, path, tmp_path / "plain", tokens)
+    torch.testing.assert_close(plain, ours, atol=0.1, rtol=0)
