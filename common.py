@@ -444,13 +444,24 @@ class TransformerLM(nn.Module):
         return self.head(self.norm(x))
 
     def aux_loss(self) -> Tensor:
-        """Mean over the layers that left one, and forget it: else it would keep the graph alive."""
+        """Mean over the layers that left one, and forget it: else it would keep the graph alive.
+
+        Raises ValueError when activation checkpointing lost its gradient.
+        """
         losses = []
         for ffn in self.ffns():
             if getattr(ffn, "aux_loss", None) is not None:
                 losses.append(ffn.aux_loss)
             ffn.aux_loss = None
-        return torch.stack(losses).mean() if losses else self.head.weight.new_zeros(())
+        if not losses:
+            return self.head.weight.new_zeros(())
+        mean = torch.stack(losses).mean()
+        trained = any(p.requires_grad for ffn in self.ffns() for p in ffn.parameters())
+        if trained and torch.is_grad_enabled() and not mean.requires_grad:
+            reason = "the forward ran without gradients, as activation checkpointing does with"
+            needed = "use_reentrant=True; set it to False"
+            raise ValueError(f"aux_loss has no gradient: {reason} {needed}")
+        return mean
 
     def ffns(self) -> list[nn.Module]:
         return [block.ffn for block in self.blocks]

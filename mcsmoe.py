@@ -373,7 +373,8 @@ class SparseMoE(nn.Module):
     normalize      the top_k scores of a token are made to sum to 1 (Mixtral)
     capacity       tokens of a sequence beyond it get a zero output (Switch)
     balance        above 0 the router is trained, and a training forward leaves balance *
-                   num_experts * sum_e f_e P_e in `aux_loss`
+                   num_experts * sum_e f_e P_e in `aux_loss`; under activation checkpointing it
+                   has a gradient with use_reentrant=False only
     shared         a module that every token meets, too, added to the output (Qwen2-MoE)
     """
 
@@ -407,7 +408,7 @@ class SparseMoE(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass."""
-        return {**self.__dict__, "aux_loss": None}
+        return {**super().__getstate__(), "aux_loss": None}
 
     def with_experts(
         self, experts: nn.Module, remap: Tensor, alive: Tensor | None = None
@@ -434,7 +435,9 @@ class SparseMoE(nn.Module):
         if self.normalize:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         if self.balance > 0 and self.training:
-            self.aux_loss = self.balance * balance_loss(router_probs, expert_index)
+            aux_loss = self.balance * balance_loss(router_probs, expert_index)
+            if not is_backward_running():  # where a forward is a repetition: nobody takes its loss
+                self.aux_loss = aux_loss
         if self.capacity is not None:
             by_sequence = expert_index.view(*x.shape[:-1], self.top_k)
             expert_index = drop_overflow(by_sequence, len(self.remap), self.capacity)
@@ -442,6 +445,11 @@ class SparseMoE(nn.Module):
         served_by = torch.where(expert_index < 0, expert_index, served_by)
         y = self.experts(tokens, served_by, gates).view_as(x).to(x.dtype)
         return y if self.shared is None else y + self.shared(x)
+
+
+def is_backward_running() -> bool:
+    """Whether backward is running: a forward in it is activation checkpointing computing again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def balance_loss(router_probs: Tensor, expert_index: Tensor) -> Tensor:
@@ -619,7 +627,10 @@ class LowRankSparseLinear(nn.Module):
             fits = rows.shape == (len(neuron), self.u.shape[1]) and kept.sum() == len(neuron)
             if not fits or (neuron < 0).any() or (neuron >= self.v.shape[2]).any():
                 raise ValueError(f"{prefix}rows, neuron and kept do not belong together")
-            self.store(*(torch.empty_like(tensor) for tensor in (rows, neuron, kept)))
+            rows = torch.empty_like(rows, device=self.u.device, dtype=self.u.dtype)
+            neuron = torch.empty_like(neuron, device=self.u.device)
+            kept = torch.empty_like(kept, device=self.u.device)
+            self.store(rows, neuron, kept)  # of this layer's kind; torch copies the values
         super()._load_from_state_dict(state, prefix, *rest)
 
     def dense(self) -> Tensor:
@@ -1026,20 +1037,11 @@ def export_model(model: nn.Module, path: Path) -> int:
     return path.stat().st_size
 
 
-def import_model(path: Path, model: nn.Module) -> nn.Module:
-    """Fill `model`, an unmerged one of the same shape, with what `export_model` wrote.
-
-    It may lie on the device "meta". Raises ValueError: damaged, of another model, other names,
-    shapes, dtypes or activations.
-    """
-    try:
-        return fill(model, common.load(path))
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not an export of this model: {reason}") from error
-
-
 def fill(model: nn.Module, state: dict) -> nn.Module:
+    """An unmerged model of the same shape, on "meta" or not, with what `export_model` wrote.
+
+    Raises ValueError, or as torch does, for other names, shapes, dtypes or activations.
+    """
     weights, dtype = state["weights"], next(model.parameters()).dtype
     for name, layer in moe_layers(model).items():
         act, remap = state["acts"][name], weights[f"{name}.remap"]
@@ -1078,7 +1080,8 @@ def to_transformers(path: str | Path, folder: str | Path) -> None:
     """Write the model of an arm of --full as a checkpoint for plain transformers, at full size.
 
     Every member of a group gets the weights of its group, so that the logits are the same and other
-    people's tools can judge them. This saves no memory. Raises ValueError for a pruned router.
+    people's tools can judge them. This saves no memory. Raises ValueError for a pruned router, and
+    for a Switch model with --top-k above 1.
     """
     model = load_trained(path)
     layers = moe_layers(model)
@@ -1090,6 +1093,11 @@ def to_transformers(path: str | Path, folder: str | Path) -> None:
         full = layer.experts.stacked().at(layer.remap)  # every member with its group's weights
         return layer.router.weight, full.w1, full.w2, full.w_gate, layer.shared
 
+    top_k = next(iter(layers.values())).top_k
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.config.num_experts_per_tok = top_k
+    elif top_k > 1:
+        raise ValueError(f"{path}: a Switch model picks one expert a token, not {top_k}")
     pretrained.save_plain(model, list(layers), weights_of, folder)
 
 
@@ -1145,7 +1153,8 @@ def tune(
         return loss + config.alpha * distilled, values
 
     fit(job, model, loss_fn, steps, lr, batches=task.train_batch, on_step=on_step)
-    model.to(dtype)
+    for parameter in model.parameters():  # not model.to(dtype): buffers, as the frequencies of
+        parameter.data = parameter.data.to(dtype)  # rotary positions, stay as precise as they are
 
 
 @torch.no_grad()
@@ -1576,12 +1585,31 @@ def settle(config: Config, run: Run) -> Config:
     return replace(config, **unset)
 
 
-def check_arm(arm: str, config: Config, layers: Sequence[SparseMoE]) -> None:
-    """Refuse what the model cannot do, and settings that would do nothing. Raises ValueError."""
+def owner_of(setting: str, chain: Sequence[str], config: Config) -> str:
+    """The arm whose model a setting decides, "" if any: an arm goes on from a model as it is."""
+    shapes = ["num_experts", "num_layers", "d_model", "d_ff", "num_heads", "init"]
+    if chain[0] == "pretrained":
+        shapes.append("context")  # the number of learned positions; of a checkpoint only a cut
+    if setting in [*shapes, "pretrain_steps", "pretrain_lr", "balance"]:
+        return "pretrained"
+    is_new = config.finetune_steps == 0 and "full+steps" not in chain  # the checkpoint, loaded anew
+    if setting in ("lr", "finetune_steps") or (setting == "top_k" and not is_new):
+        return "full"
+    return ""
+
+
+def check_arm(arm: str, first: str, config: Config, layers: Sequence[SparseMoE]) -> None:
+    """Raises ValueError: what the model cannot do, or settings of the model the arm goes on from.
+
+    They would change nothing, or only what load_trained builds.
+    """
     method, _, settings = arm.partition("@")
     for setting in settings.split(","):
-        if method != "full" and setting.partition("=")[0] in ("lr", "finetune_steps"):
-            raise ValueError(f"arm {arm}: {setting} belongs to full, from which all others start")
+        name, _, value = setting.partition("=")
+        owner = owner_of(name, chain_of(arm, first), config)
+        if owner not in ("", method):
+            reason = f"{setting} belongs to {owner}, from which all others start"
+            raise ValueError(f"arm {arm}: {reason}; for all: --{name.replace('_', '-')} {value}")
     num_experts, shape = len(layers[0].remap), layers[0].experts.w2.shape[1:]
     if not config.skip < len(layers):
         there = f"the model has {len(layers)} mixture layers, one must be merged"
@@ -1615,9 +1643,9 @@ def choose_arms(config: Config, run: Run, layers: Sequence[SparseMoE]) -> list[l
     else:  # merged as it is
         half = f"full@top_k={max(1, layers[0].top_k // 2)}"
         chosen = run.choose(METHODS, default=["full", half, *MERGED], more=DEFAULT)
-    for arm in chosen:
-        check_arm(arm, common.arm_config(config, arm), layers)
     first = "pretrained" if run.scale == "small" else "full"
+    for arm in chosen:
+        check_arm(arm, first, common.arm_config(config, arm), layers)
     return [chain_of(arm, first) for arm in chosen]
 
 

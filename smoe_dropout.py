@@ -165,17 +165,19 @@ def split_dense(
     w1 [d_model, d_ff], b1 [d_ff], w2 [d_ff, d_model], b2 [d_model]; a bias may be None, which is 0
     ->  with h = d_ff / num_experts: w1 [num_experts, d_model, h], b1 [num_experts, h],
         w2 [num_experts, h, d_model], b2 [num_experts, d_model]
-    SMoEDropout averages: with k = scale = num_experts and equal gates it gives this sum.
+    Copies: training them leaves the dense layer as it is. SMoEDropout averages: with k = scale =
+    num_experts and equal gates it gives this sum.
     Raises ValueError when num_experts does not divide d_ff.
     """
     d_model, d_ff = w1.shape
     width = check_width(d_ff, num_experts)
     b1 = w1.new_zeros(d_ff) if b1 is None else b1
     b2 = w1.new_zeros(d_model) if b2 is None else b2
+    in_order = torch.contiguous_format
     return (
-        w1.reshape(d_model, num_experts, width).transpose(0, 1).contiguous(),
-        b1.reshape(num_experts, width),
-        w2.reshape(num_experts, width, d_model),
+        w1.reshape(d_model, num_experts, width).transpose(0, 1).clone(memory_format=in_order),
+        b1.reshape(num_experts, width).clone(),
+        w2.reshape(num_experts, width, d_model).clone(),
         (b2 / num_experts).repeat(num_experts, 1),
     )
 
@@ -202,10 +204,17 @@ def load_balancing_loss(router_logits: Tensor, expert_index: Tensor) -> Tensor:
     if num_tokens == 0:
         return router_logits.sum()
     f = torch.bincount(expert_index.flatten(), minlength=num_experts) / expert_index.numel()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    # Without gradients nobody trains, and a process may be alone in this, as where it checks.
+    trains = torch.is_grad_enabled()
+    if trains and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(f)
         f /= torch.distributed.get_world_size()
     return num_experts * (f * router_logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def is_backward_running() -> bool:
+    """Whether backward is running: a forward in it is activation checkpointing computing again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class SMoEDropout(nn.Module):
@@ -217,7 +226,8 @@ class SMoEDropout(nn.Module):
     router   "frozen": random, never trained (the method); or "learned"
     scale    factor on the output: 1 in the paper, num_experts to match a dense layer that was cut
     act      "relu", "gelu" (exact, BERT's), "gelu_new" (GPT-2's), "silu", "none"
-    balance  weight of the balance loss, which a forward leaves in `aux_loss`
+    balance  weight of the balance loss, which a forward leaves in `aux_loss`; under activation
+             checkpointing it has a gradient with use_reentrant=False only
     backend  "masked", or one of kernels.moe_mlp: "auto", "torch", "triton"
     A forward leaves its choice in `expert_index` [tokens, k]. Raises ValueError for what is not
     possible, and for an x of another width.
@@ -259,7 +269,7 @@ class SMoEDropout(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward, and has a graph."""
-        return {**self.__dict__, "aux_loss": None}
+        return {**super().__getstate__(), "aux_loss": None}
 
     def set_k(self, k: int) -> None:
         self.k = check_k(k, self.num_experts)
@@ -287,9 +297,11 @@ class SMoEDropout(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # in bf16 choices would flip
             router_logits = self.router(tokens.to(self.router.weight.dtype))  # [tokens, experts]
         self.expert_index, gates = topk_gate(router_logits, self.k)
-        self.aux_loss = None
+        aux_loss = None
         if self.balance:
-            self.aux_loss = self.balance * load_balancing_loss(router_logits, self.expert_index)
+            aux_loss = self.balance * load_balancing_loss(router_logits, self.expert_index)
+        if not is_backward_running():  # where a forward is a repetition, and nobody takes its loss
+            self.aux_loss = aux_loss
         gates = self.scale * gates.to(torch.promote_types(x.dtype, torch.float32))
         experts = self.masked if self.backend == "masked" else self.dispatched
         y = experts(tokens, self.expert_index, gates)  # [tokens, d_model]
@@ -305,7 +317,7 @@ class SMoEDropout(nn.Module):
         mask = weight.repeat_interleave(self.d_ff // self.num_experts, dim=1)  # [tokens, d_ff]
         w1 = self.w1.transpose(0, 1).reshape(self.d_model, self.d_ff)
         hidden = ACTIVATIONS[self.act](x @ w1 + self.b1.flatten())  # [tokens, d_ff]
-        hidden = F.dropout(hidden, self.dropout, self.training) * mask
+        hidden = F.dropout(hidden, self.dropout, self.training) * mask.to(hidden.dtype)
         return hidden @ self.w2.flatten(0, 1) + weight.to(self.b2.dtype) @ self.b2
 
     def dispatched(self, x: Tensor, expert_index: Tensor, gates: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import adamoe
+import common
 import dual_head_kd
 import home
 import mcsmoe
@@ -222,6 +224,28 @@ def test_compiled_is_the_same_step(name):
     found = step(module, x)
     assert_near(found[0], expected[0], rtol=1e-4, atol=1e-5)
     assert_near(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("SMoEDropout", "SparseMoE"))
+def test_a_copy_of_a_compiled_layer_has_weights_of_its_own(name):
+    module, x = make(name), inputs(name)
+    module.compile(backend="eager")
+    copied = copy.deepcopy(module)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    assert copied(x).any()
+
+
+@pytest.mark.parametrize("name", ("SMoEDropout, learned", "SparseMoE, Switch"))
+def test_under_activation_checkpointing_the_balance_loss_is_taken_once_or_refused(name):
+    layer, x = make(name), inputs(name).requires_grad_()
+    model = common.TransformerLM(5, 1, D, 2, 6, lambda _: layer)
+    y = checkpoint(layer, x, use_reentrant=False)
+    (y.square().sum() + model.aux_loss()).backward()  # computes the forward again
+    assert layer.aux_loss is None and layer.router.weight.grad.any()
+    checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant=True; set it to False"):
+        model.aux_loss()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -253,6 +253,9 @@ def test_compact_equals_masked_stores_only_what_is_kept_and_loads():
     fresh = LowRankSparseLinear(torch.zeros(experts, d_in, d_out, dtype=F64), rank, bias)
     fresh.load_state_dict(linear.state_dict())
     close(fresh(rows, dispatch)[:live], before)
+    other = LowRankSparseLinear(torch.zeros(experts, d_in, d_out), rank, bias.float())
+    other.load_state_dict(linear.state_dict())
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float32}
 
 
 def test_stable_rank():
@@ -327,7 +330,7 @@ def compacted():
 def test_an_export_reloads_to_the_same_logits(tmp_path):
     model, path = compacted(), tmp_path / "model.pt"
     mcsmoe.export_model(model, path)
-    again = mcsmoe.import_model(path, mcsmoe.byte_lm(TINY, seed=5)).eval()
+    again = mcsmoe.fill(mcsmoe.byte_lm(TINY, seed=5), common.load(path)).eval()
     tokens = torch.arange(32).view(2, 16)
     assert torch.equal(again(tokens), model(tokens))
 
@@ -335,16 +338,27 @@ def test_an_export_reloads_to_the_same_logits(tmp_path):
 def test_a_damaged_or_foreign_export_is_refused(tmp_path):
     path, no_such = tmp_path / "model.pt", torch.tensor([3, 1, 2, -1])
     mcsmoe.export_model(compacted(), path)
-    for part, name, value in [
-        ("weights", "blocks.0.ffn.remap", no_such),
-        ("weights", "head.weight", torch.ones(256, 16, dtype=F64)),
-        ("acts", "blocks.0.ffn", "silu"),
+    for part, name, value, told in [
+        ("weights", "blocks.0.ffn.remap", no_such, "its remap begins at -1"),
+        ("weights", "head.weight", torch.ones(256, 16, dtype=F64), "head.weight is torch.float64"),
+        ("acts", "blocks.0.ffn", "silu", "has the activation silu"),
     ]:
         state = common.load(path)
         state[part][name] = value
-        common.save(tmp_path / "damaged.pt", state)
-        with pytest.raises(ValueError, match="is not an export of this model"):
-            mcsmoe.import_model(tmp_path / "damaged.pt", mcsmoe.byte_lm(TINY, 0))
+        with pytest.raises(ValueError, match=told):
+            mcsmoe.fill(mcsmoe.byte_lm(TINY, 0), state)
+
+
+@pytest.mark.parametrize("arm, owner", [
+    ("msmoe@pretrain_steps=1", "pretrained"), ("full@balance=5", "pretrained"),
+    ("mc@d_model=32", "pretrained"), ("msmoe@context=8", "pretrained"), ("mc@top_k=1", "full"),
+])  # fmt: skip
+def test_an_arm_has_no_setting_of_the_model_it_goes_on_from(arm, owner):
+    layers = list(mcsmoe.moe_layers(tiny_model()).values())
+    first = "full" if owner == "full" else "pretrained"
+    with pytest.raises(ValueError, match=f"belongs to {owner}, .* for all: --"):
+        mcsmoe.check_arm(arm, first, TINY, layers)
+    mcsmoe.check_arm("mc@top_k=1", "full", replace(TINY, finetune_steps=0), layers)
 
 
 def test_every_arm_end_to_end(tiny_run):

@@ -308,3 +308,18 @@ def test_a_folder_without_a_model_is_one_line(command_line, data_dir, tmp_path):
     done = command_line(mcsmoe, "--full", "--data-dir", data_dir, "--model", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "lacks config.json, tokenizer.json, model.safetensors" in done.stderr
+
+
+def test_in_bf16_and_with_fewer_picks_what_was_measured_is_what_is_written(
+    command_line, transformers, causal, tmp_path
+):
+    """Tuning leaves the frequencies of rotary positions in fp32; --top-k is in the checkpoint."""
+    (tmp_path / "own.txt").write_text(f"{WORDS} . " * 80)
+    flags = ["--model", causal("Mixtral"), "--text", tmp_path / "own.txt", "--context", 128]
+    flags += ["--dtype", "bf16", "--top-k", 1, "--arms", "msmoe", "mc"]
+    assert command_line(mcsmoe, *FLAGS, *flags).returncode == 0
+    assert report_of(tmp_path)[1]["mc"]["reload_change"] < 0.1
+    path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
+    tokens = torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+    plain, ours = written_back(transformers, path, tmp_path / "plain", tokens)
+    torch.testing.assert_close(plain, ours, atol=0.1, rtol=0)

@@ -73,7 +73,12 @@ def test_a_cut_dense_layer_is_the_dense_layer(num_experts, has_bias):
     dense = torch.relu(x @ w1 + b1 * has_bias) @ w2 + b2 * has_bias
     if not has_bias:
         b1 = b2 = None
-    first, bias, second, out = smoe.split_dense(w1, b1, w2, b2, num_experts)
+    parts = smoe.split_dense(w1, b1, w2, b2, num_experts)
+    for part, whole in zip(parts, (w1, b1, w2, b2)):  # training experts leaves the dense one alone
+        assert (
+            whole is None or part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+        )
+    first, bias, second, out = parts
     summed = ((x @ first + bias[:, None]).relu() @ second + out[:, None]).sum(0)
     torch.testing.assert_close(summed, dense, atol=1e-12, rtol=0)
     module = layer(num_experts, router_init=0.0, scale=num_experts)  # equal gates
@@ -115,6 +120,22 @@ def test_dropout_acts_in_training_only():
         module, x = layer(dropout=0.5, backend=backend), torch.ones(400, 6, dtype=F64)
         assert 0.4 < (module(x) == 0).double().mean() < 0.6
         torch.testing.assert_close(module.eval()(x), layer()(x))
+
+
+def test_the_masked_form_in_bf16():
+    x, form = torch.randn(9, 6).bfloat16(), layer(k=2, backend="masked").bfloat16()
+    torch.testing.assert_close(form(x), layer(k=2).bfloat16()(x), atol=0.05, rtol=0.05)
+
+
+def test_a_process_that_checks_alone_waits_for_nobody(monkeypatch):
+    asked, module = [], layer(router="learned", balance=0.1)
+    for name, does in (("is_initialized", lambda: True), ("get_world_size", lambda: 1)):
+        monkeypatch.setattr(torch.distributed, name, does)
+    monkeypatch.setattr(torch.distributed, "all_reduce", asked.append)
+    for trains, times in ((True, 1), (False, 1)):
+        with torch.set_grad_enabled(trains):
+            module(torch.ones(3, 6, dtype=F64))
+        assert len(asked) == times
 
 
 def test_schedules():
