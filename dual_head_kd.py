@@ -454,6 +454,8 @@ LARGE_STEP = "lr=0.5,alpha=1"  # too large for BinaryKL: a demonstration, not a 
 CLIPPED = f"{LARGE_STEP},clip=1"
 DEMONSTRATION = [f"{arm}@{LARGE_STEP}" for arm in ("bkl", "ce+bkl", "dual-bkl")]
 DEMONSTRATION += [f"{arm}@{CLIPPED}" for arm in ("ce+bkl", "dual-bkl")]
+SHARED = ["data", "train_per_class", "val_per_class", "test_per_class", "augment"]  # by all arms
+SHARED += ["teacher", "teacher_file", "teacher_lr", "stem_stride"]
 PROBES = ("cos_backbone", "cos_head", "rows_in_conflict")
 
 
@@ -575,8 +577,9 @@ def fit(
     found["train_accuracy"] = accuracy(model, data.train_x[:5000], data.train_y[:5000], data, run)
     if len(data.val_y):
         found["val_accuracy"] = accuracy(model, data.val_x, data.val_y, data, run)
-    if config.test_every:
-        found["best_accuracy"] = max(line["test"] for line in job.log() if "test" in line)
+    tests = [line["test"] for line in job.log() if "test" in line]
+    if tests:  # a run shorter than an epoch has none
+        found["best_accuracy"] = max(tests)
     return found
 
 
@@ -607,7 +610,7 @@ def train_teacher(job: Job) -> dict:
 def load_teacher(data: images.ImageSet, job: Job) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, index of each image) -> teacher logits [N, K]; the teacher is frozen, in eval mode."""
     config, run = job.config, job.run
-    seed = job.seed if config.data == "generated" else run.seed  # photographs: one teacher for all
+    seed = job.seed if config.data == "generated" else 0  # photographs: one teacher for all seeds
     teacher = job.other("teacher", seed)
     if config.augment != "all":
         table = common.load(teacher.path("-logits.pt")).to(run.device)
@@ -788,13 +791,21 @@ def large_step(results: Results, config: Config) -> Margin:
 
 @check("the auxiliary head is gone at inference: same logits, same size as a plain student")
 def export(results: Results, config: Config) -> Check:
-    students = [result for arm in results if arm != "teacher" for result in results[arm]]
-    difference = max(result["export_difference"] for result in students)
-    sizes = {result["parameters"] for result in students}
-    costs = {result["flops"] for result in students}
-    text = f"logits differ by {difference:g} in {len(students)} students of {min(sizes):,} "
-    text += f"parameters and {min(costs):,} FLOPs an image"
-    return Check(difference == 0 and len(sizes) == len(costs) == 1, text)
+    differences = []
+    found = {}  # name of the network: (parameters, FLOPs) of the students that are one
+    for arm in results:
+        if arm == "teacher":
+            continue
+        student = common.arm_config(config, arm).student
+        for result in results[arm]:
+            differences.append(result["export_difference"])
+            found.setdefault(student, set()).add((result["parameters"], result["flops"]))
+    alike = all(len(sizes) == 1 for sizes in found.values())
+    parameters, flops = min(min(sizes) for sizes in found.values())
+    text = f"logits differ by {max(differences):g} in {len(differences)} students of "
+    text += "" if len(found) == 1 else f"{len(found)} networks, the smallest of "
+    text += f"{parameters:,} parameters and {flops:,} FLOPs an image"
+    return Check(max(differences) == 0 and alike, text)
 
 
 def draw(results: Results, config: Config, run: Run) -> None:
@@ -828,9 +839,21 @@ def draw(results: Results, config: Config, run: Run) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+def check_arm(arm: str) -> None:
+    """Refuse settings of what all arms share: the images and the teacher. Raises UsageError."""
+    for setting in arm.partition("@")[2].split(","):
+        name = setting.partition("=")[0]
+        if name in SHARED:
+            flag = "--" + name.replace("_", "-")
+            told = f"arm {arm}: all arms share the images and the teacher"
+            raise common.UsageError(f"{told}; give {flag} to the whole run")
+
+
 def main(config: Config, run: Run) -> Results:
     more = MORE + (DEMONSTRATION if config.data == "generated" else [])
     arms = run.choose(ARMS, default=DEFAULT, more=more)
+    for arm in arms:
+        check_arm(arm)
     data = load_images(config, run.seed, run)
     if len(data.train_y) < config.batch_size:
         count = f"{len(data.train_y)} training images"
@@ -847,10 +870,10 @@ def main(config: Config, run: Run) -> Results:
     download = images.download_size(config.data, run.data_dir)
     run.plan(text, student, lambda: student(x).sum().backward(), steps, download)
 
-    seeds = run.seeds if config.data == "generated" else run.seeds[:1]
+    seeds = run.seeds if config.data == "generated" else [0]
     results = run.train_arms(train_teacher, ["teacher"], seeds)
     results |= run.train_arms(train_student, arms)
-    columns = {"lr": ("lr", 2), "alpha": ("alpha", 2), "test": ("accuracy", 1)}
+    columns = {"lr": ("lr", 4), "alpha": ("alpha", 4), "test": ("accuracy", 1)}
     columns |= {"best epoch": ("best_accuracy", 1), "train": ("train_accuracy", 1)}
     columns |= {"validation": ("val_accuracy", 1)}
     title = f"top-1 in percent, {len(run.seeds)} seed(s), {data.name} images"

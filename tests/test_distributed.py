@@ -6,7 +6,7 @@ would tell them.
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from conftest import ROOT, report
 from forked import PATIENCE, ended, finished, wait_until
 
 import common
+import home
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
@@ -92,26 +93,34 @@ def test_where_one_process_dies_the_other_says_so_in_a_line(tmp_path, fork):
     assert "--resume" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_seeds_trained_apart_become_one_run(tmp_path, command_line):
-    """What docs/running.md tells a job array: a folder a seed, arms copied into one, --resume."""
+APART = {toy: ["--steps", 3], home: [*tiny.HOME, "--arms", "cgc"]}  # home: data of each seed
+
+
+@pytest.mark.parametrize("module", APART)
+def test_seeds_trained_apart_become_one_run(tmp_path, command_line, module):
+    """What docs/running.md tells a job array: a folder a seed, copied into one, --resume."""
+    runs = tmp_path / "runs"
 
     def train(*flags):
-        assert command_line(toy, "--workers", 1, "--steps", 3, *flags).returncode == 0
+        done = command_line(module, "--workers", 1, *APART[module], *flags)
+        assert done.returncode == 0, done.stderr
 
     def trained():
-        arms = (tmp_path / "all" / "arms").glob("*.json")
+        arms = (runs / "all" / "arms").glob("*.json")
         return {path.name: path.stat().st_mtime_ns for path in arms}
 
-    train("--seeds", 3, "--out", "whole")
+    train("--seeds", 3, "--out", "runs/whole")
     for seed in range(3):
-        train("--seed", seed, "--out", f"seed-{seed}")
-        shutil.copytree(tmp_path / f"seed-{seed}", tmp_path / "all", dirs_exist_ok=True)
+        train("--seed", seed, "--out", f"runs/seed-{seed}")
+    page = (ROOT / "docs" / "running.md").read_text()
+    copy = re.search(r"^mkdir runs/all .*$", page, re.M)[0]
+    subprocess.run(copy, shell=True, cwd=tmp_path, check=True)
     before = trained()
     assert len(before) == 6
-    train("--seeds", 3, "--resume", "--out", "all")
-    whole, joined = report(tmp_path / "whole"), report(tmp_path / "all")
+    train("--seeds", 3, "--resume", "--out", "runs/all")
+    whole, joined = report(runs / "whole"), report(runs / "all")
     assert all(whole[key] == joined[key] for key in ("results", "claims", "seeds"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "all")
+    assert losses(runs / "whole") == losses(runs / "all")
     assert trained() == before
 
 

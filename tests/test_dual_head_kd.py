@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import report
@@ -362,3 +363,28 @@ def test_full_scale_on_a_folder_of_photographs(command_line, tmp_path):
     assert command_line(dhkd, *flags.split(), *more).returncode == 0
     again = report(tmp_path / "again")
     assert again["results"]["arms"]["dhkd"][0] == first["dhkd"][0] and "teacher" in again["data"]
+
+
+def test_an_arm_may_not_change_what_all_arms_share(command_line):
+    for setting in ("teacher=resnet8", "teacher_lr=0.01", "train_per_class=9", "stem_stride=1"):
+        done = command_line(dhkd, "--dry-run", "--arms", f"ce,dhkd@clip=1,{setting}")
+        flag = "--" + setting.partition("=")[0].replace("_", "-")
+        assert done.returncode == 2 and f"give {flag} to the whole run" in done.stderr
+
+
+def test_every_seed_learns_from_one_teacher_of_photographs(command_line, tmp_path):
+    """Also trained apart; in less than an epoch, after which nothing has been tested."""
+    write_cifar100(tmp_path / "photos", train=[0, 1, 2] * 20, test=[0, 1, 2])
+    flags = "--full --data photos --teacher resnet8x0.5 --student resnet8x0.5 --steps 2 "
+    flags = f"{flags} --batch-size 20 --arms kd --workers 1 --threads 1".split()
+    for more in (["--seed", 1, "--out", "one"], ["--seeds", 2, "--out", "both"]):
+        assert command_line(dhkd, *flags, *more).returncode == 0
+    one, both = (report(tmp_path / name)["results"]["arms"] for name in ("one", "both"))
+    assert one["teacher"] == both["teacher"] and one["kd"] == both["kd"][1:]
+
+
+def test_students_of_two_sizes_are_each_compared_with_their_own(command_line):
+    arms = "ce,kd@student=resnet14,alpha=0.004"
+    done = command_line(dhkd, *tiny.DUAL_HEAD_KD, "--arms", arms, "--workers", 1, "--threads", 1)
+    assert re.search("passed +export: .*\\n.* 2 students of 2 networks", done.stdout)
+    assert "  0.0040  " in done.stdout
