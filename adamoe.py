@@ -182,7 +182,7 @@ def load_balancing_loss(
     logits = full_precision(router_logits)
     weight = torch.ones_like(logits[:, :1])  # [tokens, 1]
     if token_mask is not None:
-        weight = token_mask.to(logits.dtype)[:, None]
+        weight = token_mask.to(logits)[:, None]
     weight = weight / weight.sum().clamp(min=1)
     # Count picks, not gates above 0: a null's gate is always 0. No gradient passes their indices.
     expert_index = pick_experts(logits, top_k, selection)
@@ -408,7 +408,7 @@ class AdaMoE(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copy.deepcopy and pickle: an auxiliary loss belongs to a forward pass."""
-        return {**self.__dict__, "aux_loss": None}
+        return {**super().__getstate__(), "aux_loss": None}
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if x.shape[-1] != self.d_model:
@@ -496,7 +496,7 @@ def take_aux_loss(layers: Sequence[AdaMoE]) -> Tensor:
         layer.aux_loss = None
     if not losses or any(loss is None for loss in losses):
         raise ValueError("there is no aux_loss: take it once after each forward of all layers")
-    mean = torch.stack(losses).mean()
+    mean = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
     trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())
     if trained and torch.is_grad_enabled() and not mean.requires_grad:
         reason = "the forward ran without gradients, as activation checkpointing does with"
@@ -518,13 +518,29 @@ def add_null_experts(
     rank     above 0: the mixtures are frozen, LoRA on router and experts is trained; the rest of
              the model is frozen, too, unless part of it is already (as by PEFT)
     options  of AdaMoE.around
-    The model's attention_mask says what is padding. model.save_pretrained saves the plain model:
+    The model's attention_mask says what is padding. model.save_pretrained is refused from now on:
     what was added is kept by save_null_experts. Raises ValueError, and leaves the model as it was,
     if it has no mixture, is patched already, or has one that a layer with 0 nulls does not equal.
     """
     layers = put_null_experts(model, num_null, top_k, rank, **options)
-    mixtures.watch(model, AdaMoE)
+    options.pop("generator", None)
+    finish_patch(model, {"num_null": num_null, "top_k": top_k, "rank": rank, **options})
     return layers
+
+
+def finish_patch(model: nn.Module, sizes: dict) -> None:
+    """Keep sizes for save_null_experts, refuse save_pretrained, hand on the attention_mask."""
+    model.null_expert_sizes = sizes
+    for module in model.modules():
+        is_peft = hasattr(module, "get_base_model")  # which saves its own adapters alone
+        if hasattr(module, "save_pretrained") and not is_peft:
+            module.save_pretrained = refuse_to_save
+    mixtures.watch(model, AdaMoE)
+
+
+def refuse_to_save(*_, **__) -> None:
+    reason = "from_pretrained would draw its experts at random"
+    raise ValueError(f"this model has null experts: {reason}; use adamoe.save_null_experts")
 
 
 def put_null_experts(
@@ -564,14 +580,23 @@ def added_names(model: nn.Module) -> set[str]:
 
 
 def save_null_experts(path: str | Path, model: nn.Module, **sizes) -> None:
-    """What add_null_experts(model, **sizes) added and what else is trained: megabytes with LoRA."""
+    """What add_null_experts added and what else is trained: megabytes with LoRA.
+
+    sizes  what add_null_experts was given; left out, it is known. Raises ValueError if it differs.
+    """
+    given = getattr(model, "null_expert_sizes", sizes)
+    for name, value in sizes.items():
+        if given.get(name) not in (None, value):
+            raise ValueError(
+                f"{name} is {value!r}; the null experts were made with {given[name]!r}"
+            )
     kept, added = {}, added_names(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in added:
             is_spread = hasattr(parameter, "full_tensor")  # over processes, by FSDP2
             kept[name] = parameter.full_tensor() if is_spread else parameter
     if common.processes()[0] == 0:
-        save_arrays(path, kept, {"sizes": sizes})
+        save_arrays(path, kept, {"sizes": given})
 
 
 def load_null_experts(path: str | Path, model: nn.Module) -> list[AdaMoE]:
@@ -595,7 +620,7 @@ def load_null_experts(path: str | Path, model: nn.Module) -> list[AdaMoE]:
         if odd:
             raise ValueError(f"{path} does not fit this model: {', '.join(odd[:3])}")
         model.load_state_dict(arrays, strict=False)
-    mixtures.watch(model, AdaMoE)
+    finish_patch(model, sizes)
     return layers
 
 
@@ -786,6 +811,28 @@ DEFAULT = {
     "full": ["original", "vanilla", "adamoe"],
 }
 MORE = {"small": ["all_picks", "l_bal", "random_nulls"], "full": ["l_bal", "random_nulls"]}
+NULLS = ("num_null", "top_k", "load")
+TUNING = ("steps", "lr", "alpha", "alpha_late", "train_examples", "accumulate")
+TUNING += ("lora_rank", "lora_alpha")
+
+
+def check_arm(arm: str, config: Config, run: Run) -> None:
+    """Refuse settings that would do nothing in an arm, or not fit what it starts from."""
+    method, _, settings = arm.partition("@")
+    if method in CONTROLS:  # rules on the weights of other arms
+        fixed = {*vars(config)}
+    elif method == "original":
+        fixed = {*TUNING, *NULLS}
+    else:
+        fixed = {"pretrain_steps", "pretrain_lr", *SHAPE}
+        fixed.update(NULLS if ARMS[method].num_null == 0 else ())
+        fixed.update(["context"] if run.scale == "small" else ())
+    fixed.update(SHAPE if run.scale == "full" else ())
+    for setting in filter(None, settings.split(",")):
+        name = setting.partition("=")[0]
+        common.refuse_idle_flags(config, {name: setting}, run.scale)
+        if name in fixed:
+            raise common.UsageError(f"arm {arm}: {name} is not {method}'s own to change")
 
 
 def model_shape(config: Config, run: Run):
@@ -1445,9 +1492,11 @@ def estimate(config: Config, run: Run, memory: int) -> float:
 def main(config: Config, run: Run) -> Results:
     default, more = DEFAULT[run.scale], MORE[run.scale]
     arms = run.choose([*default, *more], default=default, more=more)
-    controls = [arm for arm in arms if arm.partition("@")[0] in CONTROLS]
+    for arm in arms:
+        check_arm(arm, config, run)
+    controls = [arm for arm in arms if arm in CONTROLS]
     for control in controls:  # it needs their weights, and AdaMoE's load
-        arms += [CONTROLS[control.partition("@")[0]], "adamoe"]
+        arms += [CONTROLS[control], "adamoe"]
     arms = list(dict.fromkeys(arms))
     trained = [arm for arm in arms if arm not in ("original", *controls)]
     if run.scale == "small":

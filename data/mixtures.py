@@ -14,6 +14,7 @@ overlooks shows in the comparison. This file knows no method and needs no transf
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -277,31 +278,48 @@ def compare(block: nn.Module, make_equal: Callable[[nn.Module], nn.Module], toke
 def watch(model: nn.Module, layer_type: type) -> None:
     """From now on the model's attention_mask reaches its layers of this type as their token_mask.
 
-    [batch, time] bool, False at padding, None where the model got none. A forward that asks for the
-    library's own balance loss is refused; one in training, of layers in which nothing is trained,
-    warns.
+    [batch, time] bool, False at padding, None where the model got none; it stays until the next
+    forward, for activation checkpointing computes again in backward. Models inside hand on theirs,
+    too: they may be called alone. A forward that asks for the library's own balance loss is
+    refused; one in training, of layers in which nothing is trained, warns.
     """
-    hook = partial(before_forward, layer_type=layer_type)
-    model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.register_forward_pre_hook(
+        partial(refuse_or_warn, layer_type=layer_type), with_kwargs=True
+    )
+    for module in model.modules():
+        names = tuple(inspect.signature(module.forward).parameters)
+        if module is model or "input_ids" in names:
+            hook = partial(hand_on_mask, layer_type=layer_type, names=names)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def before_forward(model: nn.Module, args: tuple, kwargs: dict, layer_type: type) -> None:
-    layers = [module for module in model.modules() if isinstance(module, layer_type)]
+def layers_of(model: nn.Module, layer_type: type) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, layer_type)]
+
+
+def refuse_or_warn(model: nn.Module, args: tuple, kwargs: dict, layer_type: type) -> None:
     default = getattr(getattr(model, "config", None), "output_router_logits", False)
     if kwargs.get("output_router_logits", default):
         reason = "the library's balance loss does not know the new layers"
         raise ValueError(f"output_router_logits is on, but {reason}; add their aux_loss instead")
     if model.training and torch.is_grad_enabled():
+        layers = layers_of(model, layer_type)
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if not any(parameter.requires_grad for parameter in parameters):
             told = "in the replaced mixtures nothing is trained"
             warnings.warn(f"{told}; with PEFT, replace them after get_peft_model", stacklevel=2)
-    mask = kwargs.get("attention_mask")
-    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-    tokens = next((given for given in inputs if isinstance(given, Tensor)), None)
+
+
+def hand_on_mask(
+    model: nn.Module, args: tuple, kwargs: dict, layer_type: type, names: tuple[str, ...]
+) -> None:
+    given = {**dict(zip(names, args)), **kwargs}
+    mask = given.get("attention_mask")
+    inputs = [given.get("input_ids"), given.get("inputs_embeds"), *args]
+    tokens = next((found for found in inputs if isinstance(found, Tensor)), None)
     if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
         token_mask = mask[:, -tokens.shape[1] :].bool()  # without what lies in the cache
     else:
         token_mask = None
-    for layer in layers:
+    for layer in layers_of(model, layer_type):
         layer.token_mask = token_mask

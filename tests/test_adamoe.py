@@ -1,11 +1,13 @@
 """AdaMoE: the numbers of the worked examples, what the method promises, the experiment."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, check_claims, judged
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import adamoe
 import common
@@ -156,6 +158,24 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
     torch.testing.assert_close(padded, module.aux_loss)
 
 
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights():
+    module = layer()
+    module.compile(backend="eager")
+    copied = copy.deepcopy(module)
+    copied.w2.data.zero_()
+    assert not copied(torch.ones(3, 6, dtype=F64)).any()
+
+
+def test_layers_may_lie_on_several_devices():
+    layers = [layer(), layer()]
+    with FakeTensorMode(), torch.no_grad():
+        for number, module in enumerate(layers):
+            module.aux_loss = torch.zeros((), device=f"cuda:{number}")
+        assert str(adamoe.take_aux_loss(layers).device) == "cuda:0"
+    logits = torch.zeros(6, 8, device="meta")
+    assert adamoe.load_balancing_loss(logits, 4, 3, 0.02, torch.ones(6)).is_meta
+
+
 def test_a_look_ahead_shows_in_the_leak():
     sizes = (256, 2, 16, 2, 24)
     options = {"norm": "rms", "conv": 4, "init": 0.3}
@@ -289,6 +309,19 @@ def test_the_controls_keep_the_load_and_the_weights(tmp_path):
     assert adamoe.evaluate(model, task) == own  # nothing dictated stays behind
     top_p = adamoe.control_arm(tiny_job(tmp_path, "top_p"))
     assert top_p["load"] == pytest.approx(own["load"], abs=0.15)
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_an_arm_that_would_ignore_a_setting_is_refused(scale, tmp_path):
+    run = tiny_job(tmp_path).run
+    run.scale = scale
+    for arm in ("adamoe@lr=1,num_null=2", "top1@alpha=0", "original@batch_size=2"):
+        adamoe.check_arm(arm, run.config, run)
+    idle = "adamoe@pretrain_steps=1 adamoe@d_model=8 top2@top_k=3 original@lr=1 shuffled@num_null=2"
+    more = {"small": "adamoe@lora_rank=2 adamoe@context=8", "full": "original@d_ff=8"}
+    for arm in f"{idle} {more[scale]}".split():
+        with pytest.raises(common.UsageError, match="own to change|does nothing"):
+            adamoe.check_arm(arm, run.config, run)
 
 
 def test_script_end_to_end_with_every_arm(tiny_run):

@@ -115,7 +115,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_keep_no_graph():
         torch.testing.assert_close(one, other)
 
 
-def test_what_fails_silently_elsewhere_is_said():
+def test_what_fails_silently_elsewhere_is_said(tmp_path):
     model = tiny("mixtral").train()
     layers = adamoe.add_null_experts(model, 8, 3, rank=2)
     with pytest.raises(ValueError, match="output_router_logits is on"):
@@ -126,6 +126,19 @@ def test_what_fails_silently_elsewhere_is_said():
         adamoe.take_aux_loss(layers)
     with pytest.raises(ValueError, match="has null experts already"):
         adamoe.add_null_experts(model, 8)
+    for saved in (model, model.model):
+        with pytest.raises(ValueError, match="use adamoe.save_null_experts"):
+            saved.save_pretrained(tmp_path)
+
+
+def test_the_mask_is_that_of_the_last_call_however_it_was_given():
+    model = tiny("mixtral")
+    layers = adamoe.add_null_experts(model, 8, 3)
+    mask = torch.arange(9).expand(3, 9) < 5
+    model(TOKENS, mask.long())
+    assert all(torch.equal(layer.token_mask, mask) for layer in layers)
+    model.model(TOKENS)  # past the outer model, as PEFT's generate goes
+    assert all(layer.token_mask is None for layer in layers)
 
 
 def test_generate_with_a_cache_and_left_padding_after_training():
@@ -146,13 +159,15 @@ def test_generate_with_a_cache_and_left_padding_after_training():
 def test_what_was_added_is_saved_and_comes_back(tmp_path):
     model = tiny("mixtral")
     before = copy.deepcopy(model)
-    sizes = {"num_null": 8, "top_k": 3, "rank": 2}
+    sizes = {"num_null": 8, "top_k": 3, "rank": 2, "normalize": "all_picks", "lora_alpha": 4.0}
     for layer in adamoe.add_null_experts(model, **sizes):
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.3)
     path = tmp_path / "added.npz"
-    adamoe.save_null_experts(path, model, **sizes)
+    with pytest.raises(ValueError, match="top_k is 4; .* made with 3"):
+        adamoe.save_null_experts(path, model, num_null=8, top_k=4)
+    adamoe.save_null_experts(path, model, num_null=8)  # what is left out is known
     again = copy.deepcopy(before)
     adamoe.load_null_experts(path, again)
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
