@@ -587,9 +587,8 @@ def save_null_experts(path: str | Path, model: nn.Module, **sizes) -> None:
     given = getattr(model, "null_expert_sizes", sizes)
     for name, value in sizes.items():
         if given.get(name) not in (None, value):
-            raise ValueError(
-                f"{name} is {value!r}; the null experts were made with {given[name]!r}"
-            )
+            made = f"the null experts were made with {given[name]!r}"
+            raise ValueError(f"{name} is {value!r}; {made}")
     kept, added = {}, added_names(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in added:

@@ -283,9 +283,8 @@ def watch(model: nn.Module, layer_type: type) -> None:
     too: they may be called alone. A forward that asks for the library's own balance loss is
     refused; one in training, of layers in which nothing is trained, warns.
     """
-    model.register_forward_pre_hook(
-        partial(refuse_or_warn, layer_type=layer_type), with_kwargs=True
-    )
+    check = partial(refuse_or_warn, layer_type=layer_type)
+    model.register_forward_pre_hook(check, with_kwargs=True)
     for module in model.modules():
         names = tuple(inspect.signature(module.forward).parameters)
         if module is model or "input_ids" in names:
