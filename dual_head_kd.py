@@ -577,9 +577,10 @@ def fit(
     found["train_accuracy"] = accuracy(model, data.train_x[:5000], data.train_y[:5000], data, run)
     if len(data.val_y):
         found["val_accuracy"] = accuracy(model, data.val_x, data.val_y, data, run)
-    tests = [line["test"] for line in job.log() if "test" in line]
-    if tests:  # a run shorter than an epoch has none
-        found["best_accuracy"] = max(tests)
+    if config.test_every:
+        tests = [line["test"] for line in job.log() if "test" in line]
+        if tests:  # a run shorter than test_every epochs has none
+            found["best_accuracy"] = max(tests)
     return found
 
 
