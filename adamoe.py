@@ -817,7 +817,7 @@ TUNING += ("lora_rank", "lora_alpha")
 
 def check_arm(arm: str, config: Config, run: Run) -> None:
     """Refuse settings that would do nothing in an arm, or not fit what it starts from."""
-    method, _, settings = arm.partition("@")
+    method, settings = arm.partition("@")[0], common.settings_of(arm)
     if method in CONTROLS:  # rules on the weights of other arms
         fixed = {*vars(config)}
     elif method == "original":
@@ -827,9 +827,8 @@ def check_arm(arm: str, config: Config, run: Run) -> None:
         fixed.update(NULLS if ARMS[method].num_null == 0 else ())
         fixed.update(["context"] if run.scale == "small" else ())
     fixed.update(SHAPE if run.scale == "full" else ())
-    for setting in filter(None, settings.split(",")):
-        name = setting.partition("=")[0]
-        common.refuse_idle_flags(config, {name: setting}, run.scale)
+    common.refuse_idle_flags(config, dict(settings), run.scale)
+    for name, _ in settings:
         if name in fixed:
             raise common.UsageError(f"arm {arm}: {name} is not {method}'s own to change")
 

@@ -85,6 +85,11 @@ class Planned(Exception):
     """--dry-run has printed what the run would take; there is nothing else to do."""
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line that is not too long for a longer one."""
+    return " ".join(str(error).split())[:160]
+
+
 # --------------------------------------------------------------------------------------------------
 # Settings: the type of a field says what it allows
 # --------------------------------------------------------------------------------------------------
@@ -212,11 +217,19 @@ def field_comments(config_type: type) -> dict[str, str]:
     return comments
 
 
+def settings_of(arm: str) -> list[tuple[str, str]]:
+    """The settings in an arm's name: method@field=value,field=value -> [(field, value), ...]."""
+    found = []
+    for setting in filter(None, arm.partition("@")[2].split(",")):
+        name, _, text = setting.partition("=")
+        found.append((name, text))
+    return found
+
+
 def arm_config(config: Any, arm: str) -> Any:
-    """The settings of an arm "method@field=value,field=value". Raises UsageError."""
+    """A config with the settings of an arm. Raises UsageError."""
     types_of, changes = field_types(type(config)), {}
-    for change in filter(None, arm.partition("@")[2].split(",")):
-        name, _, text = change.partition("=")
+    for name, text in settings_of(arm):
         if name not in types_of:
             near = difflib.get_close_matches(name, types_of, n=1, cutoff=0)
             raise UsageError(f"arm {arm}: there is no setting {name!r}; the nearest is {near[0]!r}")
@@ -562,7 +575,7 @@ def all_reduce(tensor: Tensor, *operation: Any) -> None:
     try:
         dist.all_reduce(tensor, *operation)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         lost = f"another process of this run seems to have ended ({reason})"
         raise JobFailed(f"{lost}; what is done is kept, go on with --resume") from error
 
@@ -785,7 +798,7 @@ def restore(
             raise ValueError(f"step {state['step']}")
         return state["step"], dict(state["last"])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         misfit = f"{checkpoint} does not belong here ({reason})"
         raise UsageError(f"{misfit}; {afresh(checkpoint)}") from error
 
@@ -1698,7 +1711,7 @@ def load_trained(
     except (UsageError, FileNotFoundError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         misfit = f"{path} and {mark} do not fit together ({reason})"
         raise UsageError(f"{misfit}; run it again with --overwrite") from error
 

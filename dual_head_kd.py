@@ -842,12 +842,10 @@ def draw(results: Results, config: Config, run: Run) -> None:
 
 def check_arm(arm: str) -> None:
     """Refuse settings of what all arms share: the images and the teacher. Raises UsageError."""
-    for setting in arm.partition("@")[2].split(","):
-        name = setting.partition("=")[0]
+    for name, _ in common.settings_of(arm):
         if name in SHARED:
-            flag = "--" + name.replace("_", "-")
             told = f"arm {arm}: all arms share the images and the teacher"
-            raise common.UsageError(f"{told}; give {flag} to the whole run")
+            raise common.UsageError(f"{told}; give {common.flag(name)} to the whole run")
 
 
 def main(config: Config, run: Run) -> Results:

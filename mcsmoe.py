@@ -1603,13 +1603,12 @@ def check_arm(arm: str, first: str, config: Config, layers: Sequence[SparseMoE])
 
     They would change nothing, or only what load_trained builds.
     """
-    method, _, settings = arm.partition("@")
-    for setting in settings.split(","):
-        name, _, value = setting.partition("=")
+    method = arm.partition("@")[0]
+    for name, value in common.settings_of(arm):
         owner = owner_of(name, chain_of(arm, first), config)
         if owner not in ("", method):
-            reason = f"{setting} belongs to {owner}, from which all others start"
-            raise ValueError(f"arm {arm}: {reason}; for all: --{name.replace('_', '-')} {value}")
+            reason = f"{name}={value} belongs to {owner}, from which all others start"
+            raise ValueError(f"arm {arm}: {reason}; for all: {common.flag(name)} {value}")
     num_experts, shape = len(layers[0].remap), layers[0].experts.w2.shape[1:]
     if not config.skip < len(layers):
         there = f"the model has {len(layers)} mixture layers, one must be merged"

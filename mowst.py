@@ -866,7 +866,7 @@ def method_of(arm: str) -> str:
     return arm.partition("@")[0]
 
 
-def experts_of(arm: str, config: Config = SMALL) -> list[str]:
+def experts_of(arm: str, config: Config) -> list[str]:
     """The arms that train a mixture's experts: with its settings, as far as they concern them.
 
     mowst@backbone=sage,gate=var -> mlp, gnn@backbone=sage; but mlp@backbone=sage where the MLP's

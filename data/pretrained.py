@@ -109,7 +109,7 @@ def _download(model: str, folder: Path) -> None:
         )
         part.rename(folder)
     except Exception as error:  # the hub's client raises whatever its transport does
-        reason = " ".join(str(error).split())[:120]
+        reason = _reason(error)
         wanted = "config.json, tokenizer.json and model.safetensors or pytorch_model.bin"
         text = f"put {wanted} of https://huggingface.co/{model} into {folder} by hand"
         raise FileNotFoundError(
@@ -117,12 +117,16 @@ def _download(model: str, folder: Path) -> None:
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
 def _config(folder: str | Path):
     transformers = require_transformers()
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        reason = " ".join(str(error).split())[:120]
+        reason = _reason(error)
         raise ValueError(f"{folder}/config.json cannot be read: {reason}") from error
 
 
@@ -134,7 +138,7 @@ def _load(model_class, folder: str | Path, config, dtype: torch.dtype) -> nn.Mod
     try:
         model, report = model_class.from_pretrained(folder, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = _reason(error)
         raise ValueError(f"{folder} holds no readable weights: {reason}") from error
     wrong = [*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])]
     if wrong:
@@ -148,7 +152,7 @@ def load_tokenizer(folder: str | Path):
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        reason = " ".join(str(error).split())[:120]
+        reason = _reason(error)
         raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
 
 

@@ -338,9 +338,12 @@ def test_the_method_runs_pasted_under_import_torch():
 
 
 def test_the_experts_of_a_mixture_have_its_settings_as_far_as_they_concern_them():
-    assert mowst.experts_of("mowst@backbone=sage,gate=var") == ["mlp", "gnn@backbone=sage"]
+    assert mowst.experts_of("mowst@backbone=sage,gate=var", mowst.SMALL) == [
+        "mlp",
+        "gnn@backbone=sage",
+    ]
     expected = ["gnn_again@hidden=8", "gnn@hidden=8"]
-    assert mowst.experts_of("strong_strong@hidden=8,rounds=2") == expected
+    assert mowst.experts_of("strong_strong@hidden=8,rounds=2", mowst.SMALL) == expected
 
 
 def test_the_official_rows_fill_what_is_not_given():

@@ -167,6 +167,14 @@ def report_of(tmp_path):
     return report, {arm: found[0] for arm, found in report["results"]["arms"].items()}
 
 
+def written_back(transformers, path, folder, tokens):
+    """Logits of plain transformers for what to_transformers wrote, and of load_trained."""
+    mcsmoe.to_transformers(path, folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return plain(tokens).logits, mcsmoe.load_trained(path)(tokens).logits
+
+
 def test_full_scale_end_to_end(command_line, transformers, checkpoint, data_dir, tmp_path):
     done = command_line(mcsmoe, *SWITCH, "--model", checkpoint, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
@@ -221,11 +229,9 @@ def test_causal_models_are_merged_recovered_exported_and_written_back(
     assert found["msmoe"]["loss"] != found["msmoe"]["loss at once"]  # a few steps of recovery
     out = tmp_path / "runs" / "mcsmoe-full" / "arms"
     for arm in ("msmoe", "mc"):
-        mcsmoe.to_transformers(out / f"{arm}-seed0.pt", tmp_path / arm)
-        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / arm).eval()
-        with torch.no_grad():
-            ours = mcsmoe.load_trained(out / f"{arm}-seed0.pt")(tokens).logits
-            torch.testing.assert_close(plain(tokens).logits, ours, atol=1e-6, rtol=1e-5)
+        path = out / f"{arm}-seed0.pt"
+        plain, ours = written_back(transformers, path, tmp_path / arm, tokens)
+        torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-5)
 
 
 def prompts(checkpoint, data_dir, tmp_path, name, **options):
@@ -321,8 +327,5 @@ def test_in_bf16_and_with_fewer_picks_what_was_measured_is_what_is_written(
     assert report_of(tmp_path)[1]["mc"]["reload_change"] < 0.1
     path = tmp_path / "runs" / "mcsmoe-full" / "arms" / "msmoe-seed0.pt"
     tokens = torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(0))
-    mcsmoe.to_transformers(path, tmp_path / "plain")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
-    with torch.no_grad():
-        ours = mcsmoe.load_trained(path)(tokens).logits
-        torch.testing.assert_close(plain(tokens).logits, ours, atol=0.1, rtol=0)
+    plain, ours = written_back(transformers, path, tmp_path / "plain", tokens)
+    torch.testing.assert_close(plain, ours, atol=0.1, rtol=0)
